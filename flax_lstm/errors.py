@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception that means: the user can mend this."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a flag, path, config or data file; the command line prints its text alone and exits with 2.
+
+    The text says what was wrong, where, and what to do next (the possible values, where they can be listed).
+    """
+
+
+def listing(names: Iterable[object], limit: int = 20) -> str:
+    """`a, b, c`, or the first `limit` names and how many were left out."""
+    names = [str(name) for name in names]
+    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` Did you mean X?` for a near miss, else an empty string."""
+    match = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {match[0]}?" if match else ""
