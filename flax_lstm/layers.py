@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent layers: `RNN` runs a cell over time, `Bidirectional` runs two, `Stack` puts layers on each other.
+
+Axes: B batch, T time, D input features, H hidden units, J hidden units of the previous step, G gates.
+Every layer maps `(x_BTD, lengths_B, state)` to `(state, y_BTH)`. Sequences are padded on the right; padding leaves the
+state untouched and outputs zero, so the final state is that after each row's last valid step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_lstm import recurrence
+from flax_lstm.cells import Cell
+
+Array = jax.Array
+Advance = Callable[[nn.Module, Any, Array], tuple[Any, Array]]  # (cell, state, x_t) -> (state, y_t)
+
+
+def scan(
+    advance: Advance, cell: nn.Module, state: Any, x_BT: Array, lengths_B: Array | None, reverse: bool
+) -> tuple[Any, Array]:
+    """`flax.linen.scan` of `advance` over the time axis: the definition of every recurrence here."""
+
+    def body(cell: nn.Module, state: Any, inputs: tuple[Array, Array]) -> tuple[Any, Array]:
+        x, t = inputs
+        new, y = advance(cell, state, x)
+        if lengths_B is None:
+            return new, y
+        valid = t < lengths_B
+        keep = jax.tree.map(lambda a, b: jnp.where(_like(valid, a), a, b), new, state)
+        return keep, jnp.where(_like(valid, y), y, 0)
+
+    loop = nn.scan(
+        body,
+        variable_broadcast="params",
+        split_rngs={"params": False, "dropout": True},
+        in_axes=((1, 0),),  # type: ignore[arg-type]
+        out_axes=1,
+        reverse=reverse,
+    )
+    return loop(cell, state, (x_BT, jnp.arange(x_BT.shape[1])))
+
+
+def _like(valid_B: Array, x: Array) -> Array:
+    return valid_B.reshape(valid_B.shape + (1,) * (x.ndim - 1))
+
+
+class RNN(nn.Module):
+    """Runs a cell over the time axis.
+
+    cell: one of `flax_lstm`'s cells, or any Flax `RNNCellBase` (scanned as it is, without dropout on its weights).
+    dropout: share of the input features dropped, one mask [B, D] a sequence.
+    recurrent_dropout: share of the hidden units dropped where they enter the recurrent matmul, one mask [B, J] a
+        sequence, shared by the gates, never applied to the carried state (Gal & Ghahramani 2016).
+    weight_dropout: share of the recurrent weights dropped, one mask a batch (DropConnect, Merity et al. 2018).
+    backend: how to run it; see `flax_lstm.backends()`. All give the same result.
+
+    Example: a layer of 64 units over 8 sequences of up to 20 steps.
+
+        rnn = RNN(LSTMCell(64))
+        variables = rnn.init(key, x_BTD)
+        state, y_BTH = rnn.apply(variables, x_BTD, lengths_B)     # state.h_BH: the last valid output of each row
+    """
+
+    cell: nn.RNNCellBase
+    dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    backend: recurrence.BackendName = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Array,
+        lengths_B: Array | None = None,
+        state: Any = None,
+        *,
+        reverse: bool = False,
+        deterministic: bool = True,
+    ) -> tuple[Any, Array]:
+        """Final state and outputs [B, T, H].
+
+        lengths_B: valid steps of each row, from 0 to T; None: all T.
+        state: where to begin; None: the cell's state of zeros.
+        reverse: read each row from its last valid step to its first; outputs stay in their places.
+        deterministic: no dropout; otherwise the caller gives an rng named "dropout".
+        """
+        if x_BTD.ndim != 3:
+            raise ValueError(f"RNN takes inputs [batch, time, features]; these have shape {x_BTD.shape}")
+        if self.dropout:
+            x_BTD = nn.Dropout(self.dropout, broadcast_dims=(1,))(x_BTD, deterministic=deterministic)
+        cell = self.cell
+        if not isinstance(cell, Cell):
+            return self._scan_foreign(cell, x_BTD, lengths_B, state, reverse)
+
+        weights = cell.cast(cell.weights(x_BTD.shape[-1]), x_BTD)
+        if self.weight_dropout:
+            drop = nn.Dropout(self.weight_dropout)
+            weights = weights._replace(recurrent_JGH=drop(weights.recurrent_JGH, deterministic=deterministic))
+        batch, dtype = x_BTD.shape[0], cell.state_dtype(x_BTD)
+        if state is None:
+            state = cell.initial_state(batch, dtype)
+        state = jax.tree.map(lambda s: s.astype(dtype), state)
+        mask_BJ = None
+        if self.recurrent_dropout and not deterministic:
+            ones = jnp.ones((batch, cell.features), dtype)
+            mask_BJ = nn.Dropout(self.recurrent_dropout, deterministic=False)(ones)
+
+        backend = recurrence.resolve(self.backend, cell, x_BTD, mask_BJ)
+        if backend is not None:
+            return backend.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+
+        def advance(cell: Any, state: Any, x_BGH: Array) -> tuple[Any, Array]:
+            state = cell.step(weights, state, x_BGH, mask_BJ)
+            return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
+
+        return scan(advance, cell, state, cell.project(weights, x_BTD), lengths_B, reverse)
+
+    def _scan_foreign(self, cell: Any, x_BTD: Array, lengths_B: Array | None, state: Any, reverse: bool) -> Any:
+        if self.recurrent_dropout or self.weight_dropout:
+            raise ValueError("recurrent_dropout and weight_dropout work with flax_lstm's cells only")
+        if state is None:
+            state = cell.initialize_carry(jax.random.key(0), x_BTD[:, 0].shape)
+        return scan(lambda cell, state, x: cell(state, x), cell, state, x_BTD, lengths_B, reverse)
+
+
+class Bidirectional(nn.Module):
+    """Reads a sequence in both directions and concatenates the outputs on the last axis (Schuster & Paliwal 1997).
+
+    forward, backward: two `RNN`s with cells of their own. The state is the pair of theirs.
+    """
+
+    forward: RNN
+    backward: RNN
+
+    def __call__(
+        self, x_BTD: Array, lengths_B: Array | None = None, state: Any = None, *, deterministic: bool = True
+    ) -> tuple[Any, Array]:
+        first, second = (None, None) if state is None else state
+        first, y_BTH = self.forward(x_BTD, lengths_B, first, deterministic=deterministic)
+        second, z_BTH = self.backward(x_BTD, lengths_B, second, reverse=True, deterministic=deterministic)
+        return (first, second), jnp.concatenate([y_BTH, z_BTH], axis=-1)
+
+
+class Stack(nn.Module):
+    """Layers on each other, of any widths; each reads the outputs of the one below. The state is the tuple of theirs.
+
+    residual: add a layer's input to its output where their widths agree (He et al. 2016).
+    """
+
+    layers: Sequence[nn.Module]
+    residual: bool = False
+
+    def __call__(
+        self, x_BTD: Array, lengths_B: Array | None = None, state: Any = None, *, deterministic: bool = True
+    ) -> tuple[Any, Array]:
+        before = state if state is not None else (None,) * len(self.layers)
+        after = []
+        for layer, begin in zip(self.layers, before, strict=True):
+            end, y_BTH = layer(x_BTD, lengths_B, begin, deterministic=deterministic)
+            x_BTD = x_BTD + y_BTH if self.residual and x_BTD.shape == y_BTH.shape else y_BTH
+            after.append(end)
+        return tuple(after), x_BTD
