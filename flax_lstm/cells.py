@@ -72,7 +72,7 @@ def gru_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None 
     rh_BGH = recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)
     r = nn.sigmoid(x_BGH[:, 0] + rh_BGH[:, 0])
     z = nn.sigmoid(x_BGH[:, 1] + rh_BGH[:, 1])
-    n = jnp.tanh(x_BGH[:, 2] + r * (rh_BGH[:, 2] + weights.recurrent_bias_H))
+    n = jnp.tanh(x_BGH[:, 2] + r * (rh_BGH[:, 2] + weights.recurrent_bias_H[None]))
     return (1 - z) * n + z * h_BH
 
 
@@ -139,7 +139,7 @@ class Cell(nn.RNNCellBase):
         """Wx + b for inputs [..., D] -> [..., G, H]."""
         dtype = self.compute_dtype(x)
         x = jnp.einsum("...d,dgh->...gh", x.astype(dtype), weights.input_DGH.astype(dtype))
-        return x + weights.bias_GH.astype(dtype)
+        return x + jnp.broadcast_to(weights.bias_GH.astype(dtype), x.shape)
 
     def step(self, weights: Weights, state: Any, x_BGH: Array, mask_BJ: Array | None = None) -> Any:
         """The next state, from the projected input of one step."""

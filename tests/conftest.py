@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An unforgiving place to run in: eight CPU devices, warnings are errors, and no array changes rank unasked.
+
+Without JAX_PLATFORMS the tests run on the CPU. float64 is for tests that ask for the fixture `x64`.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test."""
+    with jax.enable_x64(True):
+        yield
