@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of token rows of similar length, so that little is padded and few shapes are compiled.
+
+Axes: B rows of a batch, T tokens.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flax_lstm.data.base import Batch
+
+POOL = 50  # batches of the shuffled order that are sorted by length together
+BUCKETS = 8  # distinct padded lengths T: each is one compilation of the training step
+
+
+class Rows(NamedTuple):
+    """The examples of a split, encoded."""
+
+    tokens: list[np.ndarray]  # int32, shorter or equal max_length each
+    labels: np.ndarray  # int32, index into TextInfo.labels
+
+
+def take(rows: Rows, chosen: np.ndarray) -> Rows:
+    return Rows([rows.tokens[i] for i in chosen], rows.labels[chosen])
+
+
+def pad(rows: Rows, boundaries: Sequence[int], batch_size: int) -> Batch:
+    """Up to `batch_size` rows as one batch of exactly that many; T is the smallest boundary that holds the longest."""
+    lengths_B = np.zeros(batch_size, np.int32)
+    lengths_B[: len(rows.tokens)] = [len(ids) for ids in rows.tokens]
+    longest = int(lengths_B.max(initial=0))
+    inputs_BT = np.zeros((batch_size, next(b for b in boundaries if b >= longest)), np.int32)
+    for row, ids in zip(inputs_BT, rows.tokens, strict=False):
+        row[: len(ids)] = ids
+    targets_B = np.zeros(batch_size, np.int32)
+    targets_B[: len(rows.labels)] = rows.labels
+    weights_B = (np.arange(batch_size) < len(rows.tokens)).astype(np.float32)
+    return Batch(inputs_BT, targets_B, lengths_B, weights_B)
+
+
+def choose_boundaries(lengths: Sequence[int], max_length: int, buckets: int = BUCKETS) -> tuple[int, ...]:
+    """At most `buckets` padded lengths, multiples of 8 up to `max_length` rounded up, with the fewest padded cells.
+
+    Exact, by dynamic programming over the rounded lengths (the k-segmentation of a histogram): with n(j) rows up to
+    candidate c(j), cost_k(j) = min over i < j of cost_(k-1)(i) + (n(j) - n(i)) c(j).
+    """
+    unit = 8 * max(1, math.ceil(max_length / 2048))  # at most 256 candidates
+    candidates = np.arange(unit, max_length + unit, unit)
+    rows = np.concatenate([[0], np.searchsorted(np.sort(lengths), candidates, side="right")])  # n(j), with n(0) = 0
+    steps_ij = (rows[None, 1:] - rows[:-1, None]) * candidates.astype(np.float64)  # one bucket over candidates i+1..j+1
+    steps_ij[np.tril_indices(len(candidates), -1)] = np.inf
+    cost, choices = steps_ij[0], []
+    for _ in range(min(buckets, len(candidates)) - 1):
+        shifted = np.concatenate([[0.0], cost[:-1]])
+        choices.append(np.argmin(shifted[:, None] + steps_ij, axis=0))
+        cost = np.min(shifted[:, None] + steps_ij, axis=0)
+    chosen, end = [], len(candidates) - 1
+    for choice in [*reversed(choices), np.zeros(len(candidates), int)]:
+        chosen.append(int(candidates[end]))
+        end = int(choice[end]) - 1
+        if end < 0:
+            break
+    return tuple(reversed(chosen))
+
+
+class BucketedBatches:
+    """Training batches of rows of similar length; item `step` is a function of (seed, step) alone.
+
+    An epoch visits every row once: a permutation seeded by (seed, epoch), sorted by length within pools of 50 batches,
+    cut into batches, and the batches shuffled. The one batch that the rows do not fill has rows of weight 0.
+    """
+
+    def __init__(self, rows: Rows, boundaries: Sequence[int], batch_size: int, seed: int):
+        self._rows, self._boundaries, self._batch_size, self._seed = rows, boundaries, batch_size, seed
+        self._lengths = np.array([len(ids) for ids in rows.tokens])
+        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)  # thread-safe, and cheap next to an epoch
+
+    def __len__(self) -> int:
+        return -(-len(self._lengths) // self._batch_size)
+
+    def _make_plan(self, epoch: int) -> list[np.ndarray]:
+        generator = np.random.default_rng([self._seed, epoch])
+        order = generator.permutation(len(self._lengths))
+        batches = []
+        for start in range(0, len(order), POOL * self._batch_size):
+            pool = order[start : start + POOL * self._batch_size]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
+            batches += [pool[i : i + self._batch_size] for i in range(0, len(pool), self._batch_size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, position = divmod(step, len(self))
+        chosen = self._plan(epoch)[position]
+        return pad(take(self._rows, chosen), self._boundaries, self._batch_size)

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts with one label each: length-bucketed batches, and classification from any table of texts.
+
+Axes: B rows of a batch, T tokens.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import pandas as pd
+
+from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
+from flax_lstm.data.tables import label_values, read_folder, read_table, sort_labels, text_values
+from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
+from flax_lstm.errors import UserError, listing, nearest
+
+
+class Texts(NamedTuple):
+    """The examples of a split, as read."""
+
+    texts: list[str]
+    labels: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInfo:
+    """What a text classifier and its predictions need to know about the data."""
+
+    labels: tuple[str, ...]  # names of the classes, in the order of the model's outputs
+    class_counts: tuple[int, ...]  # training examples of each
+    vocabulary: Vocabulary
+    max_length: int  # tokens kept of a longer text
+    keep: Literal["first", "last"]
+    boundaries: tuple[int, ...]  # the padded lengths T, ascending
+    text_column: str
+    label_column: str
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, cut to `max_length`."""
+        cut = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
+        return [ids[cut].copy() for ids in self.vocabulary.encode(texts)]
+
+    def batches(self, texts: Sequence[str], batch_size: int) -> Iterator[Batch]:
+        """New texts in their order, for prediction: targets are 0, and rows that fill the last batch have weight 0."""
+        for start in range(0, len(texts), batch_size):
+            tokens = self.encode(texts[start : start + batch_size])
+            yield pad(Rows(tokens, np.zeros(len(tokens), np.int32)), self.boundaries, batch_size)
+
+    def save(self, assets: Path) -> None:
+        """Writes vocabulary.json and info.json into the folder."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "vocabulary"}
+        self.vocabulary.save(assets / "vocabulary.json")
+        write_atomically(assets / "info.json", json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, assets: Path) -> "TextInfo":
+        """Reads what `save` wrote. Raises UserError if it is missing or spoilt."""
+        try:
+            saved = json.loads((assets / "info.json").read_text(encoding="utf-8"))
+            fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+            return cls(vocabulary=Vocabulary.load(assets / "vocabulary.json"), **fields)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"cannot read what training saved of its data, {assets / 'info.json'}: {error}") from None
+
+
+class TextDataset:
+    """Encoded splits "train", "validation", "test", and what was fitted on the first."""
+
+    def __init__(self, info: TextInfo, splits: Mapping[str, Rows]):
+        self.info = info
+        self._splits = splits
+
+    def size(self, split: str) -> int:
+        return len(self._splits[split].tokens)
+
+    def train(self, batch_size: int, seed: int) -> BatchSource:
+        return BucketedBatches(self._splits["train"], self.info.boundaries, batch_size, seed)
+
+    def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Every row once, shortest first; rows that fill the last batch have weight 0."""
+        rows = self._splits[split]
+        order = np.argsort([len(ids) for ids in rows.tokens], kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield pad(take(rows, order[start : start + batch_size]), self.info.boundaries, batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The settings that every data set of texts has."""
+
+    vocabulary_size: int = 20_000  # most frequent training tokens kept, special ones included
+    tokenizer: TokenizerKind = "word"  # word: lower-cased words and punctuation; bpe: byte pairs, nothing unknown
+    validation_fraction: float = 0.1  # share of the training rows held out to choose the best step
+    split_seed: int = 0  # another value draws another split; the seed of the model does not move it
+
+    def __post_init__(self) -> None:
+        if self.vocabulary_size < (least := 4 if self.tokenizer == "word" else 260):
+            raise UserError(f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}")
+        check_fraction("validation-fraction", self.validation_fraction)
+
+    def vocabulary(self, assets: Path, texts: Sequence[str]) -> Vocabulary:
+        """The one saved in `assets` if there is one (say of a language model), else trained on `texts` and saved."""
+        path = assets / "vocabulary.json"
+        if not path.exists():
+            Vocabulary.train(texts, self.vocabulary_size, self.tokenizer).save(path)
+        return Vocabulary.load(path)
+
+    def absolute(self) -> Self:
+        """The same data wherever the program is started: relative paths made absolute."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData(Corpus):
+    """Classification of texts; subclasses say where the texts come from (`splits`)."""
+
+    max_length: int = 400  # tokens kept of a longer text
+    keep: Literal["first", "last"] = "last"  # which end of a longer text is kept
+
+    text_column = "text"  # what a table of new texts calls them; a field where the user has a table of their own
+    label_column = "label"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length < 1:
+            raise UserError(f"data.max-length is {self.max_length}: give at least 1 token")
+
+    def splits(self) -> dict[str, Texts]:
+        """The texts and labels of "train", "validation" and "test"."""
+        raise NotImplementedError
+
+    def load(self, assets: Path) -> TextDataset:
+        splits = self.splits()
+        if empty := [name for name, split in splits.items() if not split.texts]:
+            counts = ", ".join(f"{name} {len(split.texts)}" for name, split in splits.items())
+            raise UserError(f"no row for the {empty[0]} split ({counts}): give more rows or a larger share of them")
+        if saved := (assets / "info.json").exists():
+            info = TextInfo.load(assets)
+        else:
+            info = self._fit(assets, splits["train"])
+        rows = {name: _encode(info, name, split) for name, split in splits.items()}
+        if not saved:
+            lengths = [len(ids) for ids in rows["train"].tokens]
+            info = dataclasses.replace(info, boundaries=choose_boundaries(lengths, self.max_length))
+            info.save(assets)
+        return TextDataset(info, rows)
+
+    def _fit(self, assets: Path, train: Texts) -> TextInfo:
+        counts = Counter(train.labels)
+        labels = tuple(sort_labels(counts))
+        if len(labels) < 2:
+            raise UserError(f"every training row has the label {labels[0]!r}: at least 2 different ones are needed")
+        return TextInfo(
+            labels=labels,
+            class_counts=tuple(counts[label] for label in labels),
+            vocabulary=self.vocabulary(assets, train.texts),
+            max_length=self.max_length,
+            keep=self.keep,
+            boundaries=(),  # chosen by the lengths of the encoded rows
+            text_column=self.text_column,
+            label_column=self.label_column,
+        )
+
+    def restore(self, assets: Path) -> TextInfo:
+        """What an earlier `load` fitted: all that a prediction needs."""
+        return TextInfo.load(assets)
+
+    def read(self, path: str | Path) -> pd.DataFrame:
+        """New texts for predictions: a table with the training table's text column, and any others."""
+        frame = read_table(Path(path).expanduser())
+        text_values(frame, self.text_column, path)  # says what is wrong with it, if anything
+        return frame
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable(TextData):
+    """Your own texts: a CSV, TSV, JSON-lines or Parquet file, or a folder with one folder of .txt files per label.
+
+    Without a test file, or folders train/ and test/, the rows are split at random but steadily: the split of a row is
+    a function of its text and `split_seed`, so that more rows move none, and copies of a text stay together.
+    """
+
+    path: str = ""  # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/ such
+    text_column: str = "text"  # column of the table with the texts
+    label_column: str = "label"  # column of the table with the labels: names or numbers, two or more different ones
+    test_path: str = ""  # table or folder with the test rows; without it they are split off
+    test_fraction: float = 0.1  # share of the rows split off for the test where no test rows are given
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("test-fraction", self.test_fraction)
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise UserError("data.validation-fraction and data.test-fraction leave no row for training")
+
+    def absolute(self) -> Self:
+        return dataclasses.replace(self, path=absolute_path(self.path), test_path=absolute_path(self.test_path))
+
+    def splits(self) -> dict[str, Texts]:
+        if not self.path:
+            raise UserError("data.path is not given: name a table or folder of texts, --data.path FILE")
+        train_path, test_path = Path(self.path).expanduser(), Path(self.test_path).expanduser()
+        if not self.test_path and (train_path / "train").is_dir() and (train_path / "test").is_dir():
+            train_path, test_path = train_path / "train", train_path / "test"
+        rows = self._texts(train_path)
+        if test_path == Path():
+            test, rows = split_by_hash(rows, self.test_fraction, f"test {self.split_seed}")
+        else:
+            test = self._texts(test_path)
+        validation, train = split_by_hash(rows, self.validation_fraction, f"validation {self.split_seed}")
+        return {"train": train, "validation": validation, "test": test}
+
+    def _texts(self, path: Path) -> Texts:
+        if path.is_dir():
+            return Texts(*read_folder(path))
+        frame = read_table(path)
+        return Texts(text_values(frame, self.text_column, path), label_values(frame, self.label_column, path))
+
+
+def split_by_hash(rows: Texts, fraction: float, seed: str, keys: Sequence[str] = ()) -> tuple[Texts, Texts]:
+    """About `fraction` of the rows, and the others. A row goes by its key (its text by default) and the seed alone."""
+    chosen = [hashed(key, seed) < fraction for key in keys or rows.texts]
+    return (
+        Texts(*([value for value, c in zip(column, chosen, strict=True) if c] for column in rows)),
+        Texts(*([value for value, c in zip(column, chosen, strict=True) if not c] for column in rows)),
+    )
+
+
+def hashed(key: str, seed: str) -> float:
+    """A number in [0, 1) that only the key and the seed decide."""
+    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def check_fraction(field: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise UserError(f"data.{field} is {value}: give a share between 0 and 1, such as 0.1")
+
+
+def absolute_path(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def _encode(info: TextInfo, name: str, split: Texts) -> Rows:
+    index = {label: i for i, label in enumerate(info.labels)}
+    if unknown := Counter(label for label in split.labels if label not in index):
+        label, count = unknown.most_common(1)[0]
+        raise UserError(
+            f"label {label!r} of {count} row(s) of the {name} split is in no training row."
+            f"{nearest(label, info.labels)} Trained labels: {listing(info.labels)}"
+        )
+    return Rows(info.encode(split.texts), np.array([index[label] for label in split.labels], np.int32))
