@@ -60,7 +60,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses texts beyond 131,072 characters
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows = []
+    rows: list[list[str | None]] = []
     try:
         for row in reader:
             if row and rows and len(row) != len(rows[0]):

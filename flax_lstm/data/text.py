@@ -44,8 +44,11 @@ class TextInfo:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, cut to `max_length`."""
-        cut = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
-        return [ids[cut].copy() for ids in self.vocabulary.encode(texts)]
+        return self.cut(self.vocabulary.encode(texts))
+
+    def cut(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+        end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
+        return [ids[end].copy() for ids in tokens]
 
     def batches(self, texts: Sequence[str], batch_size: int) -> Iterator[Batch]:
         """New texts in their order, for prediction: targets are 0, and rows that fill the last batch have weight 0."""
@@ -109,7 +112,7 @@ class Corpus:
         """The one saved in `assets` if there is one (say of a language model), else trained on `texts` and saved."""
         path = assets / "vocabulary.json"
         if not path.exists():
-            Vocabulary.train(texts, self.vocabulary_size, self.tokenizer).save(path)
+            Vocabulary.train_cached(texts, self.vocabulary_size, self.tokenizer).save(path)
         return Vocabulary.load(path)
 
     def absolute(self) -> Self:
@@ -255,4 +258,7 @@ def _encode(info: TextInfo, name: str, split: Texts) -> Rows:
             f"label {label!r} of {count} row(s) of the {name} split is in no training row."
             f"{nearest(label, info.labels)} Trained labels: {listing(info.labels)}"
         )
-    return Rows(info.encode(split.texts), np.array([index[label] for label in split.labels], np.int32))
+    return Rows(
+        info.cut(info.vocabulary.encode_cached(split.texts)),
+        np.array([index[label] for label in split.labels], np.int32),
+    )

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from flax_lstm.data.cache import fingerprint, remember
 from flax_lstm.errors import UserError
 
 PAD, UNKNOWN, END = 0, 1, 2  # ids that every vocabulary has; END also separates documents
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<eos>"]
+LARGE = 5_000_000  # characters from which a corpus is worth a file in the cache folder: seconds of work
 
 TokenizerKind = Literal["word", "bpe"]
 
@@ -35,7 +38,9 @@ class Vocabulary:
         if kind == "word":
             tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-            trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False)
+            trainer: trainers.Trainer = trainers.WordLevelTrainer(
+                vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False
+            )
         else:
             tokenizer = Tokenizer(models.BPE())
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,6 +55,18 @@ class Vocabulary:
         tokenizer.train_from_iterator((_valid(text) for text in texts), trainer)
         return cls(tokenizer)
 
+    @classmethod
+    def train_cached(cls, texts: Sequence[str], size: int, kind: TokenizerKind = "word") -> "Vocabulary":
+        """`train`, which the next program finds in the cache folder if the texts are many."""
+        if sum(map(len, texts)) < LARGE:
+            return cls.train(texts, size, kind)
+
+        def arrays() -> dict[str, np.ndarray]:
+            return {"json": np.frombuffer(cls.train(texts, size, kind)._tokenizer.to_str().encode(), np.uint8)}
+
+        saved = remember(fingerprint([tokenizers.__version__, f"{size} {kind}", *texts]), arrays)
+        return cls(Tokenizer.from_str(saved["json"].tobytes().decode()))
+
     @property
     def size(self) -> int:
         """Number of ids; at most the size asked for."""
@@ -62,6 +79,18 @@ class Vocabulary:
             chunk = [_valid(text) for text in texts[start : start + 1024]]
             ids += [np.asarray(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(chunk)]
         return ids
+
+    def encode_cached(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` for a whole corpus, which the next program finds in the cache folder if it is large."""
+        if sum(map(len, texts)) < LARGE:
+            return self.encode(texts)
+
+        def arrays() -> dict[str, np.ndarray]:
+            ids = self.encode(texts)
+            return {"ids": np.concatenate(ids), "lengths": np.array([len(row) for row in ids])}
+
+        saved = remember(fingerprint([tokenizers.__version__, self._tokenizer.to_str(), *texts]), arrays)
+        return np.split(saved["ids"], np.cumsum(saved["lengths"])[:-1])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: words separated by one space, byte pairs joined as they were."""

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results that take long and depend on their inputs alone, kept in the user's cache folder.
+
+Everything here can be deleted at any time. Spoilt files are noticed (zip checksums) and made anew.
+"""
+
+import contextlib
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+FILES_KEPT = 16  # the ones used last
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/flax_lstm, or ~/.cache/flax_lstm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_lstm"
+
+
+def fingerprint(parts: Iterable[str]) -> str:
+    """A name for the sequence of strings."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part.encode("utf-8", "replace"))
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def remember(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `make` returns, or returned earlier for the same key."""
+    path = cache_folder() / f"{key}.npz"
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as saved:
+        arrays = dict(saved)
+        path.touch()
+        return arrays
+    arrays = make()
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a full or read-only disk costs time only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types the names it reserves
+        partial.replace(path)
+        for old in sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)[:-FILES_KEPT]:
+            old.unlink()
+    with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)
+    return arrays
