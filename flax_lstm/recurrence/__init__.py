@@ -15,10 +15,11 @@ from types import ModuleType
 from typing import Any, Literal
 
 from flax_lstm.errors import UserError
+from flax_lstm.recurrence import fused
 
-BackendName = Literal["auto", "scan"]
+BackendName = Literal["auto", "fused", "scan"]
 
-BACKENDS: dict[str, ModuleType] = {}  # in the order in which `auto` tries them
+BACKENDS: dict[str, ModuleType] = {"fused": fused}  # in the order in which `auto` tries them
 
 
 def resolve(name: BackendName, cell: Any, x_BTD: Any, mask_BJ: Any) -> ModuleType | None:
