@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flax_lstm.data.download import RemoteFile, download, verify
-from flax_lstm.data.text import TextData, Texts, absolute_path, split_by_hash
+from flax_lstm.data.text import Corpus, TextData, Texts, absolute_path, split_by_hash
 from flax_lstm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ LABELS = ["neg", "pos"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ImdbFiles:
+class ImdbFiles(Corpus):
     """Where the reviews are found, or put once."""
 
     data_dir: str = ""  # folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
@@ -66,8 +66,8 @@ class Imdb(ImdbFiles, TextData):
     max_length: int = 200  # tokens kept of a longer review
 
     def splits(self) -> dict[str, Texts]:
-        validation, train = split_by_hash(self.reviews("train"), self.validation_fraction, f"{self.split_seed}")
-        return {"train": train, "validation": validation, "test": self.reviews("test")}
+        shares = {"validation": self.validation_fraction}
+        return {**split_by_hash(self.reviews("train"), shares, self.split_seed), "test": self.reviews("test")}
 
 
 def _is_prepared(data_dir: Path) -> bool:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -19,7 +19,7 @@ from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
 from flax_lstm.data.tables import label_values, read_folder, read_table, sort_labels, text_values
 from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
-from flax_lstm.errors import UserError, listing, nearest
+from flax_lstm.errors import UserError, listing, nearest, require
 
 
 class Texts(NamedTuple):
@@ -30,17 +30,46 @@ class Texts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextInfo:
+class VocabularyInfo:
+    """What is kept of texts for predictions: a folder with vocabulary.json, and the other fields in info.json."""
+
+    vocabulary: Vocabulary
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.vocabulary.size
+
+    def save(self, assets: Path) -> None:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "vocabulary"}
+        self.vocabulary.save(assets / "vocabulary.json")
+        write_atomically(assets / "info.json", json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, assets: Path) -> Self:
+        """Reads what `save` wrote. Raises UserError if it is missing or spoilt."""
+        try:
+            saved = json.loads((assets / "info.json").read_text(encoding="utf-8"))
+            fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+            return cls(vocabulary=Vocabulary.load(assets / "vocabulary.json"), **fields)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"cannot read what training saved of its data, {assets / 'info.json'}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInfo(VocabularyInfo):
     """What a text classifier and its predictions need to know about the data."""
 
     labels: tuple[str, ...]  # names of the classes, in the order of the model's outputs
     class_counts: tuple[int, ...]  # training examples of each
-    vocabulary: Vocabulary
     max_length: int  # tokens kept of a longer text
     keep: Literal["first", "last"]
     boundaries: tuple[int, ...]  # the padded lengths T, ascending
     text_column: str
     label_column: str
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of empty texts."""
+        return next(self.batches([""] * batch_size, batch_size))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, cut to `max_length`."""
@@ -55,22 +84,6 @@ class TextInfo:
         for start in range(0, len(texts), batch_size):
             tokens = self.encode(texts[start : start + batch_size])
             yield pad(Rows(tokens, np.zeros(len(tokens), np.int32)), self.boundaries, batch_size)
-
-    def save(self, assets: Path) -> None:
-        """Writes vocabulary.json and info.json into the folder."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "vocabulary"}
-        self.vocabulary.save(assets / "vocabulary.json")
-        write_atomically(assets / "info.json", json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
-
-    @classmethod
-    def load(cls, assets: Path) -> "TextInfo":
-        """Reads what `save` wrote. Raises UserError if it is missing or spoilt."""
-        try:
-            saved = json.loads((assets / "info.json").read_text(encoding="utf-8"))
-            fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-            return cls(vocabulary=Vocabulary.load(assets / "vocabulary.json"), **fields)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read what training saved of its data, {assets / 'info.json'}: {error}") from None
 
 
 class TextDataset:
@@ -104,8 +117,8 @@ class Corpus:
     split_seed: int = 0  # another value draws another split; the seed of the model does not move it
 
     def __post_init__(self) -> None:
-        if self.vocabulary_size < (least := 4 if self.tokenizer == "word" else 260):
-            raise UserError(f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}")
+        least = 4 if self.tokenizer == "word" else 260
+        require(self.vocabulary_size >= least, f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}")
         check_fraction("validation-fraction", self.validation_fraction)
 
     def vocabulary(self, assets: Path, texts: Sequence[str]) -> Vocabulary:
@@ -132,8 +145,7 @@ class TextData(Corpus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_length < 1:
-            raise UserError(f"data.max-length is {self.max_length}: give at least 1 token")
+        require(self.max_length > 0, f"data.max-length is {self.max_length}: give at least 1 token")
 
     def splits(self) -> dict[str, Texts]:
         """The texts and labels of "train", "validation" and "test"."""
@@ -141,9 +153,7 @@ class TextData(Corpus):
 
     def load(self, assets: Path) -> TextDataset:
         splits = self.splits()
-        if empty := [name for name, split in splits.items() if not split.texts]:
-            counts = ", ".join(f"{name} {len(split.texts)}" for name, split in splits.items())
-            raise UserError(f"no row for the {empty[0]} split ({counts}): give more rows or a larger share of them")
+        check_sizes({name: len(split.texts) for name, split in splits.items()})
         if saved := (assets / "info.json").exists():
             info = TextInfo.load(assets)
         else:
@@ -183,41 +193,49 @@ class TextData(Corpus):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextTable(TextData):
-    """Your own texts: a CSV, TSV, JSON-lines or Parquet file, or a folder with one folder of .txt files per label.
-
-    Without a test file, or folders train/ and test/, the rows are split at random but steadily: the split of a row is
-    a function of its text and `split_seed`, so that more rows move none, and copies of a text stay together.
-    """
+class TableFiles(Corpus):
+    """Rows of the user's own files, in splits that they give or that are drawn."""
 
     path: str = ""  # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/ such
     text_column: str = "text"  # column of the table with the texts
-    label_column: str = "label"  # column of the table with the labels: names or numbers, two or more different ones
     test_path: str = ""  # table or folder with the test rows; without it they are split off
     test_fraction: float = 0.1  # share of the rows split off for the test where no test rows are given
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("test-fraction", self.test_fraction)
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise UserError("data.validation-fraction and data.test-fraction leave no row for training")
+        total = self.validation_fraction + self.test_fraction
+        require(total < 1, "data.validation-fraction and data.test-fraction leave no row for training")
 
     def absolute(self) -> Self:
         return dataclasses.replace(self, path=absolute_path(self.path), test_path=absolute_path(self.test_path))
 
+    def table_splits(self, read: Callable[[Path], Texts]) -> dict[str, Texts]:
+        """The rows that `read` finds in the files, as "train", "validation" and "test"."""
+        require(bool(self.path), "data.path is not given: name a table or folder of texts, --data.path FILE")
+        train = Path(self.path).expanduser()
+        test = Path(self.test_path).expanduser() if self.test_path else None
+        if test is None and (train / "train").is_dir() and (train / "test").is_dir():
+            train, test = train / "train", train / "test"
+        if test is not None:
+            shares = {"validation": self.validation_fraction}
+            return {**split_by_hash(read(train), shares, self.split_seed), "test": read(test)}
+        shares = {"test": self.test_fraction, "validation": self.validation_fraction}
+        return split_by_hash(read(train), shares, self.split_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable(TableFiles, TextData):
+    """Your own texts: a CSV, TSV, JSON-lines or Parquet file, or a folder with one folder of .txt files per label.
+
+    Without a test file, or folders train/ and test/, the rows are split at random but steadily: the split of a row is
+    a function of its text and `split_seed`, so that more rows move none, and copies of a text stay together.
+    """
+
+    label_column: str = "label"  # column of the table with the labels: names or numbers, two or more different ones
+
     def splits(self) -> dict[str, Texts]:
-        if not self.path:
-            raise UserError("data.path is not given: name a table or folder of texts, --data.path FILE")
-        train_path, test_path = Path(self.path).expanduser(), Path(self.test_path).expanduser()
-        if not self.test_path and (train_path / "train").is_dir() and (train_path / "test").is_dir():
-            train_path, test_path = train_path / "train", train_path / "test"
-        rows = self._texts(train_path)
-        if test_path == Path():
-            test, rows = split_by_hash(rows, self.test_fraction, f"test {self.split_seed}")
-        else:
-            test = self._texts(test_path)
-        validation, train = split_by_hash(rows, self.validation_fraction, f"validation {self.split_seed}")
-        return {"train": train, "validation": validation, "test": test}
+        return self.table_splits(self._texts)
 
     def _texts(self, path: Path) -> Texts:
         if path.is_dir():
@@ -226,24 +244,34 @@ class TextTable(TextData):
         return Texts(text_values(frame, self.text_column, path), label_values(frame, self.label_column, path))
 
 
-def split_by_hash(rows: Texts, fraction: float, seed: str, keys: Sequence[str] = ()) -> tuple[Texts, Texts]:
-    """About `fraction` of the rows, and the others. A row goes by its key (its text by default) and the seed alone."""
-    chosen = [hashed(key, seed) < fraction for key in keys or rows.texts]
-    return (
-        Texts(*([value for value, c in zip(column, chosen, strict=True) if c] for column in rows)),
-        Texts(*([value for value, c in zip(column, chosen, strict=True) if not c] for column in rows)),
-    )
+def split_by_hash(rows: Texts, shares: Mapping[str, float], seed: int, keys: Sequence[str] = ()) -> dict[str, Texts]:
+    """About these shares of the rows, and the others as "train".
+
+    Where a row goes is a function of the seed and its key (its text by default) alone: rows with one key stay together.
+    """
+    names = [*shares, "train"]
+    chosen = np.searchsorted(np.cumsum([*shares.values()]), [_hash(key, seed) for key in keys or rows.texts], "right")
+    return {
+        name: Texts(*([column[i] for i in np.flatnonzero(chosen == number)] for column in rows))
+        for number, name in enumerate(names)
+    }
 
 
-def hashed(key: str, seed: str) -> float:
+def _hash(key: str, seed: int) -> float:
     """A number in [0, 1) that only the key and the seed decide."""
     digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Raises UserError for an empty split."""
+    empty = [name for name, size in sizes.items() if not size]
+    found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    require(not empty, f"no row for the split {listing(empty)} ({found}): give more rows or a larger share of them")
+
+
 def check_fraction(field: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise UserError(f"data.{field} is {value}: give a share between 0 and 1, such as 0.1")
+    require(0 < value < 1, f"data.{field} is {value}: give a share between 0 and 1, such as 0.1")
 
 
 def absolute_path(path: str) -> str:

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents for language modelling by truncated back-propagation through time.
+
+Axes: B lanes (rows of a batch), T tokens of a window.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.data.imdb import ImdbFiles
+from flax_lstm.data.tables import read_table, read_text, text_values
+from flax_lstm.data.text import Corpus, TableFiles, Texts, VocabularyInfo, check_sizes, split_by_hash
+from flax_lstm.data.vocabulary import END
+from flax_lstm.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageInfo(VocabularyInfo):
+    """What a language model needs to know about the data."""
+
+    token_counts: tuple[int, ...]  # how often each id is a target in one epoch of training
+    sequence_length: int
+
+    def sample(self, batch_size: int) -> Batch:
+        return Lanes(np.zeros(2, np.int32), batch_size, self.sequence_length)[0]
+
+
+class Lanes:
+    """A stream of tokens read in B parallel lanes, T tokens a step; every token but the first is a target once.
+
+    Lane b reads the b-th of B equal parts. Steps beyond the end of a lane have weight 0.
+    """
+
+    def __init__(self, stream: np.ndarray, batch_size: int, sequence_length: int):
+        self._stream, self._batch_size, self._sequence_length = stream, batch_size, sequence_length
+        self._lane = -(-(len(stream) - 1) // batch_size)  # tokens of a lane; the last ones may have fewer
+
+    def __len__(self) -> int:
+        return -(-self._lane // self._sequence_length)
+
+    def __getitem__(self, step: int) -> Batch:
+        within_T = step * self._sequence_length + np.arange(self._sequence_length)
+        at_BT = np.arange(self._batch_size)[:, None] * self._lane + within_T
+        valid_BT = (within_T < self._lane) & (at_BT < len(self._stream) - 1)
+        at_BT = np.where(valid_BT, at_BT, 0)
+        return Batch(
+            inputs=self._stream[at_BT] * valid_BT,
+            targets=self._stream[at_BT + 1] * valid_BT,
+            lengths=valid_BT.sum(axis=1).astype(np.int32),
+            weights=valid_BT.astype(np.float32),
+            reset=np.full(self._batch_size, step == 0),
+        )
+
+
+class LanguageBatches:
+    """Training batches: each epoch reads the documents in an order of its own, a function of (seed, epoch)."""
+
+    def __init__(self, documents: Sequence[np.ndarray], batch_size: int, sequence_length: int, seed: int):
+        self._documents, self._seed = documents, seed
+        self._length = len(Lanes(_stream(documents), batch_size, sequence_length))
+
+        @functools.lru_cache(maxsize=1)  # of some 100 MB; steps come in order
+        def lanes(epoch: int) -> Lanes:
+            order = np.random.default_rng([seed, epoch]).permutation(len(documents))
+            return Lanes(_stream([documents[i] for i in order]), batch_size, sequence_length)
+
+        self._lanes = lanes
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, position = divmod(step, self._length)
+        return self._lanes(epoch)[position]
+
+
+def _stream(documents: Sequence[np.ndarray]) -> np.ndarray:
+    """A separator, then all documents, each with the separator that ends it."""
+    return np.concatenate([np.array([END], np.int32), *documents])
+
+
+class LanguageDataset:
+    """Encoded documents of "train", "validation" and "test", each closed by the separator. An example is a token."""
+
+    def __init__(self, info: LanguageInfo, splits: Mapping[str, Sequence[np.ndarray]]):
+        self.info = info
+        self._splits = splits
+
+    def size(self, split: str) -> int:
+        """Tokens that are targets."""
+        return sum(len(document) for document in self._splits[split])
+
+    def train(self, batch_size: int, seed: int) -> BatchSource:
+        return LanguageBatches(self._splits["train"], batch_size, self.info.sequence_length, seed)
+
+    def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Consecutive windows; every token is a target once, and only the first batch resets the state."""
+        lanes = Lanes(_stream(self._splits[split]), batch_size, self.info.sequence_length)
+        return (lanes[step] for step in range(len(lanes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageData(Corpus):
+    """Language modelling; subclasses say where the documents come from (`documents`)."""
+
+    sequence_length: int = 100  # tokens of a training step: as far as gradients reach back
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.sequence_length > 0, f"data.sequence-length is {self.sequence_length}: give at least 1 token")
+
+    def documents(self) -> dict[str, list[str]]:
+        """The texts of "train", "validation" and "test"."""
+        raise NotImplementedError
+
+    def load(self, assets: Path) -> LanguageDataset:
+        documents = self.documents()
+        check_sizes({name: len(texts) for name, texts in documents.items()})
+        vocabulary = self.vocabulary(assets, documents["train"])
+        end = np.array([END], np.int32)
+        splits = {
+            name: [np.concatenate([ids, end]) for ids in vocabulary.encode_cached(texts)]
+            for name, texts in documents.items()
+        }
+        counts = np.bincount(np.concatenate(splits["train"]), minlength=vocabulary.size)
+        info = LanguageInfo(vocabulary, tuple(counts.tolist()), self.sequence_length)
+        info.save(assets)
+        return LanguageDataset(info, splits)
+
+    def restore(self, assets: Path) -> LanguageInfo:
+        """What an earlier `load` fitted."""
+        return LanguageInfo.load(assets)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImdbLanguage(ImdbFiles, LanguageData):
+    """Language modelling of IMDB reviews, clean of test texts: pretraining for `Imdb` with the same split.
+
+    Trains on the training reviews that `Imdb` trains on and the reviews without labels, less those that are copies of a
+    validation or test review. The test reviews are only ever evaluated.
+    """
+
+    unsupervised: bool = True  # read the 50,000 reviews without labels, too
+
+    def documents(self) -> dict[str, list[str]]:
+        splits = split_by_hash(self.reviews("train"), {"validation": self.validation_fraction}, self.split_seed)
+        validation, test = splits["validation"].texts, self.reviews("test").texts
+        train = splits["train"].texts + (self.reviews("unsupervised").texts if self.unsupervised else [])
+        held_out = {*validation, *test}
+        return {"train": [text for text in train if text not in held_out], "validation": validation, "test": test}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageTable(TableFiles, LanguageData):
+    """Your own documents: the text column of a table, or all .txt files below a folder."""
+
+    def documents(self) -> dict[str, list[str]]:
+        return {name: rows.texts for name, rows in self.table_splits(self._texts).items()}
+
+    def _texts(self, path: Path) -> Texts:
+        if path.is_dir():
+            files = sorted(path.rglob("*.txt"))
+            require(bool(files), f"{path} holds no .txt files")
+            return Texts([read_text(file) for file in files], [""] * len(files))
+        texts = text_values(read_table(path), self.text_column, path)
+        return Texts(texts, [""] * len(texts))
