@@ -214,6 +214,13 @@ def test_window_for_new_rows(table, tmp_path):
         dataset.info.window(frame[::2])
 
 
+def test_sample_has_the_form_of_training(table, tmp_path):
+    dataset = load(replace(table, targets=("a", "b"), inputs=("c",)), tmp_path)
+    for found, expected in zip(dataset.info.sample(8), dataset.train(8, 0)[0], strict=True):
+        assert found is expected is None or (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert load(replace(table, calendar=False), tmp_path / "plain").info.sample(8).covariates is None
+
+
 def test_restore_and_absolute(table, tmp_path, monkeypatch):
     dataset = load(table, tmp_path)
     assert table.restore(tmp_path / "assets") == dataset.info
@@ -249,7 +256,7 @@ def test_kinds_of_file(table, tmp_path):
     ("missing", "values", "rows"),
     [
         ("interpolate", {10: 10, 11: 11, 0: 2, 1: 2, 2: 2}, 100),
-        ("forward_fill", {10: 9, 11: 9}, 100),
+        ("forward_fill", {9: 9, 10: 9, 11: 9, 12: 12, 13: 13}, 100),
         ("drop", {10: 12, 11: 13, 12: 14}, 98),
     ],
 )

@@ -44,16 +44,17 @@ def test_fixed_splits():
         batches = list(dataset.evaluation(split, 16))
         assert dataset.size(split) == size == sum(b.weights.sum() for b in batches)
         assert all(len(b.inputs) == 16 for b in batches)
-        seen[split] = np.concatenate([b.targets for b in batches])[:size]
-        whole = next(dataset.evaluation(split, size))
-        assert (whole.targets == seen[split]).all()
-    train = np.concatenate([dataset.train(16, seed)[0].targets for seed in range(3)])
-    assert not set(seen["validation"].ravel()) & set(seen["test"].ravel())
-    assert not set(train.ravel()) & (set(seen["validation"].ravel()) | set(seen["test"].ravel()))
+        first = np.concatenate([b.inputs for b in batches])[:size]
+        assert (next(dataset.evaluation(split, size)).inputs == first).all()
+        seen[split] = set(first[:, 0, 0])
+    train = {float(n) for seed in range(3) for step in range(3) for n in dataset.train(16, seed)[step].inputs[:, 0, 0]}
+    assert not seen["validation"] & seen["test"] and not train & (seen["validation"] | seen["test"])
 
 
 def test_info_and_errors(tmp_path):
     info = DATA.restore(tmp_path)
+    sample, batch = info.sample(4), DATA.load(tmp_path).train(4, 0)[0]
+    assert sample.inputs.shape[::2] == batch.inputs.shape[::2] and sample.targets.shape == batch.targets.shape
     assert (info.features, info.outputs, info.target_mean) == (2, 1, 1.0) and DATA.absolute() is DATA
     with pytest.raises(UserError, match=r"data.length 1: must be at least 2"):
         AddingProblem(length=1)
