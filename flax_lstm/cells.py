@@ -10,7 +10,7 @@ can also be called step by step, `state, h_BH = cell(state, x_BD)`, and scanned 
 `RNNCellBase`.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     input_DGH: Array
     recurrent_JGH: Array
     bias_GH: Array
-    recurrent_bias_H: Array | None = None
+    recurrent_bias_H: Any = None
 
 
 def recurrent_matmul(h_BJ: Array, recurrent_JGH: Array, mask_BJ: Array | None) -> Array:
@@ -112,8 +112,8 @@ class Cell(nn.RNNCellBase):
     param_dtype: Any = jnp.float32
 
     gates = 1
-    bias_initializer = staticmethod(nn.initializers.zeros)
-    equations = staticmethod(rnn_step)
+    bias_initializer: ClassVar[Any] = staticmethod(nn.initializers.zeros)
+    equations: ClassVar[Any] = staticmethod(rnn_step)
 
     @nn.compact
     def weights(self, input_size: int) -> Weights:

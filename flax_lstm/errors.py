@@ -14,12 +14,18 @@ class UserError(Exception):
 
 def listing(names: Iterable[object], limit: int = 20) -> str:
     """`a, b, c`, or the first `limit` names and how many were left out."""
-    names = [str(name) for name in names]
-    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    words = [str(name) for name in names]
+    more = f", ... ({len(words) - limit} more)" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + more
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """` Did you mean X?` for a near miss, else an empty string."""
     match = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {match[0]}?" if match else ""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)

@@ -7,11 +7,13 @@ Nothing in this folder imports JAX or Flax.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
-import numpy as np
+import pandas as pd
 
-Array = np.ndarray
+from flax_lstm.errors import UserError
+
+Array = Any  # NumPy from a data set, JAX within the training step
 
 
 class Batch(NamedTuple):
@@ -35,10 +37,16 @@ class BatchSource(Protocol):
     def __getitem__(self, step: int) -> Batch: ...  # any step >= 0, epochs follow each other without end
 
 
+class Info(Protocol):
+    """What tasks and predictions need to know: label names, vocabulary, scaler (see each module)."""
+
+    def sample(self, batch_size: int) -> Batch: ...  # a batch of zeros with the form of those of training
+
+
 class Dataset(Protocol):
     """Data in memory, split and encoded."""
 
-    info: Any  # what tasks and predictions need: label names, vocabulary, scaler (see each module)
+    info: Info
 
     def size(self, split: str) -> int: ...  # examples in "train", "validation" or "test"
     def train(self, batch_size: int, seed: int) -> BatchSource: ...
@@ -46,13 +54,22 @@ class Dataset(Protocol):
 
 
 class Data(Protocol):
-    """The `data` section of a config: a frozen dataclass of settings with these two methods."""
+    """The `data` section of a config: a frozen dataclass of settings. One of your own can inherit from this class and
+    needs `load` and `restore`."""
 
     def load(self, assets: Path) -> Dataset:
         """Reads the data. What is fitted on the training split (vocabulary, scaler) is read from the folder `assets`
         where it is there already, else fitted and saved there."""
         ...
 
-    def restore(self, assets: Path) -> Any:
+    def restore(self, assets: Path) -> Info:
         """The `info` of an earlier `load` into `assets`, without the data: all that a prediction needs."""
         ...
+
+    def absolute(self) -> Self:
+        """The same settings with absolute paths, so that a run works from any directory."""
+        return self
+
+    def read(self, path: Path) -> pd.DataFrame:
+        """A file of new inputs for `predict`, checked for the columns it needs."""
+        raise UserError(f"{type(self).__name__} has no form of input file")

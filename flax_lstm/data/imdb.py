@@ -31,6 +31,7 @@ ARCHIVE = RemoteFile(
     sha256="c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
 )
 LABELS = ["neg", "pos"]
+FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")  # within the folder of TensorFlow Datasets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +49,19 @@ class ImdbFiles(Corpus):
 
         Raises UserError without data and network, and for a spoilt archive.
         """
-        import tensorflow_datasets as tfds  # here: it takes a second, and predictions do without
-
         data_dir = Path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
         if not _is_prepared(data_dir):
             prepare(data_dir, self.archive)
-        source = tfds.data_source("imdb_reviews", split=split, data_dir=data_dir, download=False)
-        records = source.__getitems__(range(len(source)))  # all at once is three times as fast as one by one
+        import tensorflow_datasets as tfds  # here: it takes a second, and predictions do without
+
+        try:
+            source = tfds.data_source("imdb_reviews", split=split, data_dir=data_dir, download=False)
+            records = source.__getitems__(range(len(source)))  # all at once is three times as fast as one by one
+        except Exception as error:  # of many types
+            raise UserError(
+                f"cannot read the {split} reviews in {data_dir / FOLDER} ({type(error).__name__}: {error}); "
+                "move that folder away to have them prepared anew"
+            ) from None
         texts = [re.sub(r"<br\s*/?>", " ", record["text"].decode("utf-8")) for record in records]
         return Texts(texts, [LABELS[record["label"]] if split != "unsupervised" else "" for record in records])
 
@@ -71,7 +78,7 @@ class Imdb(ImdbFiles, TextData):
 
 
 def _is_prepared(data_dir: Path) -> bool:
-    info = data_dir / "imdb_reviews" / "plain_text" / "1.0.0" / "dataset_info.json"
+    info = data_dir / FOLDER / "dataset_info.json"
     if not info.exists():
         return False
     if (form := json.loads(info.read_text(encoding="utf-8")).get("fileFormat")) != "array_record":

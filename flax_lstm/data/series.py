@@ -56,6 +56,17 @@ class SeriesInfo:
         """The D input channels in order."""
         return self.targets + self.inputs
 
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of zeros."""
+        known = self.lookback + self.horizon
+        return Batch(
+            inputs=np.zeros((batch_size, self.lookback, len(self.channels)), np.float32),
+            targets=np.zeros((batch_size, self.horizon, len(self.targets)), np.float32),
+            lengths=np.full(batch_size, self.lookback, np.int32),
+            weights=np.zeros(batch_size, np.float32),
+            covariates=np.zeros((batch_size, known, self.covariates), np.float32) if self.cycles else None,
+        )
+
     def scale(self, values_RD: Array) -> Array:
         """Values of all channels in the units of the data as the model sees them: float32, mean 0, deviation 1."""
         return ((values_RD - np.array(self.mean)) / np.array(self.std)).astype(np.float32)

@@ -26,6 +26,15 @@ class RegressionInfo:
     outputs: int  # numbers to predict
     target_mean: float  # what to guess without looking
 
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of zeros, two steps long."""
+        return Batch(
+            inputs=np.zeros((batch_size, 2, self.features), np.float32),
+            targets=np.zeros((batch_size, self.outputs), np.float32),
+            lengths=np.full(batch_size, 2, np.int32),
+            weights=np.zeros(batch_size, np.float32),
+        )
+
 
 @dataclass(frozen=True)
 class AddingProblem:

@@ -41,7 +41,7 @@ Saved = tuple[Array, ...]  # what a step keeps for the backward pass, besides th
 barrier = jax.lax.optimization_barrier
 
 
-def lstm_forward(state: State, x: Array, rh: Array, bias: Array | None) -> tuple[State, Saved]:
+def lstm_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
     u = barrier(jnp.tanh(x + rh))
     i, f, g, o = (u[:, gate] if gate == 2 else 0.5 + 0.5 * u[:, gate] for gate in range(4))
     c = f * state[0] + i * g
@@ -59,7 +59,7 @@ def lstm_backward(saved: Saved, before: State, after: State, d: State) -> tuple[
     return da, da, (dc * f, jnp.zeros_like(dh))
 
 
-def gru_forward(state: State, x: Array, rh: Array, bias: Array | None) -> tuple[State, Saved]:
+def gru_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
     u = barrier(jnp.tanh(x[:, :2] + rh[:, :2]))
     r, z = 0.5 + 0.5 * u[:, 0], 0.5 + 0.5 * u[:, 1]
     q = rh[:, 2] + bias
@@ -77,7 +77,7 @@ def gru_backward(saved: Saved, before: State, after: State, d: State) -> tuple[A
     return jnp.stack([da_r, da_z, da_n], axis=1), jnp.stack([da_r, da_z, da_n * r], axis=1), (dh * z,)
 
 
-def rnn_forward(state: State, x: Array, rh: Array, bias: Array | None) -> tuple[State, Saved]:
+def rnn_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
     return (jnp.tanh(x + rh)[:, 0],), ()
 
 

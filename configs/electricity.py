@@ -1,0 +1,21 @@
+"""Day-ahead quantile forecasts of an hourly electricity load (the mean of 321 clients in Portugal, 2012 to 2014).
+
+    python train.py --config electricity
+
+The series is part of the package. Figures to look at: `mase` below 1 beats the load of the day before, `crps` judges
+the quantiles.
+"""
+
+from flax_lstm import Config, Forecasting, RecurrentModel, TrainConfig
+from flax_lstm.data.series import SeriesTable
+
+
+def get_config() -> Config:
+    return Config(
+        name="electricity",
+        data=SeriesTable(path="electricity", lookback=168, horizon=24, season=24),
+        task=Forecasting(objective="quantile", quantiles=(0.1, 0.5, 0.9)),
+        model=RecurrentModel(cell="lstm", hidden_size=128, num_layers=2, dropout=0.1),
+        train=TrainConfig(steps=4000, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup_steps=100,
+                          eval_every=500, checkpoint_every=500, patience=4),
+    )  # fmt: skip

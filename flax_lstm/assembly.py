@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config and what the data say of themselves to the jitted steps: the one place where the parts meet."""
+
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from flax_lstm.config import Config
+from flax_lstm.optim import learning_rate, make_optimizer
+from flax_lstm.sharding import check_batch_size, make_mesh
+from flax_lstm.steps import Steps, make_steps
+
+
+class Assembly(NamedTuple):
+    """A run's mesh and steps."""
+
+    mesh: Mesh
+    steps: Steps
+
+
+def assemble(config: Config, info: Any) -> Assembly:
+    """Builds module, optimiser and steps. Raises UserError for a batch that does not divide over the devices."""
+    train, task = config.train, config.task
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+    check_batch_size(train.batch_size, train.accumulate, mesh)
+    length = train.schedule_steps or train.steps
+    schedule = learning_rate(train.schedule, train.learning_rate, train.warmup_steps, length)
+    plateau_steps = max(length // 50, 1) if train.schedule == "plateau" else 0
+    optimizer = make_optimizer(train.optimizer, schedule, train.weight_decay, train.clip, plateau_steps)
+    steps = make_steps(
+        task.build(config.model, info),
+        task.loss,
+        lambda outputs, batch: task.measure(outputs, batch, info),
+        optimizer,
+        schedule,
+        mesh,
+        info.sample(train.batch_size),
+        seed=config.seed,
+        accumulate=train.accumulate,
+        ema=train.ema,
+    )
+    return Assembly(mesh, steps)

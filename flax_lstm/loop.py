@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training, from top to bottom: read, assemble, restore, step, evaluate, save, report."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import grain
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from flax_lstm.assembly import assemble
+from flax_lstm.checkpoint import Checkpoints
+from flax_lstm.config import CONFIG_FILE, Config
+from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.errors import UserError
+from flax_lstm.inference import ASSETS, CHECKPOINTS, evaluate, evaluate_baselines
+from flax_lstm.plots import plot_curves
+from flax_lstm.records import MetricsLog, device_name, finite, open_workdir, params_sha256, versions, write_atomically
+from flax_lstm.sharding import put_batch
+
+RESULT_FILE, METRICS_FILE = "result.json", "metrics.jsonl"
+console = Console(stderr=True)
+
+
+class Stopped(Exception):
+    """Training ended early at a signal, with everything saved. `code` is the exit status: 75 after SIGTERM, 130 after
+    Ctrl-C."""
+
+    def __init__(self, number: int, step: int, workdir: Path):
+        self.code = 75 if number == signal.SIGTERM else 130
+        super().__init__(
+            f"Stopped at step {step}; everything is saved. The same command goes on from there ({workdir})."
+        )
+
+
+class Signals:
+    """Notes SIGTERM and Ctrl-C while training, so that a step is finished and saved first. A second acts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: whoever runs us there handles signals
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()
+
+
+class Best(NamedTuple):
+    """The best validation figure so far."""
+
+    value: float | None = None
+    step: int | None = None
+    stale: int = 0  # evaluations since
+
+    def after(self, value: float, step: int, maximise: bool) -> "Best":
+        better = self.value is None or (value >= self.value if maximise else value <= self.value)
+        return Best(value, step) if better else self._replace(stale=self.stale + 1)
+
+
+def batches(source: BatchSource, begin: int, end: int) -> Iterator[Batch]:
+    """The batches of the steps from `begin` to `end`, prepared ahead by Grain in a thread of its own."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    return iter(grain.MapDataset.range(begin, end).map(lambda step: source[int(step)]).to_iter_dataset(options))
+
+
+def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
+    """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of `result.json`.
+
+    Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything saved.
+    """
+    workdir = Path(workdir or Path("runs") / config.name)
+    config = open_workdir(workdir, replace(config, data=config.data.absolute()))
+    train, task = config.train, config.task
+    result_path = workdir / RESULT_FILE
+    if result_path.exists():
+        result = json.loads(result_path.read_text())
+        if result["steps"] >= train.steps or result["stopped_early"]:
+            console.print(f"{workdir}: this run is finished.")
+            report(result, workdir)
+            return result
+        result_path.replace(result_path.with_name(f"result.{result['steps']}.json"))  # a longer run begins
+
+    began = time.monotonic()
+    console.print(f"{config.name}: reading the data")
+    dataset = config.data.load(workdir / ASSETS)
+    info = dataset.info
+    mesh, steps = assemble(config, info)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, task.monitor.maximise)
+    log = MetricsLog(workdir / METRICS_FILE)
+    source = dataset.train(train.batch_size, config.seed)
+
+    latest = checkpoints.latest()
+    progress: dict[str, Any] = {"seconds": 0.0, "sessions": 0, "best": list(Best()), "evaluated": 0}
+    if latest is None:
+        state = steps.init()
+    else:
+        state, progress = checkpoints.restore(latest, steps.abstract)
+        console.print(f"resuming from step {latest} of {workdir}")
+    step = int(state.step)
+    log.rewind(step)
+    best, evaluated = Best(*progress["best"]), progress["evaluated"]
+    sessions, earlier = progress["sessions"] + 1, progress["seconds"]
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    console.print(
+        f"{parameters:,} parameters on {device_name()}; {dataset.size('train'):,} examples, "
+        f"{len(source)} steps an epoch"
+    )
+
+    def seconds() -> float:
+        return earlier + time.monotonic() - began
+
+    def save(monitor: float | None = None) -> None:
+        record = {"monitor": monitor, "best": list(best), "best_step": best.step, "evaluated": evaluated}
+        checkpoints.save(state, {**record, "seconds": seconds(), "sessions": sessions})
+
+    def evaluated_params() -> Any:
+        return state.params if state.ema is None else state.ema
+
+    board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+
+    def record(at: int, split: str, figures: dict[str, float]) -> None:
+        log.append(at, split, figures, seconds())
+        for name, value in finite(figures).items():
+            if value is not None:
+                board.add_scalar(f"{split}/{name}", value, at)
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} examples/s  left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    line = bar.add_task("step", total=train.steps, completed=step, loss="-", rate="-")
+    pending: tuple[int, dict[str, Any]] | None = None
+    losses: list[float] = []
+    window = time.monotonic()
+
+    def read(pending: tuple[int, dict[str, Any]] | None) -> None:
+        """Takes in the metrics of a step that is done by now, and logs each `log_every` steps."""
+        nonlocal losses, window
+        if pending is None:
+            return
+        at, metrics = pending
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {at}: try a lower --train.learning-rate or --train.clip 1. "
+                f"The checkpoints in {workdir} are untouched."
+            )
+        losses.append(loss)
+        rate = len(losses) * train.batch_size / max(time.monotonic() - window, 1e-9)
+        bar.update(line, completed=at, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
+        if at % train.log_every == 0:
+            mean = sum(losses) / len(losses)
+            extra = {"learning_rate": float(metrics["learning_rate"]), "grad_norm": float(metrics["grad_norm"])}
+            record(at, "train", {"loss": mean, **extra, "examples_per_second": rate})
+            if bar.disable:
+                left = (train.steps - at) * train.batch_size / rate
+                console.print(f"step {at}/{train.steps}  loss {mean:.4f}  {rate:,.0f} examples/s  {left:.0f} s left")
+            losses, window = [], time.monotonic()
+
+    stopped_early = False
+    with Signals() as signals:
+        stream = batches(source, step, train.steps)
+        with bar:
+            while True:
+                due = step % train.eval_every == 0 or step == train.steps
+                if due and step > evaluated:
+                    read(pending)
+                    pending, pause = None, time.monotonic()
+                    rows = dataset.evaluation("validation", train.batch_size)
+                    figures = evaluate(steps, evaluated_params(), task, info, rows, mesh)
+                    evaluated, value = step, figures[task.monitor.figure]
+                    best = best.after(value, step, task.monitor.maximise)
+                    record(step, "validation", figures)
+                    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                    console.print(f"step {step}  validation  {shown}{'  (best)' if best.step == step else ''}")
+                    save(value)
+                    window += time.monotonic() - pause
+                elif step % train.checkpoint_every == 0 and step > 0:
+                    save()
+                stopped_early = bool(train.patience) and best.stale >= train.patience
+                if stopped_early or step >= train.steps:
+                    break
+                if signals.received:
+                    read(pending)
+                    save()
+                    checkpoints.close()
+                    raise Stopped(signals.received, step, workdir)
+                state, metrics = steps.train(state, put_batch(next(stream), mesh))
+                read(pending)  # of the step before: the device works on while the host reads
+                step += 1
+                pending = (step, metrics)
+
+    if stopped_early:
+        console.print(f"no better validation {task.monitor.figure} in {train.patience} evaluations: training ends")
+    final_hash = params_sha256(state.params)
+    checkpoints.wait()
+    assert best.step is not None
+    params = checkpoints.restore_params(best.step, steps.abstract)
+    figures_of = {
+        split: evaluate(steps, params, task, info, dataset.evaluation(split, train.batch_size), mesh)
+        for split in ("validation", "test")
+    }
+    record(best.step, "test", figures_of["test"])
+    checkpoints.close()
+    board.close()
+    result = {
+        "task": type(task).__name__,
+        "name": config.name,
+        "steps": step,
+        "best_step": best.step,
+        "parameters": parameters,
+        "params_sha256": final_hash,
+        "wall_seconds": round(seconds(), 3),
+        "sessions": sessions,
+        "seed": config.seed,
+        "stopped_early": stopped_early,
+        **{split: finite(figures) for split, figures in figures_of.items()},
+        "baselines": {
+            name: finite(figures)
+            for name, figures in evaluate_baselines(
+                task, info, lambda: dataset.evaluation("test", train.batch_size), mesh
+            ).items()
+        },
+        "versions": versions(),
+        "device": device_name(),
+        "backend": config.model.backend,
+    }
+    plot_curves(log.rows(), workdir / "plots" / "curves.png")
+    task.illustrate(dataset, lambda batch: steps.forward(params, None, batch)[1], workdir / "plots")
+    write_atomically(result_path, json.dumps(result, indent=1) + "\n")
+    report(result, workdir)
+    return result
+
+
+def report(result: dict[str, Any], workdir: Path) -> None:
+    """Prints the test figures beside those of the baselines, and where everything is."""
+    names = list(result["test"])
+    table = Table(title=f"{result['name']}: test, best step {result['best_step']} of {result['steps']}")
+    for heading in ("", *names):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label, figures in {"model": result["test"], **result["baselines"]}.items():
+        values = [figures.get(name) for name in names]
+        table.add_row(label, *("-" if value is None else f"{value:.4g}" for value in values))
+    console.print(table)
+    shown = [RESULT_FILE, METRICS_FILE, CONFIG_FILE, CHECKPOINTS, "tensorboard"]
+    plots = sorted(f"plots/{path.name}" for path in (workdir / "plots").glob("*.png"))
+    console.print(f"In {workdir.absolute()}: {', '.join(shown + plots)}", soft_wrap=True, highlight=False)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step for every task, jitted over a device mesh.
+
+The step knows nothing of tasks: it is given a module, a loss and an optimiser as values. Randomness is a function of
+(seed, step), and so is the order of examples, so that a state and its step number say all there is about a run.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from flax_lstm.data.base import Batch
+from flax_lstm.metrics import Mean
+from flax_lstm.optim import Schedule, plateau_scale
+from flax_lstm.sharding import batch_sharding, replicated, state_sharding
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """Everything that changes during training."""
+
+    step: Array  # updates made so far
+    params: Any
+    opt_state: Any
+    ema: Any  # averaged parameters, None without
+    carry: Any  # recurrent state carried from batch to batch, None for tasks that carry none
+
+
+class Steps(NamedTuple):
+    """The jitted functions of a run."""
+
+    init: Callable[[], TrainState]
+    train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]  # donates the state
+    evaluate: Callable[[Any, Any, Batch], tuple[Any, Any]]  # (params, carry, batch) -> (carry, sums)
+    forward: Callable[[Any, Any, Batch], tuple[Any, Array]]  # (params, carry, batch) -> (carry, outputs)
+    abstract: TrainState  # shapes, dtypes and shardings
+
+
+def apply(module: nn.Module, params: Any, carry: Any, batch: Batch, key: Array | None = None) -> tuple[Any, Array]:
+    """The module's carry and outputs for a batch; with a key, dropout is on."""
+    if (reset := batch.reset) is not None:
+        carry = jax.tree.map(lambda s: jnp.where(reset.reshape(-1, *(1,) * (s.ndim - 1)), 0, s), carry)
+    result: Any = module.apply(
+        {"params": params},
+        batch.inputs,
+        batch.lengths,
+        carry,
+        batch.covariates,
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+    )
+    carry, outputs = result
+    return (None if reset is None else carry), outputs
+
+
+def split(tree: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...]: each part takes every `parts`-th row, so that rows stay on their device."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join(tree: Any) -> Any:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def make_steps(
+    module: nn.Module,
+    loss: Callable[[Array, Batch], Mean],
+    measure: Callable[[Array, Batch], Any],
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Schedule,
+    mesh: Mesh,
+    sample: Batch,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+    ema: float = 0.0,
+) -> Steps:
+    """The jitted steps of a run.
+
+    sample: a batch of the size and form of training; a `reset` in it means that the recurrent state is carried over.
+    accumulate: parts a batch is computed in; gradients are added, so that the update equals that of the whole batch.
+    ema: decay of the averaged parameters; they follow faster in the first steps, by (1 + step) / (10 + step).
+    """
+    root = jax.random.key(seed)
+
+    def init() -> TrainState:
+        inputs = jax.tree.map(jnp.asarray, (sample.inputs, sample.lengths, None, sample.covariates))
+        (carry, _), variables = module.init_with_output(jax.random.fold_in(root, 0), *inputs)
+        params = variables["params"]
+        carry = jax.tree.map(jnp.zeros_like, carry) if sample.reset is not None else None
+        averaged = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), averaged, carry)
+
+    def total_loss(params: Any, carry: Any, part: Batch, key: Array) -> tuple[Array, tuple[Array, Any]]:
+        carry, outputs = apply(module, params, carry, part, key)
+        mean = loss(outputs, part)
+        return mean.total, (mean.weight, carry)
+
+    gradient = jax.value_and_grad(total_loss, has_aux=True)
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(root, state.step + 1)
+        if accumulate == 1:
+            (total, (weight, carry)), grads = gradient(state.params, state.carry, batch, key)
+        else:
+
+            def add(sums: Any, part: Any) -> tuple[Any, Any]:
+                carry, rows, n = part
+                (total, (weight, carry)), grads = gradient(state.params, carry, rows, jax.random.fold_in(key, n))
+                return jax.tree.map(jnp.add, sums, (total, weight, grads)), carry
+
+            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            parts = (split(state.carry, accumulate), split(batch, accumulate), jnp.arange(accumulate))
+            (total, weight, grads), carries = jax.lax.scan(add, zeros, parts)
+            carry = join(carries)
+        mean, grads = total / weight, jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=mean)
+        params = optax.apply_updates(state.params, updates)
+        averaged = state.ema
+        if ema:
+            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+            averaged = optax.incremental_update(params, state.ema, 1 - decay)
+        metrics = {
+            "loss": mean,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step) * plateau_scale(opt_state),
+        }
+        return TrainState(state.step + 1, params, opt_state, averaged, carry), metrics
+
+    def evaluate(params: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
+        carry, outputs = apply(module, params, carry, batch)
+        return carry, measure(outputs, batch)
+
+    def forward(params: Any, carry: Any, batch: Batch) -> tuple[Any, Array]:
+        return apply(module, params, carry, batch)
+
+    shapes = jax.eval_shape(init)
+    shardings = state_sharding(shapes, mesh)
+    place = batch_sharding(mesh)
+    everywhere = replicated(mesh)
+    return Steps(
+        init=jax.jit(init, out_shardings=shardings),
+        train=jax.jit(train, in_shardings=(shardings, place), out_shardings=(shardings, everywhere), donate_argnums=0),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, place, place), out_shardings=(place, everywhere)),
+        forward=jax.jit(forward, in_shardings=(shardings.params, place, place), out_shardings=place),
+        abstract=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings),
+    )

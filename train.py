@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains, or resumes a run: `python train.py [--config C] [--workdir DIR] [--SECTION.FIELD VALUE ...]`."""
+
+import sys
+
+from flax_lstm.__main__ import guarded, train
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda arguments: train(arguments, "python train.py"), sys.argv[1:]))
