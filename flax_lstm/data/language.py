@@ -104,7 +104,7 @@ class LanguageDataset:
         return (lanes[step] for step in range(len(lanes)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageData(Corpus):
     """Language modelling; subclasses say where the documents come from (`documents`)."""
 

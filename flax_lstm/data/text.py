@@ -107,7 +107,7 @@ class TextDataset:
             yield pad(take(rows, order[start : start + batch_size]), self.info.boundaries, batch_size)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
     """The settings that every data set of texts has."""
 
@@ -133,7 +133,7 @@ class Corpus:
         return self
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextData(Corpus):
     """Classification of texts; subclasses say where the texts come from (`splits`)."""
 

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vocabularies: ids, round trips, sameness."""
+
+import numpy as np
+import pytest
+
+from flax_lstm.data import cache, vocabulary
+from flax_lstm.data.vocabulary import END, PAD, UNKNOWN, Vocabulary
+from flax_lstm.errors import UserError
+
+TEXTS = ["The film, the FILM!", "the end isn't near", "a b c d e f g"]
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_same_texts_same_ids(kind, tmp_path):
+    paths = [tmp_path / "1" / "v.json", tmp_path / "2" / "v.json"]
+    for path in paths:
+        Vocabulary.train(TEXTS, 270, kind).save(path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert [p.name for p in paths[0].parent.iterdir()] == ["v.json"]  # no half-written file stays behind
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_saved_and_loaded_encodes_the_same(kind, tmp_path):
+    first = Vocabulary.train(TEXTS, 270, kind)
+    first.save(tmp_path / "v.json")
+    second = Vocabulary.load(tmp_path / "v.json")
+    new = ["the END is a <pad> thing \ud800", "", "ünïcode 中文"]
+    for one, two in zip(first.encode(new), second.encode(new), strict=True):
+        assert one.dtype == np.int32 and one.tolist() == two.tolist()
+    assert first.size == second.size
+
+
+def test_words_are_lower_case_and_split_at_punctuation():
+    words = Vocabulary.train(TEXTS, 100)
+    assert words.decode(words.encode(["THE film,isn't  near!"])[0]) == "the film , isn ' t near !"
+
+
+def test_special_ids():
+    words = Vocabulary.train(TEXTS, 100)
+    assert (PAD, UNKNOWN, END) == (0, 1, 2)
+    assert words.decode([PAD, UNKNOWN, END]) == "<pad> <unk> <eos>"
+    assert words.encode(["zebra the"])[0].tolist() == [UNKNOWN, words.encode(["the"])[0][0]]
+    assert len(words.encode(["  "])[0]) == 0
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_special_tokens_written_in_a_text_are_text(kind):
+    ids = Vocabulary.train(TEXTS, 270, kind).encode(["<pad> <eos>"])[0]
+    assert PAD not in ids and END not in ids and len(ids) > 2
+
+
+def test_most_frequent_words_are_kept():
+    words = Vocabulary.train(["x x x y y z"], 5)
+    assert words.size == 5
+    assert words.encode(["x y z"])[0].tolist() == [3, 4, UNKNOWN]
+
+
+def test_byte_pairs_know_every_text():
+    pairs = Vocabulary.train(TEXTS, 300, "bpe")
+    ids = pairs.encode(["never seen: ünïcode 中文 🎬"])[0]
+    assert UNKNOWN not in ids
+    assert pairs.decode(ids) == "never seen: ünïcode 中文 🎬"
+
+
+def test_spoilt_or_missing_file(tmp_path):
+    with pytest.raises(UserError, match="cannot read the vocabulary"):
+        Vocabulary.load(tmp_path / "v.json")
+    Vocabulary.train(TEXTS, 100).save(tmp_path / "v.json")
+    (tmp_path / "v.json").write_text((tmp_path / "v.json").read_text()[:-9])
+    with pytest.raises(UserError, match="cannot read the vocabulary"):
+        Vocabulary.load(tmp_path / "v.json")
+
+
+def test_large_corpora_are_encoded_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(vocabulary, "LARGE", 10)
+    texts = [*TEXTS, ""]
+    expected = [ids.tolist() for ids in Vocabulary.train(texts, 100).encode(texts)]
+
+    def encoded() -> list[list[int]]:
+        return [ids.tolist() for ids in Vocabulary.train_cached(texts, 100).encode_cached(texts)]
+
+    assert encoded() == expected
+    files = sorted((tmp_path / "flax_lstm").iterdir())
+    assert len(files) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Vocabulary, "train", None)
+        patch.setattr(Vocabulary, "encode", None)
+        assert encoded() == expected  # by the files alone
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    assert encoded() == expected  # spoilt files are made anew
+    assert Vocabulary.train_cached(texts, 5).size == 5  # other settings are another file
+    texts[0] += " more"
+    assert len(encoded()[0]) == len(expected[0]) + 1
+
+
+def test_old_files_leave_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "FILES_KEPT", 2)
+    for key in "abc":
+        cache.remember(key, lambda: {"x": np.arange(3)})
+    assert len(list((tmp_path / "flax_lstm").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+    (tmp_path / "flax_lstm").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.remember("a", lambda: {"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
