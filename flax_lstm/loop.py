@@ -113,7 +113,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     source = dataset.train(train.batch_size, config.seed)
 
     latest = checkpoints.latest()
-    progress: dict[str, Any] = {"seconds": 0.0, "sessions": 0, "best": list(Best()), "evaluated": 0}
+    progress: dict[str, Any] = {"seconds": 0.0, "sessions": 0, "best": list(Best()), "losses": []}
     if latest is None:
         state = steps.init()
     else:
@@ -121,7 +121,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         console.print(f"resuming from step {latest} of {workdir}")
     step = int(state.step)
     log.rewind(step)
-    best, evaluated = Best(*progress["best"]), progress["evaluated"]
+    best, evaluated = Best(*progress["best"]), step  # where an evaluation was due, it was made before the save
     sessions, earlier = progress["sessions"] + 1, progress["seconds"]
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     console.print(
@@ -133,7 +133,10 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         return earlier + time.monotonic() - began
 
     def save(monitor: float | None = None) -> None:
-        record = {"monitor": monitor, "best": list(best), "best_step": best.step, "evaluated": evaluated}
+        nonlocal pending
+        read(pending)  # so that what is not finite is never saved, and the log is whole up to here
+        pending = None
+        record = {"monitor": monitor, "best": list(best), "best_step": best.step, "losses": losses}
         checkpoints.save(state, {**record, "seconds": seconds(), "sessions": sessions})
 
     def evaluated_params() -> Any:
@@ -158,7 +161,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     )
     line = bar.add_task("step", total=train.steps, completed=step, loss="-", rate="-")
     pending: tuple[int, dict[str, Any]] | None = None
-    losses: list[float] = []
+    losses: list[float] = progress["losses"]  # since the last row of the log
     window = time.monotonic()
 
     def read(pending: tuple[int, dict[str, Any]] | None) -> None:
@@ -167,18 +170,18 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         if pending is None:
             return
         at, metrics = pending
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(
-                f"the loss is {loss} at step {at}: try a lower --train.learning-rate or --train.clip 1. "
-                f"The checkpoints in {workdir} are untouched."
+                f"the loss is {loss} and the norm of its gradient {norm} at step {at}: try a lower --train.learning-rate "
+                f"or --train.clip 1. The checkpoints in {workdir} are untouched."
             )
         losses.append(loss)
         rate = len(losses) * train.batch_size / max(time.monotonic() - window, 1e-9)
         bar.update(line, completed=at, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
         if at % train.log_every == 0:
             mean = sum(losses) / len(losses)
-            extra = {"learning_rate": float(metrics["learning_rate"]), "grad_norm": float(metrics["grad_norm"])}
+            extra = {"learning_rate": float(metrics["learning_rate"]), "grad_norm": norm}
             record(at, "train", {"loss": mean, **extra, "examples_per_second": rate})
             if bar.disable:
                 left = (train.steps - at) * train.batch_size / rate
@@ -209,9 +212,9 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
                 if stopped_early or step >= train.steps:
                     break
                 if signals.received:
-                    read(pending)
                     save()
                     checkpoints.close()
+                    board.close()
                     raise Stopped(signals.received, step, workdir)
                 state, metrics = steps.train(state, put_batch(next(stream), mesh))
                 read(pending)  # of the step before: the device works on while the host reads

@@ -33,7 +33,7 @@ DTYPES: dict[DTypeName, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16
 
 def valid_steps(y_BTH: Array, lengths_B: Array) -> Array:
     """[B, T, 1]: True where a step is not padding."""
-    return (jnp.arange(y_BTH.shape[1]) < lengths_B[:, None])[..., None]
+    return (jnp.arange(y_BTH.shape[1])[None] < lengths_B[:, None])[..., None]
 
 
 def last_pool(y_BTH: Array, lengths_B: Array) -> Array:
@@ -137,7 +137,7 @@ class SequenceModel(nn.Module):
             if y.shape[-1] != self.embed.features:
                 y = nn.Dense(self.embed.features, dtype=self.dtype, name="to_embedding")(y)
             bias = self.param("head_bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
-            return state, self.embed.attend(y).astype(jnp.float32) + bias
+            return state, self.embed.attend(y).astype(jnp.float32) + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         y = nn.Dense(self.outputs, dtype=self.dtype, name="head")(y)
         return state, y.astype(jnp.promote_types(y.dtype, jnp.float32))
 

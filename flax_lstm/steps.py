@@ -129,7 +129,7 @@ def make_steps(
             averaged = optax.incremental_update(params, state.ema, 1 - decay)
         metrics = {
             "loss": mean,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step) * plateau_scale(opt_state),
         }
         return TrainState(state.step + 1, params, opt_state, averaged, carry), metrics
@@ -149,6 +149,7 @@ def make_steps(
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(train, in_shardings=(shardings, place), out_shardings=(shardings, everywhere), donate_argnums=0),
         evaluate=jax.jit(evaluate, in_shardings=(shardings.params, place, place), out_shardings=(place, everywhere)),
-        forward=jax.jit(forward, in_shardings=(shardings.params, place, place), out_shardings=place),
+        # Predictions come in batches of any size, which need not divide over the devices: nothing is split.
+        forward=jax.jit(forward, in_shardings=(shardings.params, everywhere, everywhere), out_shardings=everywhere),
         abstract=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings),
     )
