@@ -173,8 +173,8 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(
-                f"the loss is {loss} and the norm of its gradient {norm} at step {at}: try a lower --train.learning-rate "
-                f"or --train.clip 1. The checkpoints in {workdir} are untouched."
+                f"the loss is {loss} and the norm of its gradient {norm} at step {at}: try a lower "
+                f"--train.learning-rate or --train.clip 1. The checkpoints in {workdir} are untouched."
             )
         losses.append(loss)
         rate = len(losses) * train.batch_size / max(time.monotonic() - window, 1e-9)
