@@ -23,3 +23,11 @@ def x64():
     """float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_compile():
+    """XLA without its dear passes, for tests whose time is that of compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
