@@ -49,7 +49,12 @@ class Checkpoints:
             step_prefix=None,
             create=True,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers: dict[str, Any] = {  # named, or the shapes of what an earlier process saved could not be told
+            "params": ocp.StandardCheckpointHandler(),
+            "rest": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps that a checkpoint is kept of."""
