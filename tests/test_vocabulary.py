@@ -94,6 +94,8 @@ def test_large_corpora_are_encoded_once(tmp_path, monkeypatch):
         file.write_bytes(content)
     assert encoded() == expected  # spoilt files are made anew
     assert Vocabulary.train_cached(texts, 5).size == 5  # other settings are another file
+    words = Vocabulary.train(texts, 100)
+    assert [len(ids) for ids in words.encode_cached([*TEXTS, "other"])] != [len(ids) for ids in expected]
     texts[0] += " more"
     assert len(encoded()[0]) == len(expected[0]) + 1
 
