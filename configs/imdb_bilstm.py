@@ -1,0 +1,35 @@
+"""The best supervised sentiment model here: a bidirectional LSTM read by max pooling, strongly regularised."""
+
+from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
+from flax_lstm.data.imdb import Imdb
+
+EPOCH = 353  # steps: 22,558 training reviews in batches of 64
+
+
+def get_config() -> Config:
+    return Config(
+        name="imdb_bilstm",
+        data=Imdb(vocabulary_size=30_000, max_length=400),
+        task=Classification(),
+        model=RecurrentModel(
+            cell="lstm",
+            hidden_size=128,
+            bidirectional=True,
+            embed_size=128,
+            embed_dropout=0.3,
+            dropout=0.3,
+            pooling="max",
+            head_dropout=0.5,
+        ),
+        train=TrainConfig(
+            steps=8 * EPOCH,
+            batch_size=64,
+            learning_rate=2e-3,
+            weight_decay=0.01,
+            warmup_steps=100,
+            schedule="cosine",
+            ema=0.998,
+            eval_every=EPOCH,
+            checkpoint_every=EPOCH,
+        ),
+    )

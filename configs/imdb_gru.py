@@ -1,0 +1,33 @@
+"""`imdb_lstm` with a GRU in place of the LSTM: a quarter fewer recurrent weights."""
+
+from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
+from flax_lstm.data.imdb import Imdb
+
+EPOCH = 705  # steps: 22,558 training reviews in batches of 32
+
+
+def get_config() -> Config:
+    return Config(
+        name="imdb_gru",
+        data=Imdb(vocabulary_size=20_000, max_length=200),
+        task=Classification(),
+        model=RecurrentModel(
+            cell="gru",
+            hidden_size=128,
+            embed_size=128,
+            dropout=0.2,
+            recurrent_dropout=0.2,
+            pooling="last",
+            dense=64,
+            head_dropout=0.5,
+        ),
+        train=TrainConfig(
+            steps=10 * EPOCH,
+            batch_size=32,
+            learning_rate=1e-3,
+            clip=0.0,
+            patience=3,
+            eval_every=EPOCH,
+            checkpoint_every=EPOCH // 4,
+        ),
+    )

@@ -1,0 +1,35 @@
+"""Short film reviews, fresh or rotten, from a package index alone: text classification without a data-set host."""
+
+from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
+from flax_lstm.data.rotten_tomatoes import RottenTomatoes
+
+EPOCH = 141  # steps: 8,998 training reviews in batches of 64
+
+
+def get_config() -> Config:
+    return Config(
+        name="rotten_tomatoes",
+        data=RottenTomatoes(vocabulary_size=20_000),
+        task=Classification(),
+        model=RecurrentModel(
+            cell="lstm",
+            hidden_size=96,
+            bidirectional=True,
+            embed_size=128,
+            embed_dropout=0.3,
+            dropout=0.3,
+            pooling="max",
+            head_dropout=0.5,
+        ),
+        train=TrainConfig(
+            steps=10 * EPOCH,
+            batch_size=64,
+            learning_rate=2e-3,
+            weight_decay=0.01,
+            schedule="cosine",
+            ema=0.998,
+            patience=4,
+            eval_every=EPOCH,
+            checkpoint_every=EPOCH,
+        ),
+    )
