@@ -54,7 +54,14 @@ class Checkpoints:
             "rest": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        except Exception as error:  # the figures of all checkpoints are read here
+            there = listing(sorted(path.name for path in folder.glob("*")))
+            raise UserError(
+                f"{folder}: a checkpoint here cannot be read ({type(error).__name__}: {error}). "
+                f"Move the damaged one away, to go on from another; there are: {there}"
+            ) from error
 
     def steps(self) -> list[int]:
         """Steps that a checkpoint is kept of."""
@@ -108,9 +115,12 @@ class Checkpoints:
 
     def _shapes(self, step: int) -> Any:
         try:
-            return self._manager.item_metadata(step)["params"]
+            found = self._manager.item_metadata(step)["params"]
         except Exception as error:
             raise self._unreadable(step, error) from error
+        if not shapes(found):
+            raise self._unreadable(step, FileNotFoundError())
+        return found
 
     def _restore(self, step: int, items: Any) -> Any:
         try:
@@ -120,7 +130,7 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         others = [other for other in self.steps() if other != step]
-        remedy = f"These are left: {listing(others)}" if others else "None is left; begin a new run"
+        remedy = f"Move it away, to go on from: {listing(others)}" if others else "There is no other: begin a new run"
         return UserError(f"{self.folder}/{step}: this checkpoint cannot be read ({type(error).__name__}). {remedy}")
 
 

@@ -25,7 +25,16 @@ from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.errors import UserError
 from flax_lstm.inference import ASSETS, CHECKPOINTS, evaluate, evaluate_baselines
 from flax_lstm.plots import plot_curves
-from flax_lstm.records import MetricsLog, device_name, finite, open_workdir, params_sha256, versions, write_atomically
+from flax_lstm.records import (
+    MetricsLog,
+    device_name,
+    finite,
+    open_workdir,
+    params_sha256,
+    read_result,
+    versions,
+    write_atomically,
+)
 from flax_lstm.sharding import put_batch
 
 RESULT_FILE, METRICS_FILE = "result.json", "metrics.jsonl"
@@ -96,7 +105,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     train, task = config.train, config.task
     result_path = workdir / RESULT_FILE
     if result_path.exists():
-        result = json.loads(result_path.read_text())
+        result = read_result(result_path)
         if result["steps"] >= train.steps or result["stopped_early"]:
             console.print(f"{workdir}: this run is finished.")
             report(result, workdir)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_lstm.config import CONFIG_FILE, Config, read_config, resume_config, save_config
-from flax_lstm.errors import UserError, require
+from flax_lstm.config import CONFIG_FILE, Config, flatten, read_config, resume_config, save_config
+from flax_lstm.errors import UserError, listing, require
+from flax_lstm.inference import ASSETS, CHECKPOINTS
 
 Figures = Mapping[str, float]
 PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -23,26 +25,37 @@ PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 def open_workdir(workdir: Path, config: Config) -> Config:
     """Makes the folder and saves the config in it, or checks that the run there has the same settings; returns the
-    config to train with, its schedule's length settled."""
+    config to train with, its schedule's length settled. A start that failed before its first checkpoint, say for a
+    wrong column, leaves nothing to resume: the corrected command takes its folder over."""
     require(
         workdir.is_dir() or not os.path.lexists(workdir),
         f"--workdir {workdir}: a file of that name is in the way; name another folder",
     )
     path = workdir / CONFIG_FILE
-    if path.exists():
-        config = resume_config(read_config(path), config, workdir)
-    else:
+    if not path.exists():
         require(
             not workdir.exists() or not any(workdir.iterdir()),
             f"--workdir {workdir}: the folder holds other things and no run; name a new or empty folder",
         )
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir {workdir}: cannot be made ({error.strerror})") from error
         config = config.with_schedule_settled()
-    save_config(config, path)
+    elif is_failed_start(workdir) and flatten(read_config(path)) != flatten(config.with_schedule_settled()):
+        shutil.rmtree(workdir / ASSETS, ignore_errors=True)  # fitted under the other settings
+        config = config.with_schedule_settled()
+    else:
+        config = resume_config(read_config(path), config, workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_config(config, path)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: cannot be written ({error.strerror}); name another folder") from error
     return config
+
+
+def is_failed_start(workdir: Path) -> bool:
+    """Whether the folder holds what a run writes before its first checkpoint, and nothing else."""
+    early = {CONFIG_FILE, ASSETS, CHECKPOINTS, "metrics.jsonl", "metrics.discarded.jsonl", "tensorboard"}
+    saved = any(path.name.isdigit() for path in (workdir / CHECKPOINTS).glob("*"))
+    return not saved and {path.name for path in workdir.iterdir()} <= early
 
 
 class MetricsLog:
@@ -73,7 +86,7 @@ class MetricsLog:
         for line in self._lines():
             row = _parse(line)
             (kept if row is not None and row["step"] <= step else moved).append(line + "\n")
-        if moved:
+        if moved or kept:  # rewritten in any case: the end of the last line may be what is torn off
             with self.path.with_name("metrics.discarded.jsonl").open("a") as file:
                 file.writelines(moved)
             write_atomically(self.path, "".join(kept))
@@ -85,6 +98,20 @@ def _parse(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and "step" in row else None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of `result.json`. Raises UserError if it is spoilt."""
+    try:
+        result = json.loads(path.read_text())
+        missing = {"name", "steps", "best_step", "stopped_early", "test", "baselines"} - result.keys()
+        if missing:
+            raise ValueError(f"without {listing(sorted(missing))}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); delete it, and the same command writes it again"
+        ) from error
+    return result
 
 
 def finite(figures: Figures) -> dict[str, float | None]:
