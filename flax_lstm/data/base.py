@@ -46,8 +46,8 @@ class Info(Protocol):
 class Dataset(Protocol):
     """Data in memory, split and encoded."""
 
-    info: Info
-
+    @property
+    def info(self) -> Info: ...
     def size(self, split: str) -> int: ...  # examples in "train", "validation" or "test"
     def train(self, batch_size: int, seed: int) -> BatchSource: ...
     def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]: ...  # every example once, in a fixed order

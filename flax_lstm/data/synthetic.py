@@ -7,11 +7,10 @@ Axes: B rows of a batch, T time steps.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
-from flax_lstm.data.base import Batch
+from flax_lstm.data.base import Batch, Data
 from flax_lstm.data.order import in_order
 from flax_lstm.errors import require
 
@@ -37,7 +36,7 @@ class RegressionInfo:
 
 
 @dataclass(frozen=True)
-class AddingProblem:
+class AddingProblem(Data):
     """Add two numbers that lie far apart (Hochreiter & Schmidhuber 1997, section 5.4).
 
     Each step has a uniform number of [0, 1) and a marker, which is 1 at two steps, one in either half, and 0 elsewhere.
@@ -55,10 +54,6 @@ class AddingProblem:
             require(
                 getattr(self, name) >= 1, f"data.{name.replace('_', '-')} {getattr(self, name)}: must be at least 1"
             )
-
-    def absolute(self) -> Self:
-        """The same: there is no path."""
-        return self
 
     def load(self, assets: Path) -> "AddingDataset":
         """The data set; nothing is read, fitted or saved."""

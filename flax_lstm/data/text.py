@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import pandas as pd
 
-from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.data.base import Batch, BatchSource, Data
 from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
 from flax_lstm.data.tables import label_values, read_folder, read_table, sort_labels, text_values
 from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
@@ -108,7 +108,7 @@ class TextDataset:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Corpus:
+class Corpus(Data):
     """The settings that every data set of texts has."""
 
     vocabulary_size: int = 20_000  # most frequent training tokens kept, special ones included
@@ -127,10 +127,6 @@ class Corpus:
         if not path.exists():
             Vocabulary.train_cached(texts, self.vocabulary_size, self.tokenizer).save(path)
         return Vocabulary.load(path)
-
-    def absolute(self) -> Self:
-        """The same data wherever the program is started: relative paths made absolute."""
-        return self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
