@@ -8,6 +8,7 @@ classes with literal arguments, never executed.
 import ast
 import importlib
 import importlib.util
+import math
 import pprint
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,8 +52,8 @@ class TrainConfig:
             require(value >= 1, f"train.{name.replace('_', '-')} {value}: must be at least 1")
         for name in ("weight_decay", "clip", "warmup_steps", "schedule_steps", "patience"):
             value = getattr(self, name)
-            require(value >= 0, f"train.{name.replace('_', '-')} {value}: must not be negative")
-        require(self.learning_rate > 0, f"train.learning-rate {self.learning_rate}: must be positive")
+            require(0 <= value < math.inf, f"train.{name.replace('_', '-')} {value}: must be finite and not negative")
+        require(0 < self.learning_rate < math.inf, f"train.learning-rate {self.learning_rate}: must be positive")
         require(0 <= self.ema < 1, f"train.ema {self.ema}: must be at least 0 and below 1")
         divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
         require(
@@ -107,7 +108,7 @@ def shipped_configs() -> list[str]:
 def load_config(name: str | Path) -> Config:
     """The config of a file, or a shipped one by its bare name. Executes the file's `get_config()`."""
     path = Path(name)
-    if path.suffix != ".py" and not path.exists():
+    if path.suffix != ".py" and not path.is_file():
         require(
             path.name in shipped_configs() and len(path.parts) == 1,
             f"--config {name}: no such file or shipped config.{nearest(str(name), shipped_configs())} "
@@ -126,7 +127,8 @@ def load_config(name: str | Path) -> Config:
     except UserError:
         raise
     except Exception as error:
-        line = next((f.lineno for f in reversed(_frames(error)) if f.filename == str(path)), None)
+        line = next((f.lineno for f in reversed(_frames(error)) if f.filename == str(path.absolute())), None)
+        line = error.lineno if isinstance(error, SyntaxError) else line
         where = f"{path}, line {line}" if line else str(path)
         raise UserError(f"--config {where}: {type(error).__name__}: {error}") from error
     require(isinstance(config, Config), f"--config {path}: get_config() must return a flax_lstm.Config")
@@ -160,7 +162,9 @@ def save_config(config: Config, path: Path) -> None:
     classes = sorted({(type(v).__module__, type(v).__name__) for v in _tree(config)})
     imports = "\n".join(f"from {module} import {name}" for module, name in classes)
     body = pprint.pformat(config, width=100, sort_dicts=False).replace("\n", "\n    ")
-    path.write_text(f"{imports}\n\n\ndef get_config():\n    return {body}\n")
+    draft = path.with_name(f"{path.name}.part")  # a run cannot be resumed with half a config
+    draft.write_text(f"{imports}\n\n\ndef get_config():\n    return {body}\n")
+    draft.replace(path)
 
 
 def _tree(value: Any) -> Iterator[Any]:
@@ -184,9 +188,9 @@ def read_config(path: Path) -> Config:
         if not (isinstance(statement, ast.Return) and statement.value is not None):
             raise ValueError("get_config() must be a single return")
         config = _build(statement.value, known)
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, SyntaxError, ImportError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a config that flax_lstm saved ({error})") from error
     require(isinstance(config, Config), f"{path}: does not return a Config")
     return config
