@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every backend equals the scan: outputs, final states and all gradients, under random cotangents on both.
+
+A backend added to `flax_lstm.recurrence.BACKENDS` is tested here at once. A case that its `supports` refuses is skipped
+with that reason.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_lstm import recurrence
+from flax_lstm.cells import CELLS, Cell, LSTMState, Weights, rnn_step
+from flax_lstm.errors import UserError
+from flax_lstm.layers import RNN, scan
+
+Array = jax.Array
+T, B, D, H = 7, 6, 3, 8
+LENGTHS = np.array([7, 3, 0, 1, 5, 7])
+
+each_backend = pytest.mark.parametrize("backend", recurrence.BACKENDS)
+quick = pytest.mark.usefixtures("quick_compile")
+each_cell = pytest.mark.parametrize("name", CELLS)
+
+
+def random_like(seed: int, tree: Any) -> Any:
+    """Normal numbers in the shapes and dtypes of a tree."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
+
+
+def problem(name: str, dtype: Any, time: int = T, mask: bool = False) -> tuple[Cell, Any]:
+    """A cell and random (weights, x, state, mask)."""
+    cell = CELLS[name](H, dtype=dtype, param_dtype=dtype)
+    x_BTD = jax.ShapeDtypeStruct((B, time, D), dtype)
+    weights = jax.eval_shape(lambda: nn.init(lambda cell: cell.weights(D), cell)(jax.random.key(0)))["params"]
+    state_dtype = jnp.promote_types(dtype, jnp.float32)
+    state = jax.eval_shape(lambda: cell.initial_state(B, state_dtype))
+    weights, x_BTD, state = random_like(0, (weights, x_BTD, state))
+    weights["recurrent"] = weights["recurrent"] / 2
+    mask_BJ = jnp.asarray(np.random.default_rng(1).integers(0, 2, (B, H)) * 2, state_dtype) if mask else None
+    return cell, (weights, x_BTD, state, mask_BJ)
+
+
+def run(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any) -> Any:
+    """(final state, outputs) of a backend, or of the scan that defines them all."""
+    weights, x_BTD, state, mask_BJ = primals
+    weights = Weights(weights["input"], weights["recurrent"], weights["bias"], weights.get("recurrent_bias"))
+    if backend != "scan":
+        return recurrence.BACKENDS[backend].run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+
+    def advance(cell: Any, state: Any, x_BGH: Array) -> Any:
+        state = cell.step(weights, state, x_BGH, mask_BJ)
+        return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
+
+    def whole(cell: Any) -> Any:
+        return scan(advance, cell, state, cell.project(weights, x_BTD), lengths_B, reverse)
+
+    return nn.apply(whole, cell)({})
+
+
+def outcome(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any) -> Any:
+    """Final state and outputs, and the gradients for weights, inputs, initial state and (where there is one) mask."""
+
+    @jax.jit
+    def everything(primals: Any, lengths_B: Any) -> Any:
+        out, pull = jax.vjp(lambda p: run(backend, cell, lengths_B, reverse, p), primals)
+        return out, pull(random_like(2, out))[0]
+
+    return everything(primals, lengths_B)
+
+
+def compare(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any, rtol: float, atol: float) -> None:
+    if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], primals[3]):
+        pytest.skip(f"{backend}: {reason}")
+    ours = outcome(backend, cell, lengths_B, reverse, primals)
+    scans = outcome("scan", cell, lengths_B, reverse, primals)
+    assert jax.tree.structure(ours) == jax.tree.structure(scans)
+
+    def close(path: Any, a: Array, b: Array) -> None:
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), jax.tree_util.keystr(path)
+        a, b = (np.asarray(z, np.float64) for z in (a, b))
+        np.testing.assert_allclose(a, b, rtol, atol * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(close, ours, scans)
+
+
+@each_backend
+@each_cell
+@pytest.mark.parametrize(
+    "reverse, ragged, mask", [(False, False, False), (False, True, True), (True, True, False), (True, False, True)]
+)
+@quick
+def test_equals_the_scan(backend: str, name: str, reverse: bool, ragged: bool, mask: bool) -> None:
+    cell, primals = problem(name, jnp.float32, mask=mask)
+    compare(backend, cell, LENGTHS if ragged else None, reverse, primals, rtol=1e-4, atol=2e-6)
+
+
+@each_backend
+@each_cell
+@quick
+def test_equals_the_scan_in_float64(backend: str, name: str, x64: None) -> None:
+    """So closely that a slip in the mathematics cannot hide in rounding."""
+    cell, primals = problem(name, jnp.float64, mask=True)
+    compare(backend, cell, LENGTHS, True, primals, rtol=1e-10, atol=1e-12)
+
+
+@each_backend
+@each_cell
+@quick
+def test_near_the_scan_in_bfloat16(backend: str, name: str) -> None:
+    cell, primals = problem(name, jnp.bfloat16)
+    compare(backend, cell, LENGTHS, False, primals, rtol=0.1, atol=0.03)
+
+
+@each_backend
+@each_cell
+@quick
+def test_one_step_and_all_rows_empty(backend: str, name: str) -> None:
+    cell, primals = problem(name, jnp.float32, time=1)
+    compare(backend, cell, None, False, primals, rtol=1e-4, atol=2e-6)
+    cell, primals = problem(name, jnp.float32)
+    compare(backend, cell, np.zeros(B, int), False, primals, rtol=1e-4, atol=2e-6)
+
+
+@each_backend
+@each_cell
+def test_long_sequences(backend: str, name: str) -> None:
+    """Longer than any piece in which a backend may cut time."""
+    cell, primals = problem(name, jnp.float32, time=150)
+    compare(backend, cell, np.array([150, 149, 64, 0, 1, 129]), False, primals, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ("scan", *recurrence.BACKENDS))
+@each_cell
+def test_layer_with_backend_has_the_tree_and_result_of_the_scan(backend: str, name: str) -> None:
+    """Through `RNN`, with all kinds of dropout; weights begin the same whatever the backend."""
+    dropouts = {"dropout": 0.3, "recurrent_dropout": 0.4, "weight_dropout": 0.2}
+    x_BTD = random_like(3, jax.ShapeDtypeStruct((B, T, D), jnp.float32))
+    layers = [RNN(CELLS[name](H), backend=b, **dropouts) for b in (backend, "scan")]
+    if backend != "scan" and recurrence.BACKENDS[backend].supports(layers[0].cell, x_BTD, jnp.ones((B, H))):
+        pytest.skip(f"{backend} does not run this layer")
+
+    def result(layer: RNN) -> Any:
+        variables = layer.init(jax.random.key(0), x_BTD)
+
+        def loss(variables: Any) -> Any:
+            rngs = {"dropout": jax.random.key(1)}
+            _, y = layer.apply(variables, x_BTD, LENGTHS, deterministic=False, rngs=rngs)
+            return jnp.mean(y**2)
+
+        return variables, *jax.value_and_grad(loss)(variables)
+
+    ours, scans = (jax.jit(result, static_argnums=0)(layer) for layer in layers)
+    assert jax.tree.structure(ours) == jax.tree.structure(scans)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, scans)
+
+
+@each_backend
+def test_over_a_sharded_batch(backend: str) -> None:
+    """Eight devices, each with its rows, give what one gives."""
+    cell, primals = problem("lstm", jnp.float32)
+    if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], None):
+        pytest.skip(f"{backend}: {reason}")
+    weights, x_BTD, state, _ = primals
+    x_BTD, state = jax.tree.map(lambda a: jnp.concatenate([a] * 4), (x_BTD, state))
+    lengths_B = jnp.asarray(np.concatenate([LENGTHS] * 4))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    one = outcome(backend, cell, lengths_B, False, (weights, x_BTD, state, None))
+    x_BTD, state, lengths_B = jax.device_put((x_BTD, state, lengths_B), rows)
+    eight = outcome(backend, cell, lengths_B, False, (weights, x_BTD, state, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, eight)
+
+
+class OtherCell(Cell):
+    """A recurrence that no backend knows."""
+
+    @staticmethod
+    def equations(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None = None) -> Array:
+        return 0.5 * rnn_step(weights, h_BH, x_BGH, mask_BJ)
+
+
+def test_auto_falls_back_to_the_scan() -> None:
+    x_BTD = random_like(3, jax.ShapeDtypeStruct((B, T, D), jnp.float32))
+    layer = RNN(OtherCell(H))
+    assert recurrence.resolve("auto", layer.cell, x_BTD, None) is None
+    variables = layer.init(jax.random.key(0), x_BTD)
+    (_, y), (_, z) = (RNN(OtherCell(H), backend=b).apply(variables, x_BTD, LENGTHS) for b in ("auto", "scan"))
+    np.testing.assert_array_equal(y, z)
+
+
+@each_backend
+def test_a_backend_asked_for_by_name_says_why_not(backend: str) -> None:
+    with pytest.raises(UserError, match=f"{backend} cannot run.*Use auto or scan"):
+        recurrence.resolve(backend, OtherCell(H), jnp.zeros((B, T, D)), None)
+
+
+def test_backends_are_described() -> None:
+    described = recurrence.backends()
+    assert list(described) == [*recurrence.BACKENDS, "scan"]
+    assert all(len(line) > 10 for line in described.values())
+
+
+def test_scan_is_the_loop_written_out(x64: None) -> None:
+    """The oracle of this file against a plain loop over rows and steps."""
+    cell, primals = problem("lstm", jnp.float64, mask=True)
+    weights, x_BTD, state, mask_BJ = primals
+    w = Weights(weights["input"], weights["recurrent"], weights["bias"])
+    for reverse in (False, True):
+        final, y_BTH = run("scan", cell, jnp.asarray(LENGTHS), reverse, primals)
+        for row, length in enumerate(LENGTHS):
+            one = slice(row, row + 1)
+            now = LSTMState(state.c_BH[one], state.h_BH[one])
+            for t in range(length)[:: -1 if reverse else 1]:
+                now = cell.step(w, now, cell.project(w, x_BTD[one, t]), mask_BJ[one])
+                np.testing.assert_allclose(y_BTH[one, t], now.h_BH, rtol=1e-12)
+            np.testing.assert_array_equal(y_BTH[row, length:], 0)
+            np.testing.assert_allclose(final.c_BH[one], now.c_BH, rtol=1e-12)
+            np.testing.assert_allclose(final.h_BH[one], now.h_BH, rtol=1e-12)
