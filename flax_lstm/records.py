@@ -86,9 +86,10 @@ class MetricsLog:
         for line in self._lines():
             row = _parse(line)
             (kept if row is not None and row["step"] <= step else moved).append(line + "\n")
-        if moved or kept:  # rewritten in any case: the end of the last line may be what is torn off
+        if moved:
             with self.path.with_name("metrics.discarded.jsonl").open("a") as file:
                 file.writelines(moved)
+        if moved or kept:  # also where nothing but the end of the last line was torn off
             write_atomically(self.path, "".join(kept))
 
 
