@@ -145,7 +145,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         nonlocal pending
         read(pending)  # so that what is not finite is never saved, and the log is whole up to here
         pending = None
-        record = {"monitor": monitor, "best": list(best), "best_step": best.step, "losses": losses}
+        record = {"monitor": monitor, "best": list(best), "best_step": best.step, "losses": [*losses]}
         checkpoints.save(state, {**record, "seconds": seconds(), "sessions": sessions})
 
     def evaluated_params() -> Any:
@@ -209,6 +209,11 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
                     rows = dataset.evaluation("validation", train.batch_size)
                     figures = evaluate(steps, evaluated_params(), task, info, rows, mesh)
                     evaluated, value = step, figures[task.monitor.figure]
+                    if not math.isfinite(value):
+                        raise UserError(
+                            f"the validation {task.monitor.figure} is {value} at step {step}: try a lower "
+                            f"--train.learning-rate. The checkpoints in {workdir} are untouched."
+                        )
                     best = best.after(value, step, task.monitor.maximise)
                     record(step, "validation", figures)
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
