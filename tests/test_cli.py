@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user types it: train, evaluate, predict, from anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from commands import ROOT, SERIES, SMALL, call, series, texts
+
+from flax_lstm import load
+from flax_lstm.__main__ import WRITERS, main, train
+from flax_lstm.data.tables import read_table
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """XLA without its dear passes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def series_run(tmp_path_factory):
+    """A run of quantile forecasts, trained by `train` with paths relative to its working directory."""
+    home = tmp_path_factory.mktemp("series")
+    series().to_csv(home / "load.csv", index=False)
+    quantiles = "--data.path load.csv --data.targets load --task.objective quantile --train.checkpoint-every 1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert train(["--no-tuned-malloc", "--workdir", "out/run", *f"{SERIES} {quantiles}".split()]) == 0
+    return home / "out/run"
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    home = tmp_path_factory.mktemp("texts")
+    texts().to_csv(home / "reviews.csv", index=False)
+    flags = f"--config text_table --data.path {home}/reviews.csv --data.max-length 16 --workdir {home}/run {SMALL}"
+    longer = "--model.embed-size 4 --train.steps 40 --train.eval-every 20 --train.learning-rate 0.1 --train.ema 0"
+    assert train(["--no-tuned-malloc", *f"{flags} {longer} --model.bidirectional False".split()]) == 0
+    return home / "run"
+
+
+def test_work_directory_has_the_promised_files(series_run):
+    there = {path.name for path in series_run.iterdir()}
+    assert {"config.py", "metrics.jsonl", "result.json", "checkpoints", "assets", "tensorboard", "plots"} <= there
+    assert list((series_run / "tensorboard").iterdir()) and (series_run / "plots" / "forecasts.png").stat().st_size
+
+
+def test_result_has_the_promised_fields(series_run):
+    result = json.loads((series_run / "result.json").read_text())
+    promised = "task name steps best_step parameters params_sha256 wall_seconds sessions seed validation test baselines"
+    assert {*promised.split(), "versions", "device", "backend"} <= set(result)
+    assert (result["task"], result["name"], result["steps"]) == ("Forecasting", "series_table", 4)
+    assert set(result["test"]) == {
+        *("loss", "mse", "mae", "mse_original", "mae_original", "smape", "mase", "crps"),
+    }
+    assert set(result["baselines"]) == {"last_value", "seasonal_naive"}
+
+
+def test_metrics_are_rows_of_increasing_steps(series_run):
+    rows = [json.loads(line) for line in (series_run / "metrics.jsonl").read_text().splitlines()]
+    keys = [(row["step"], row["split"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert [step for step, split in keys if split == "train"] == [2, 4]
+    assert [step for step, split in keys if split == "validation"] == [2, 4]
+    assert all({"loss", "seconds"} <= set(row) for row in rows)
+    assert {"learning_rate", "grad_norm", "examples_per_second"} <= set(rows[0])
+
+
+def test_evaluate_prints_one_json_object_with_the_figures_of_the_result(series_run, capfd):
+    result = json.loads((series_run / "result.json").read_text())
+    for split in ("test", "validation"):
+        outcome = call(capfd, f"evaluate --split {split} --json", series_run)
+        figures = json.loads(outcome.out)  # fails on anything else on standard output
+        assert outcome.code == 0 and outcome.out.count("\n") == 1
+        assert {name: figures[name] for name in result[split]} == pytest.approx(result[split], rel=1e-6)
+        assert figures["split"] == split and figures["step"] == result["best_step"]
+    # The rows of test: 20 % of 120; windows of 2 steps.
+    assert json.loads(call(capfd, "evaluate --json", series_run).out)["examples"] == 24 - 2 + 1
+
+
+def test_evaluate_without_json_is_for_people(series_run, capsys):
+    outcome = call(capsys, "evaluate", series_run)
+    assert outcome.code == 0
+    lines = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
+    assert lines["split"] == "test" and float(lines["mse"]) > 0
+
+
+def test_evaluate_takes_a_checkpoint_by_name_or_step(series_run, capsys):
+    result = json.loads((series_run / "result.json").read_text())
+
+    def evaluated(checkpoint):
+        return json.loads(call(capsys, f"evaluate --json --checkpoint {checkpoint}", series_run).out)
+
+    latest = evaluated("latest")
+    assert latest["step"] == 4 and evaluated(4) == latest
+    assert evaluated("best")["step"] == result["best_step"]
+    outcome = call(capsys, "evaluate --checkpoint 77", series_run)
+    assert outcome.code == 2 and "best, latest or one of" in outcome.err and "4" in outcome.err
+
+
+def test_a_run_works_from_any_directory(series_run, tmp_path, monkeypatch, capsys):
+    before = json.loads(call(capsys, "evaluate --json", series_run).out)
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(call(capsys, "evaluate --json", series_run).out) == before
+    assert os.path.isabs(load(series_run).config.data.path)
+
+
+def test_the_same_command_on_a_finished_run_prints_its_result(series_run, monkeypatch, capsys):
+    monkeypatch.chdir(series_run.parent.parent)
+    before = (series_run / "result.json").read_bytes()
+    flags = "--data.path load.csv --data.targets load --task.objective quantile --train.checkpoint-every 1"
+    outcome = call(capsys, f"train --workdir out/run {SERIES} {flags}")
+    assert outcome.code == 0 and "finished" in outcome.err and "model" in outcome.err
+    assert (series_run / "result.json").read_bytes() == before
+
+
+def test_another_setting_on_a_finished_run_is_refused_field_by_field(series_run, monkeypatch, capsys):
+    monkeypatch.chdir(series_run.parent.parent)
+    flags = "--data.path load.csv --data.targets load --task.objective mse --train.learning-rate 0.5"
+    outcome = call(capsys, f"train --workdir out/run {SERIES} {flags}")
+    assert outcome.code == 2
+    assert "task.objective: 'quantile' there, 'mse' now" in outcome.err
+    assert "train.learning_rate: 0.001 there, 0.5 now" in outcome.err
+
+
+def test_forecasts_are_long_rows_after_the_last_time(series_run, tmp_path, capsys):
+    series(20).to_csv(tmp_path / "new.csv", index=False)
+    outcome = call(capsys, "predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", series_run)
+    assert outcome.code == 0 and outcome.out == ""
+    rows = pd.read_csv(tmp_path / "out.csv")
+    assert list(rows.columns) == ["time", "channel", "horizon", "forecast", "q0.1", "q0.5", "q0.9"]
+    assert rows.time.tolist() == ["2024-01-01 20:00:00", "2024-01-01 21:00:00"]
+    assert rows.channel.tolist() == ["load", "load"] and rows.horizon.tolist() == [1, 2]
+    np.testing.assert_allclose(rows.forecast, rows["q0.5"])
+
+
+def test_classification_from_a_text(text_run, capsys):
+    outcome = call(capsys, "predict --text", "a fine film", text_run)
+    answer = json.loads(outcome.out)
+    assert outcome.code == 0 and list(answer) == ["label", "probability", "probabilities"]
+    assert answer["label"] == "good" and answer["probability"] == answer["probabilities"]["good"] > 0.5
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    assert json.loads(call(capsys, "predict --text", "an awful film", text_run).out)["label"] == "bad"
+
+
+@pytest.mark.parametrize("extension", sorted(WRITERS))
+def test_classification_of_a_table_keeps_rows_and_columns(text_run, tmp_path, capsys, extension):
+    new = texts(21).drop(columns="label").iloc[::-1].reset_index(drop=True)  # longest ids first, not sorted by length
+    WRITERS[extension](new, tmp_path / f"new{extension}")
+    output = tmp_path / f"out{extension}"
+    outcome = call(capsys, "predict --input", tmp_path / f"new{extension}", "--output", output, text_run)
+    assert outcome.code == 0 and outcome.out == ""
+    result = read_table(output)
+    assert list(result.columns) == ["id", "text", "label", "probability"]
+    assert result["id"].astype(int).tolist() == new["id"].tolist() and result["text"].tolist() == new["text"].tolist()
+    assert result["label"].tolist() == ["bad" if n % 2 == 0 else "good" for n in new["id"]]
+    assert (result["probability"].astype(float) > 0.5).all()
+
+
+def test_columns_of_the_input_that_a_prediction_would_hide_are_renamed(text_run, tmp_path, capsys):
+    texts(5, label="?").to_csv(tmp_path / "new.csv", index=False)
+    call(capsys, "predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", text_run)
+    result = pd.read_csv(tmp_path / "out.csv")
+    assert set(result["label_input"]) == {"?"} and set(result["label"]) == {"good", "bad"}
+
+
+def test_an_existing_output_is_kept_unless_asked(text_run, tmp_path, capsys):
+    texts(3).to_csv(tmp_path / "new.csv", index=False)
+    (tmp_path / "out.csv").write_text("mine\n")
+    arguments = ("predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", text_run)
+    outcome = call(capsys, *arguments)
+    assert outcome.code == 2 and "--overwrite" in outcome.err and (tmp_path / "out.csv").read_text() == "mine\n"
+    assert call(capsys, *arguments, "--overwrite").code == 0
+    assert len(pd.read_csv(tmp_path / "out.csv")) == 3
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_the_cell_is_one_flag(tmp_path, capsys, cell):
+    series().to_csv(tmp_path / "load.csv", index=False)
+    flags = f"{SERIES} --data.path {tmp_path}/load.csv --data.targets load --data.calendar False --model.cell {cell}"
+    outcome = call(capsys, f"train --workdir {tmp_path}/run {flags} --train.steps 1 --train.schedule constant")
+    assert outcome.code == 0, outcome.err
+    gates, hidden = {"gru": 3, "rnn": 1}[cell], 4
+    cell_size = gates * hidden * (1 + hidden + 1) + (hidden if cell == "gru" else 0)
+    assert json.loads((tmp_path / "run/result.json").read_text())["parameters"] == cell_size + (hidden + 1) * 2
+
+
+def test_underscores_are_as_good_as_hyphens(tmp_path, capsys):
+    outcome = call(capsys, f"train --workdir {tmp_path}/run --train.batch_size 8 --train.steps 0")
+    assert outcome.code == 2 and "train.steps" in outcome.err and "batch" not in outcome.err
+
+
+def test_help_lists_every_knob(capsys):
+    outcome = call(capsys, "train --help")
+    assert outcome.code == 0
+    shown = " ".join(outcome.out.split())
+    for flag in ("--model.hidden-size", "--data.lookback", "--task.objective", "--train.ema", "--mesh.fsdp", "--seed"):
+        assert flag in shown
+    assert "units of a layer" in shown and "{lstm,gru,rnn}" in shown  # the comment behind the field, and the choices
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_every_command_has_help(capsys, command):
+    outcome = call(capsys, f"{command} --help")
+    assert outcome.code == 0 and "--checkpoint" in outcome.out
+
+
+def test_usage_without_a_command(capsys):
+    assert main([]) == 2
+    assert "train,evaluate,predict" in capsys.readouterr().out
+    assert call(capsys, "evalute DIR") == (2, "", call(capsys, "evalute DIR").err)
+    assert "Did you mean evaluate?" in call(capsys, "evalute DIR").err
+
+
+def test_train_py_from_outside_the_checkout_and_the_module_are_the_same_program(tmp_path, capsys, monkeypatch):
+    series().to_csv(tmp_path / "load.csv", index=False)
+    flags = [*SERIES.split(), "--data.path", "load.csv"]
+    command, environment = [sys.executable, ROOT / "train.py", *flags], {**os.environ, "XLA_FLAGS": ""}
+    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert first.returncode == 0 and first.stdout == "" and "best step" in first.stderr, first.stderr
+    workdir = tmp_path / "runs/series_table"  # NAME of the config, in the working directory
+    assert (workdir / "result.json").exists()
+
+    monkeypatch.chdir(tmp_path)
+    again = call(capsys, "train", *flags)
+    assert again.code == 0 and "finished" in again.err
+
+
+def test_a_config_by_path_or_by_bare_name(tmp_path, capsys):
+    """Told apart by an impossible setting, which is found before anything is read."""
+    for config in ("stocks", ROOT / "configs" / "stocks.py"):
+        outcome = call(capsys, f"train --workdir {tmp_path}/run --data.lookback 5000 --config", config)
+        assert outcome.code == 2 and "stocks has" in outcome.err
+    outcome = call(capsys, f"train --workdir {tmp_path}/run --config stock")
+    assert outcome.code == 2 and "Did you mean stocks?" in outcome.err and "quickstart" in outcome.err

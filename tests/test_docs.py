@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents say can be done, done."""
+
+import argparse
+import re
+import shlex
+import sys
+import types
+
+import pytest
+from commands import ROOT, call
+
+from flax_lstm import load, load_config
+from flax_lstm.config import override
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run_in_order(path, name):
+    """Executes the Python blocks of a document as one module."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module  # dataclasses and saved configs find their classes by it
+    try:
+        for block in blocks(path, "python"):
+            exec(compile(block, f"{path.name}: {block.strip().splitlines()[0]}", "exec"), module.__dict__)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def test_extend(tmp_path, monkeypatch, quick_compile):
+    monkeypatch.chdir(tmp_path)
+    module = run_in_order(ROOT / "docs" / "extend.md", "extend_document")
+    assert module.result["task"] == "PoissonRegression" and (tmp_path / "runs/counts/result.json").exists()
+
+
+def test_extend_as_the_config_file_it_says_it_is(tmp_path, monkeypatch, capsys, quick_compile):
+    """The same blocks, short of the last that trains, in a file: flags reach the own classes, and the run reloads."""
+    monkeypatch.chdir(tmp_path)
+    source = "\n".join(blocks(ROOT / "docs" / "extend.md", "python"))
+    source = source[: source.index("\nresult = fit")]
+    (tmp_path / "counts.py").write_text(source)
+    flags = "--data.rows 80 --model.hidden-size 3 --train.steps 2 --mesh.data 1"
+    outcome = call(capsys, f"train --config counts.py {flags}")
+    assert outcome.code == 0, outcome.err
+    load_config("counts.py")
+    run = load("runs/counts")
+    assert (run.config.data.rows, run.config.model.hidden_size) == (80, 3)
+
+    del sys.modules["flax_lstm_config_counts"]
+    outcome = call(capsys, "evaluate runs/counts")
+    assert outcome.code == 2 and "is not loaded" in outcome.err
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_within_the_repository_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    for link in links:
+        if not link.startswith(("http:", "https:", "mailto:", "#")):
+            assert (path.parent / link.split("#")[0]).exists(), f"{path.name}: {link}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_documents_name_exist(path):
+    text = path.read_text()
+    for name in re.findall(r"`((?:flax_lstm|configs|tests|tools|benchmarks|docs)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+def commands(path):
+    """The `python train.py` lines of a document, without comments."""
+    lines = "\n".join(blocks(path, "bash")).splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python train.py ")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_documents_name_configs_and_flags_that_exist(path):
+    parser = argparse.ArgumentParser()
+    for flag in ("--config", "--workdir"):
+        parser.add_argument(flag, default="quickstart")
+    for arguments in commands(path):
+        options, rest = parser.parse_known_args(arguments)
+        if not options.config.endswith(".py"):
+            override(load_config(options.config), rest, "train.py", "")  # exits at a flag that is not there
