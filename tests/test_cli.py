@@ -15,6 +15,7 @@ from commands import ROOT, SERIES, SMALL, call, series, texts
 from flax_lstm import load
 from flax_lstm.__main__ import WRITERS, main, train
 from flax_lstm.data.tables import read_table
+from flax_lstm.records import params_sha256
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,15 +26,17 @@ def quick():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+QUANTILES = "--data.path load.csv --data.targets load --task.objective quantile --train.ema 0.5"
+
+
 @pytest.fixture(scope="module")
 def series_run(tmp_path_factory):
-    """A run of quantile forecasts, trained by `train` with paths relative to its working directory."""
+    """A run of quantile forecasts with averaged weights, its paths relative to its working directory."""
     home = tmp_path_factory.mktemp("series")
     series().to_csv(home / "load.csv", index=False)
-    quantiles = "--data.path load.csv --data.targets load --task.objective quantile --train.checkpoint-every 1"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        assert train(["--no-tuned-malloc", "--workdir", "out/run", *f"{SERIES} {quantiles}".split()]) == 0
+        assert train(["--no-tuned-malloc", "--workdir", "out/run", *f"{SERIES} {QUANTILES}".split()]) == 0
     return home / "out/run"
 
 
@@ -72,6 +75,17 @@ def test_metrics_are_rows_of_increasing_steps(series_run):
     assert [step for step, split in keys if split == "validation"] == [2, 4]
     assert all({"loss", "seconds"} <= set(row) for row in rows)
     assert {"learning_rate", "grad_norm", "examples_per_second"} <= set(rows[0])
+
+
+def test_figures_are_those_of_the_averaged_weights_at_the_best_step(series_run):
+    result = json.loads((series_run / "result.json").read_text())
+    rows = [json.loads(line) for line in (series_run / "metrics.jsonl").read_text().splitlines()]
+    validation = {row["step"]: row for row in rows if row["split"] == "validation"}
+    best = min(validation.values(), key=lambda row: row["loss"])
+    assert result["best_step"] == best["step"]
+    assert result["validation"] == pytest.approx({name: best[name] for name in result["validation"]}, rel=1e-5)
+    assert result["steps"] == best["step"]  # so that the hash of the plain weights is of the same step
+    assert params_sha256(load(series_run).params()) != result["params_sha256"]
 
 
 def test_evaluate_prints_one_json_object_with_the_figures_of_the_result(series_run, capfd):
@@ -116,16 +130,15 @@ def test_a_run_works_from_any_directory(series_run, tmp_path, monkeypatch, capsy
 def test_the_same_command_on_a_finished_run_prints_its_result(series_run, monkeypatch, capsys):
     monkeypatch.chdir(series_run.parent.parent)
     before = (series_run / "result.json").read_bytes()
-    flags = "--data.path load.csv --data.targets load --task.objective quantile --train.checkpoint-every 1"
-    outcome = call(capsys, f"train --workdir out/run {SERIES} {flags}")
+    outcome = call(capsys, f"train --workdir out/run {SERIES} {QUANTILES}")
     assert outcome.code == 0 and "finished" in outcome.err and "model" in outcome.err
     assert (series_run / "result.json").read_bytes() == before
 
 
 def test_another_setting_on_a_finished_run_is_refused_field_by_field(series_run, monkeypatch, capsys):
     monkeypatch.chdir(series_run.parent.parent)
-    flags = "--data.path load.csv --data.targets load --task.objective mse --train.learning-rate 0.5"
-    outcome = call(capsys, f"train --workdir out/run {SERIES} {flags}")
+    flags = f"{SERIES} {QUANTILES} --task.objective mse --train.learning-rate 0.5"
+    outcome = call(capsys, f"train --workdir out/run {flags}")
     assert outcome.code == 2
     assert "task.objective: 'quantile' there, 'mse' now" in outcome.err
     assert "train.learning_rate: 0.001 there, 0.5 now" in outcome.err

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks the code on purpose, one named breakage after another, and asks whether a test turns red.
+
+    python tools/mutate.py              all of them
+    python tools/mutate.py NAME ...     these
+
+Each is applied to a temporary copy of the tree, so that the checkout stays as it is. The tests must be green there
+before. Ends with status 1 if a breakage goes unnoticed, or no longer finds the text that it replaces.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("flax_lstm", "configs", "tests", "docs")
+
+
+class Breakage(NamedTuple):
+    file: str
+    old: str  # occurs once
+    new: str
+    test: str  # what must turn red
+
+
+BREAKAGES = {
+    "forget gate's bias begins at 0": Breakage(
+        "flax_lstm/cells.py",
+        ".at[1].set(1)",
+        ".at[1].set(0)",
+        "tests/test_cells.py::test_weights_begin_as_said",
+    ),
+    "input and forget gate swapped": Breakage(
+        "flax_lstm/cells.py",
+        "nn.sigmoid(f) * state.c_BH + nn.sigmoid(i) * jnp.tanh(g)",
+        "nn.sigmoid(i) * state.c_BH + nn.sigmoid(f) * jnp.tanh(g)",
+        "tests/test_cells.py::test_cell_is_the_textbook_step_by_step",
+    ),
+    "recurrent dropout on the carried state": Breakage(
+        "flax_lstm/cells.py",
+        "return (1 - z) * n + z * h_BH",
+        "return (1 - z) * n + z * (h_BH if mask_BJ is None else h_BH * mask_BJ)",
+        "tests/test_cells.py::test_recurrent_dropout_leaves_the_carried_state_alone",
+    ),
+    "padding changes the state": Breakage(
+        "flax_lstm/layers.py",
+        "keep = jax.tree.map(lambda a, b: jnp.where(_like(valid, a), a, b), new, state)",
+        "keep = new",
+        "tests/test_layers.py::test_padding_is_never_seen",
+    ),
+    "reverse is ignored": Breakage(
+        "flax_lstm/layers.py",
+        "        reverse=reverse,\n",
+        "        reverse=False,\n",
+        "tests/test_layers.py::test_reverse_reads_each_row_from_its_end",
+    ),
+    "no gradient for the GRU's recurrent bias": Breakage(
+        "flax_lstm/recurrence/fused.py",
+        "d_bias = None if bias_H is None else ",
+        "d_bias = None if bias_H is None else 0 * ",
+        "tests/test_backends.py::test_equals_the_scan_in_float64",
+    ),
+    "scaler fitted on all rows": Breakage(
+        "flax_lstm/data/series.py",
+        "self._fit(times, values_RD[: borders[1]], time_column, targets)",
+        "self._fit(times, values_RD, time_column, targets)",
+        "tests/test_series_data.py::test_training_knows_nothing_of_what_follows",
+    ),
+    "windows see the first step to forecast": Breakage(
+        "flax_lstm/data/series.py",
+        "inputs=np.ascontiguousarray(values_BSD[:, :lookback])",
+        "inputs=np.ascontiguousarray(values_BSD[:, 1 : lookback + 1])",
+        "tests/test_series_data.py::test_forecast_steps_are_not_in_the_inputs",
+    ),
+    "copies of a text in training and validation": Breakage(
+        "flax_lstm/data/text.py",
+        "[_hash(key, seed) for key in keys or rows.texts]",
+        "[_hash(f'{key}{n}', seed) for n, key in enumerate(keys or rows.texts)]",
+        "tests/test_text_data.py::test_more_rows_move_none_and_copies_stay_together",
+    ),
+    "every epoch in the same order": Breakage(
+        "flax_lstm/data/order.py",
+        "default_rng([seed, epoch])",
+        "default_rng([seed])",
+        "tests/test_series_data.py::test_each_window_once_an_epoch",
+    ),
+    "weights ignored in the loss": Breakage(
+        "flax_lstm/tasks.py",
+        "weights = jnp.broadcast_to(weights_B, values_B.shape)",
+        "weights = jnp.ones_like(values_B)",
+        "tests/test_steps.py::test_rows_of_weight_zero_change_nothing",
+    ),
+    "accumulated gradients summed, not averaged": Breakage(
+        "flax_lstm/steps.py",
+        "jax.tree.map(lambda g: g / weight, grads)",
+        "jax.tree.map(lambda g: g * accumulate / weight, grads)",
+        "tests/test_steps.py::test_sgd_with_momentum_and_averaged_weights_by_hand",
+    ),
+    "carried state never forgotten": Breakage(
+        "flax_lstm/steps.py",
+        "reset.reshape(-1, *(1,) * (s.ndim - 1)), 0, s)",
+        "reset.reshape(-1, *(1,) * (s.ndim - 1)), s, s)",
+        "tests/test_steps.py::test_carried_state_makes_two_windows_one_sequence",
+    ),
+    "a resumed run reads the data from the start": Breakage(
+        "flax_lstm/loop.py",
+        "batches(source, step, train.steps)",
+        "batches(source, 0, train.steps)",
+        "tests/test_resume.py::test_ten_steps_are_five_and_five_more",
+    ),
+    "averaged weights not used in validation": Breakage(
+        "flax_lstm/loop.py",
+        "return state.params if state.ema is None else state.ema",
+        "return state.params",
+        "tests/test_cli.py::test_figures_are_those_of_the_averaged_weights_at_the_best_step",
+    ),
+    "averaged weights not used after training": Breakage(
+        "flax_lstm/checkpoint.py",
+        "return state.params if state.ema is None else state.ema",
+        "return state.params",
+        "tests/test_cli.py::test_figures_are_those_of_the_averaged_weights_at_the_best_step",
+    ),
+    "the worst checkpoint taken for the best": Breakage(
+        "flax_lstm/loop.py",
+        "value >= self.value if maximise else value <= self.value",
+        "value <= self.value if maximise else value >= self.value",
+        "tests/test_cli.py::test_figures_are_those_of_the_averaged_weights_at_the_best_step",
+    ),
+    "ties count whole under the curve": Breakage(
+        "flax_lstm/metrics.py",
+        "below + negatives / 2",
+        "below + negatives",
+        "tests/test_metrics.py::test_area_under_curve_with_ties_against_all_pairs",
+    ),
+    "a failed start leaves its scaler to the next": Breakage(
+        "flax_lstm/records.py",
+        "shutil.rmtree(workdir / ASSETS, ignore_errors=True)",
+        "pass",
+        "tests/test_bad_input.py::test_only_what_a_failed_start_leaves_is_taken_over",
+    ),
+    "a saved config is executed": Breakage(
+        "flax_lstm/config.py",
+        "        module = ast.parse(path.read_text())\n",
+        "        module = ast.parse(path.read_text())\n        exec(path.read_text())\n",
+        "tests/test_config.py::test_reading_executes_nothing",
+    ),
+}
+
+
+def copy_tree(folder: Path) -> None:
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / "pyproject.toml"):
+        shutil.copy(path, folder)
+
+
+def run_tests(folder: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["nothing was printed"])[-1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a breakage, or a part of its name; all without")
+    asked = parser.parse_args().names
+    chosen = {n: b for n, b in BREAKAGES.items() if not asked or any(part in n for part in asked)}
+    if not chosen:
+        parser.error(f"no such breakage; known: {', '.join(BREAKAGES)}")
+    survivors = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copy_tree(folder)
+        before = run_tests(folder, sorted({breakage.test for breakage in chosen.values()}))
+        if before.returncode:
+            print(f"{before.stdout}{before.stderr}\nred before anything was broken")
+            return 1
+        print(f"before: {last_line(before.stdout)}", flush=True)
+        for name, (file, old, new, test) in chosen.items():
+            path, text = folder / file, (ROOT / file).read_text()
+            if text.count(old) != 1:
+                print(f"STALE  {name}: its text occurs {text.count(old)} times in {file}", flush=True)
+                survivors += 1
+                continue
+            path.write_text(text.replace(old, new))
+            after = run_tests(folder, [test])
+            path.write_text(text)
+            noticed = after.returncode == 1  # 2 and above: the test was not there, or not run
+            survivors += not noticed
+            print(f"{'red   ' if noticed else 'GREEN '} {name}: {last_line(after.stdout + after.stderr)}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} breakages were noticed")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
