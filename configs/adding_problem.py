@@ -15,7 +15,7 @@ def get_config() -> Config:
         name="adding_problem",
         data=AddingProblem(length=400),
         task=SequenceRegression(),
-        model=RecurrentModel(cell="lstm", hidden_size=128),
+        model=RecurrentModel(cell="lstm", hidden_size=64),
         train=TrainConfig(steps=6000, batch_size=64, learning_rate=2e-3, clip=1.0, schedule="cosine", warmup_steps=100,
                           log_every=100, eval_every=500, checkpoint_every=500),
     )  # fmt: skip

