@@ -34,65 +34,68 @@ from flax_lstm.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights, rec
 
 Array = jax.Array
 State = tuple[Array, ...]  # (c, h) of an LSTM, (h,) of the others: h comes last
+Gates = tuple[Array, ...] | None  # one [B, H] for each gate
 Saved = tuple[Array, ...]  # what a step keeps for the backward pass, besides the state
 
-# XLA:CPU merges the activation with the slices of it that follow, and then evaluates it without vector instructions,
-# five times slower; the barrier keeps them apart.
+# XLA:CPU evaluates a merged group of operations with vector instructions only where each index into memory is plain.
+# Hence the barrier, which keeps the one tanh apart from the slices that follow, and gates that are saved one by one and
+# put together as [B, G * H] for the matmul. Each of these is worth tens of microseconds a step.
 barrier = jax.lax.optimization_barrier
+
+
+def sigmoid(half: Array) -> Array:
+    """The sigmoid of z from tanh(z / 2)."""
+    return 0.5 + 0.5 * half
 
 
 def lstm_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
     u = barrier(jnp.tanh(x + rh))
-    i, f, g, o = (u[:, gate] if gate == 2 else 0.5 + 0.5 * u[:, gate] for gate in range(4))
+    i, f, g, o = sigmoid(u[:, 0]), sigmoid(u[:, 1]), u[:, 2], sigmoid(u[:, 3])
     c = f * state[0] + i * g
-    return (c, o * jnp.tanh(c)), (u,)
+    tanh_c = jnp.tanh(c)
+    return (c, o * tanh_c), (i, f, g, o, state[0], tanh_c)
 
 
-def lstm_backward(saved: Saved, before: State, after: State, d: State) -> tuple[Array, Array, State]:
-    (u,) = saved
-    i, f, g, o = (u[:, gate] if gate == 2 else 0.5 + 0.5 * u[:, gate] for gate in range(4))
+def lstm_backward(saved: Saved, h: Array, d: State) -> tuple[State, Gates, Gates]:
+    i, f, g, o, c, tanh_c = saved
     dc, dh = d
-    tanh_c = jnp.tanh(after[0])
     dc = dc + dh * o * (1 - tanh_c * tanh_c)
-    du = jnp.stack([0.5 * dc * g, 0.5 * dc * before[0], dc * i, 0.5 * dh * tanh_c], axis=1)
-    da = du * (1 - u * u)
-    return da, da, (dc * f, jnp.zeros_like(dh))
+    da = (dc * g * 2 * i * (1 - i), dc * c * 2 * f * (1 - f), dc * i * (1 - g * g), dh * tanh_c * 2 * o * (1 - o))
+    return (dc * f, jnp.zeros_like(dh)), da, None
 
 
 def gru_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
     u = barrier(jnp.tanh(x[:, :2] + rh[:, :2]))
-    r, z = 0.5 + 0.5 * u[:, 0], 0.5 + 0.5 * u[:, 1]
-    q = rh[:, 2] + bias
+    r, z = sigmoid(u[:, 0]), sigmoid(u[:, 1])
+    q = rh[:, 2] + bias[None]
     n = jnp.tanh(x[:, 2] + r * q)
-    return (n + z * (state[0] - n),), (u, n, q)
+    away = state[0] - n
+    return (n + z * away,), (r, z, n, q, away)
 
 
-def gru_backward(saved: Saved, before: State, after: State, d: State) -> tuple[Array, Array, State]:
-    u, n, q = saved
-    r, z = 0.5 + 0.5 * u[:, 0], 0.5 + 0.5 * u[:, 1]
+def gru_backward(saved: Saved, h: Array, d: State) -> tuple[State, Gates, Gates]:
+    r, z, n, q, away = saved
     (dh,) = d
     da_n = dh * (1 - z) * (1 - n * n)
-    da_r = 0.5 * da_n * q * (1 - u[:, 0] * u[:, 0])
-    da_z = 0.5 * dh * (before[0] - n) * (1 - u[:, 1] * u[:, 1])
-    return jnp.stack([da_r, da_z, da_n], axis=1), jnp.stack([da_r, da_z, da_n * r], axis=1), (dh * z,)
+    da_r, da_z = da_n * q * 2 * r * (1 - r), dh * away * 2 * z * (1 - z)
+    return (dh * z,), (da_r, da_z, da_n * r), (da_r, da_z, da_n)
 
 
 def rnn_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
-    return (jnp.tanh(x + rh)[:, 0],), ()
+    return (jnp.tanh(x[:, 0] + rh[:, 0]),), ()
 
 
-def rnn_backward(saved: Saved, before: State, after: State, d: State) -> tuple[Array, Array, State]:
-    (dh,), (h,) = d, after
-    da = (dh * (1 - h * h))[:, None]
-    return da, da, (jnp.zeros_like(dh),)
+def rnn_backward(saved: Saved, h: Array, d: State) -> tuple[State, Gates, Gates]:
+    (dh,) = d
+    return (jnp.zeros_like(dh),), (dh * (1 - h * h),), None
 
 
 class Rule(NamedTuple):
     """One cell: the factors folded into its gates, one step, and the step's gradient.
 
     forward(state, Wx + b, Rh, recurrent bias) -> (state, saved)
-    backward(saved, state before, state after, gradient of the state after)
-        -> (gradient of Wx + b, gradient of Rh, gradient of the state before but for its way through Rh)
+    backward(saved, h after the step, gradient of the state after) -> (gradient of the state before but for its way
+        through Rh, gradients of Rh for each gate, the same of Wx + b or None where they are equal)
     """
 
     scale: tuple[float, ...]
@@ -120,15 +123,23 @@ def run(
     scale = jnp.asarray(rule.scale, weights.recurrent_JGH.dtype)
     input_DGH, recurrent_JGH = (w * scale[None, :, None] for w in (weights.input_DGH, weights.recurrent_JGH))
     scaled = weights._replace(input_DGH=input_DGH, bias_GH=weights.bias_GH * scale[:, None])
-    x_TBGH = cell.project(scaled, jnp.swapaxes(x_BTD, 0, 1))
+    x_TBD = jnp.swapaxes(x_BTD, 0, 1)
+    x_TBGH = cell.project(scaled, merge(x_TBD)).reshape(*x_TBD.shape[:2], *weights.bias_GH.shape)
     leaves, structure = jax.tree.flatten(state)
     final, h_TBH = recur(
         rule, reverse, x_TBGH, recurrent_JGH, weights.recurrent_bias_H, tuple(leaves), mask_BJ, lengths_B
     )
     y_TBH = h_TBH.astype(x_TBGH.dtype)
     if lengths_B is not None:
-        y_TBH = jnp.where((jnp.arange(len(y_TBH))[:, None] < lengths_B)[:, :, None], y_TBH, 0)
+        valid_TB = jnp.arange(len(y_TBH))[:, None] < lengths_B[None]
+        y_TBH = jnp.where(valid_TB[:, :, None], y_TBH, 0)
     return jax.tree.unflatten(structure, final), jnp.swapaxes(y_TBH, 0, 1)
+
+
+def merge(x_TB: Array) -> Array:
+    """[T, B, ...] as [T * B, ...] where there is one device: a matmul summing over one axis needs no transposed copy of
+    its operand. With more, the batch may be sharded, and merged into time it would have to be gathered."""
+    return x_TB.reshape(-1, *x_TB.shape[2:]) if jax.device_count() == 1 else x_TB
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -143,59 +154,63 @@ def recur(
     lengths_B: Array | None,
 ) -> tuple[State, Array]:
     """The final state, and h after each step (held where a row has ended)."""
-    final, (states, _) = forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B)
-    return final, states[-1]
+    final, (h_TBH, _) = forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B)
+    return final, h_TBH
 
 
 def forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B):  # type: ignore[no-untyped-def]
-    """The final state, and the states after each step and what the steps saved, [T, ...]."""
+    """The final state, and h after each step and what the steps saved, [T, ...]."""
 
-    def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, tuple[State, Saved]]:
+    def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, tuple[Array, Saved]]:
         x, t = inputs
         rh = recurrent_matmul(state[-1], recurrent_JGH, mask_BJ)
         new, saved = rule.forward(state, x, rh, bias_H)
         if lengths_B is not None:
             new = keep_where(t < lengths_B, new, state)
-        return new, (new, saved)
+        return new, (new[-1], saved)
 
     return jax.lax.scan(step, state, (x_TBGH, jnp.arange(len(x_TBGH))), reverse=reverse)
 
 
 def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B):  # type: ignore[no-untyped-def]
-    final, (states, saved) = forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B)
-    return (final, states[-1]), (recurrent_JGH, bias_H, state, mask_BJ, lengths_B, states, saved)
+    final, (h_TBH, saved) = forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B)
+    return (final, h_TBH), (recurrent_JGH, bias_H, state, mask_BJ, lengths_B, h_TBH, saved)
 
 
 def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-untyped-def]
-    recurrent_JGH, bias_H, state, mask_BJ, lengths_B, states, saved = residuals
+    recurrent_JGH, bias_H, state, mask_BJ, lengths_B, h_TBH, saved = residuals
     d_final, dh_TBH = gradients
-    dtype = recurrent_JGH.dtype
-    before = tuple(shift(first, after, reverse) for first, after in zip(state, states, strict=True))
+    dtype, shape = recurrent_JGH.dtype, recurrent_JGH.shape
+    # Transposed once: without the barrier the compiler moves it into the loop.
+    transposed = barrier(recurrent_JGH.reshape(shape[0], -1).T)
 
-    def through_matmul(da_BGH: Array) -> Array:
-        return jnp.einsum("...gh,jgh->...j", da_BGH, recurrent_JGH, preferred_element_type=state[-1].dtype)
+    def through_matmul(da: Array) -> Array:
+        return jnp.matmul(da, transposed, preferred_element_type=h_TBH.dtype)
 
-    def step(d: State, inputs: Any) -> tuple[State, tuple[Array, Array]]:
-        t, saved, before, after, dh = inputs
-        dx, da, d_before = rule.backward(saved, before, after, (*d[:-1], d[-1] + dh))
+    def step(d: State, inputs: Any) -> Any:
+        t, saved, h, dh = inputs
+        d_before, da, dx = rule.backward(saved, h, (*d[:-1], d[-1] + dh))
         if lengths_B is not None:
             valid = t < lengths_B
-            dx, da = (jnp.where(valid[:, None, None], a, 0) for a in (dx, da))
             d_before = keep_where(valid, d_before, d)
-        dx, da = dx.astype(dtype), da.astype(dtype)
+            da, dx = (a and keep_where(valid, a, (jnp.zeros_like(dh),) * shape[1]) for a in (da, dx))
+        da, dx = (a and jnp.concatenate(a, 1).astype(dtype) for a in (da, dx))
         dh = through_matmul(da) if mask_BJ is None else through_matmul(da) * mask_BJ
-        return (*d_before[:-1], d_before[-1] + dh), (dx, da)
+        return (*d_before[:-1], d_before[-1] + dh), (da, dx)
 
-    inputs = (jnp.arange(len(dh_TBH)), saved, before, states, dh_TBH)
-    d_state, (dx_TBGH, da_TBGH) = jax.lax.scan(step, d_final, inputs, reverse=not reverse)
+    inputs = (jnp.arange(len(dh_TBH)), saved, h_TBH, dh_TBH)
+    d_state, (da, dx) = jax.lax.scan(step, d_final, inputs, reverse=not reverse)
+    dx_TBGH = (da if dx is None else dx).reshape(*h_TBH.shape[:2], *shape[1:])
 
-    h_TBJ = before[-1] if mask_BJ is None else before[-1] * mask_BJ
-    d_recurrent = jnp.einsum(
-        "tbj,tbgh->jgh", h_TBJ.astype(dtype), da_TBGH, preferred_element_type=state[-1].dtype
-    ).astype(dtype)
-    d_bias = None if bias_H is None else jnp.sum(da_TBGH[:, :, 2], (0, 1), state[-1].dtype).astype(dtype)
-    # Dropped by the compiler unless somebody asks for it.
-    d_mask = None if mask_BJ is None else jnp.sum(before[-1] * through_matmul(da_TBGH), 0).astype(mask_BJ.dtype)
+    first_BH = state[-1][None]
+    before_TBJ = jnp.concatenate([h_TBH, first_BH])[1:] if reverse else jnp.concatenate([first_BH, h_TBH])[:-1]
+    h_TBJ = merge((before_TBJ if mask_BJ is None else before_TBJ * mask_BJ[None]).astype(dtype))
+    steps = tuple(range(h_TBJ.ndim - 1))
+    d_recurrent = jax.lax.dot_general(h_TBJ, merge(da), ((steps, steps), ((), ())), preferred_element_type=h_TBH.dtype)
+    d_recurrent = d_recurrent.astype(dtype).reshape(shape)
+    d_bias = None if bias_H is None else jnp.sum(da[..., -shape[2] :], (0, 1), h_TBH.dtype).astype(dtype)
+    # The compiler drops this unless somebody asks for it.
+    d_mask = None if mask_BJ is None else jnp.sum(before_TBJ * through_matmul(da), 0).astype(mask_BJ.dtype)
     return dx_TBGH, d_recurrent, d_bias, d_state, d_mask, None
 
 
@@ -204,10 +219,3 @@ recur.defvjp(recur_forward, recur_backward)
 
 def keep_where(valid_B: Array, new: State, old: State) -> State:
     return tuple(jnp.where(valid_B[:, None], a, b) for a, b in zip(new, old, strict=True))
-
-
-def shift(first_BH: Array, after_TBH: Array, reverse: bool) -> Array:
-    """The states before each step, from the first one and those after each step."""
-    if reverse:
-        return jnp.concatenate([after_TBH, first_BH[None]])[1:]
-    return jnp.concatenate([first_BH[None], after_TBH])[:-1]

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is special to the fused backend; that it equals the scan is shown in `test_backends.py`.
+
+Axes: B batch, T time, D input features, H = J hidden units.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_lstm import recurrence
+from flax_lstm.cells import CELLS, GRUCell, LSTMCell
+from flax_lstm.errors import UserError
+from flax_lstm.layers import RNN
+from flax_lstm.recurrence import fused
+
+B, T, D, H = 8, 5, 3, 4
+CELL_NAMES = sorted(CELLS)
+
+
+class LeakyCell(LSTMCell):
+    """A user's cell, with equations of its own."""
+
+    def step(self, weights, state, x_BGH, mask_BJ=None):
+        new = super().step(weights, state, x_BGH, mask_BJ)
+        return jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, new, state)
+
+
+def example(name, dtype=jnp.float32):
+    """A cell, its weights (none of them zero), inputs, lengths, a state and a mask of recurrent dropout."""
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    cell = CELLS[name](H, param_dtype=dtype)
+    x_BTD = jax.random.normal(next(keys), (B, T, D), dtype)
+    weights = cell.apply(cell.init(next(keys), cell.initial_state(B, dtype), x_BTD[:, 0]), D, method="weights")
+    noise = lambda tree: jax.tree.map(lambda a: a + 0.5 * jax.random.normal(next(keys), a.shape, a.dtype), tree)  # noqa: E731
+    state = noise(cell.initial_state(B, dtype))
+    mask_BJ = jax.random.bernoulli(next(keys), 0.5, (B, H)).astype(dtype) * 2
+    return cell, noise(weights), x_BTD, jnp.array([0, 1, 2, 3, 4, 5, 5, 3]), state, mask_BJ
+
+
+def by_hand(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse):
+    """The recurrence as a Python loop."""
+    x_BTGH, y_BTH = cell.project(weights, x_BTD), [None] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        new = cell.step(weights, state, x_BTGH[:, t], mask_BJ)
+        valid = (t < lengths_B)[:, None]
+        state = jax.tree.map(lambda a, b, valid=valid: jnp.where(valid, a, b), new, state)
+        y_BTH[t] = jnp.where(valid, cell.output(state), 0)
+    return state, jnp.stack(y_BTH, 1)
+
+
+def gradients(run, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse):
+    """Outputs, and gradients for every real argument, of a random weighing of all outputs."""
+
+    def loss(weights, x_BTD, state, mask_BJ):
+        out = run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+        leaves = jax.tree.leaves(out)
+        return sum(
+            jnp.sum(a * jax.random.normal(jax.random.key(n), a.shape, a.dtype)) for n, a in enumerate(leaves)
+        ), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(weights, x_BTD, state, mask_BJ)
+
+
+def assert_close(a, b, tolerance):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=tolerance, atol=tolerance), a, b)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_gradients_of_everything_in_float64(name, reverse, devices, x64, monkeypatch):
+    """The mask's gradient included, and with the matmuls of one device, which other tests (with eight) never use."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    arguments = example(name, jnp.float64)
+    assert_close(gradients(fused.run, *arguments, reverse), gradients(by_hand, *arguments, reverse), 1e-12)
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_auto_takes_it(name):
+    cell, _, x_BTD, *_ = example(name)
+    assert recurrence.resolve("fused", cell, x_BTD, None) is fused
+    assert recurrence.resolve("auto", cell, x_BTD, None) is not None
+
+
+def test_a_cell_with_other_equations_is_scanned():
+    x_BTD = jnp.ones((B, T, D))
+    assert "LeakyCell" in fused.supports(LeakyCell(H), x_BTD, None)
+    with pytest.raises(UserError, match=r"model\.backend fused .*LeakyCell"):
+        RNN(LeakyCell(H), backend="fused").init(jax.random.key(0), x_BTD)
+    leaky, plain = RNN(LeakyCell(H)), RNN(LSTMCell(H))
+    variables = leaky.init(jax.random.key(0), x_BTD)
+    assert not np.allclose(leaky.apply(variables, x_BTD)[1], plain.apply(variables, x_BTD)[1])
+
+
+def loops(jaxpr):
+    """The scans in a jaxpr."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in equation.params.values():
+            if inner := getattr(value, "jaxpr", None):
+                yield from loops(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_one_matmul_a_step(name):
+    """No weight gradient and no input projection inside a loop."""
+    cell, weights, x_BTD, lengths_B, state, _ = example(name)
+
+    def loss(weights, x_BTD):
+        return jnp.sum(fused.run(cell, weights, x_BTD, lengths_B, state, None, False)[1])
+
+    training = list(loops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(weights, x_BTD).jaxpr))
+    assert len(training) == 2
+    assert all(str(loop.params["jaxpr"]).count("dot_general") == 1 for loop in training)
+
+
+def test_no_lengths_no_selects():
+    cell, weights, x_BTD, lengths_B, state, _ = example("lstm")
+
+    def selects(lengths_B):
+        loss = lambda x_BTD: jnp.sum(fused.run(cell, weights, x_BTD, lengths_B, state, None, False)[1])  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(x_BTD)).count("select_n")
+
+    assert selects(None) == 0 < selects(lengths_B)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_batch_over_eight_devices(name):
+    """A sharded batch equals one device, and is never gathered."""
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    cell, weights, x_BTD, lengths_B, state, _ = example(name)
+
+    def loss(weights, x_BTD, lengths_B, state):
+        final, y_BTH = fused.run(cell, weights, x_BTD, lengths_B, state, None, False)
+        return jnp.sum(jnp.sin(3 * y_BTH)) + sum(jnp.sum(a * a) for a in jax.tree.leaves(final))
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 3)))
+    expected = step(weights, x_BTD, lengths_B, state)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    sharded = jax.device_put((weights, x_BTD, lengths_B, state), (whole, rows, rows, rows))
+    got = step(*sharded)
+    assert_close(got, expected, 1e-5)
+    assert got[1][1].sharding.is_equivalent_to(rows, 3)
+    compiled = step.lower(*sharded).compile().as_text()
+    assert "all-gather" not in compiled and "all-to-all" not in compiled
+    assert "all-reduce" in compiled
+
+
+def test_bfloat16_keeps_a_float32_state(monkeypatch):
+    """Many small steps: a state in bfloat16 would stand still."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rnn = RNN(GRUCell(H, dtype=jnp.bfloat16), backend="fused")
+    x_BTD = jnp.zeros((B, 200, D))
+    variables = rnn.init(jax.random.key(0), x_BTD)
+    weights = jax.tree.map(jnp.zeros_like, variables["params"]["cell"])
+    weights["bias"] = weights["bias"].at[1].set(8).at[2].set(1)  # z close to 1: each step adds 3e-4 of what is missing
+    variables = {"params": {"cell": weights}}
+    state, y_BTH = jax.jit(rnn.apply)(variables, x_BTD, state=jnp.full((B, H), 0.5))
+    assert state.dtype == jnp.float32 and y_BTH.dtype == jnp.bfloat16
+    update = 1 - 1 / (1 + np.exp(-8.0))
+    expected = np.tanh(1) + (0.5 - np.tanh(1)) * (1 - update) ** 200
+    np.testing.assert_allclose(state, expected, rtol=2e-3)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(rnn.apply(v, x_BTD)[1].astype(jnp.float32))))(variables)
+    assert all(np.all(np.isfinite(g)) and g.dtype == jnp.float32 for g in jax.tree.leaves(gradient))
+
+
+def test_vmap_and_empty_time():
+    cell, weights, x_BTD, lengths_B, state, mask_BJ = example("gru")
+
+    def loss(x_BTD):
+        return jnp.sum(jnp.sin(fused.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, False)[1]))
+
+    several = jnp.stack([x_BTD, 2 * x_BTD])
+    assert_close(jax.jit(jax.vmap(jax.grad(loss)))(several), jnp.stack([jax.grad(loss)(x) for x in several]), 1e-5)
+    assert jax.grad(loss)(x_BTD[:, :0]).shape == (B, 0, D)
+
+
+def test_forward_mode_is_refused():
+    cell, weights, x_BTD, _, state, _ = example("lstm")
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: fused.run(cell, weights, x, None, state, None, False)[1], (x_BTD,), (x_BTD,))
