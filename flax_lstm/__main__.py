@@ -96,7 +96,7 @@ def predict(arguments: Sequence[str]) -> int:
         print(json.dumps({**row, "probabilities": result.attrs["probabilities"][0]}))
         return 0
     result = run.predict(run.config.data.read(options.input), options.checkpoint)
-    WRITERS[options.output.suffix](result, options.output)
+    write_table(result, options.output)
     print(f"{len(result)} rows in {options.output}", file=sys.stderr)
     return 0
 
@@ -107,6 +107,17 @@ WRITERS: dict[str, Callable[[Any, Path], None]] = {
     ".jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True, date_format="iso"),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
 }
+
+
+def write_table(table: Any, path: Path) -> None:
+    """Writes the file whole, or leaves what was there."""
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        WRITERS[path.suffix](table, draft)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from error
 
 
 def check_output(path: Path, overwrite: bool) -> None:

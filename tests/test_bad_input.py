@@ -11,7 +11,7 @@ import pytest
 from commands import SERIES, SMALL, call, files, series, texts
 
 from flax_lstm import UserError, load, load_config
-from flax_lstm.__main__ import train
+from flax_lstm.__main__ import WRITERS, train
 from flax_lstm.config import read_config, save_config
 from flax_lstm.records import open_workdir
 
@@ -89,7 +89,7 @@ BAD_SERIES = {
         table(series()), "--data.lookback 100", ["84 rows, too few for data.lookback 100", "sum to 84 at most"]
     ),
     "segment too long": (
-        table(series()), "--model.hidden-size 4 --config etth1 --data.lookback 8 --data.split 0.7 0.1 0.2",
+        table(series()), "--config etth1 --model.segment 48 --data.split 0.7 0.1 0.2",
         ["model.segment 48 is longer than data.lookback 8"],
     ),
 }  # fmt: skip
@@ -416,9 +416,20 @@ def test_inputs_that_cannot_be_forecast_from(home, tmp_path, capsys, frame, part
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_a_run_without_a_form_of_input(tmp_path, capsys, monkeypatch):
-    command = f"train --config adding_problem {SMALL} --data.length 4 --data.examples 8 --workdir {tmp_path}/run"
-    assert call(capsys, f"{command} --data.validation-examples 8 --data.test-examples 8 --train.steps 1").code == 0
+def test_a_disk_that_fills_up_costs_no_earlier_output(home, tmp_path, capsys, monkeypatch):
+    def write(table, path):
+        path.write_text("half of ")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(WRITERS, ".csv", write)
+    (tmp_path / "out.csv").write_text("earlier")
+    outcome = call(capsys, f"predict {home}/run --input {home}/data.csv --output {tmp_path}/out.csv --overwrite")
+    refuse(outcome, "out.csv", "No space left")
+    assert files(tmp_path) == {"out.csv": b"earlier"}
+
+
+def test_a_run_without_a_form_of_input(tmp_path, capsys):
+    open_workdir(tmp_path / "run", load_config("adding_problem"))
     (tmp_path / "in.csv").write_text("a,b\n1,2\n")
     outcome = call(capsys, f"predict {tmp_path}/run --input {tmp_path}/in.csv --output {tmp_path}/out.csv")
     refuse(outcome, "AddingProblem has no form of input")

@@ -45,8 +45,9 @@ def text_run(tmp_path_factory):
     home = tmp_path_factory.mktemp("texts")
     texts().to_csv(home / "reviews.csv", index=False)
     flags = f"--config text_table --data.path {home}/reviews.csv --data.max-length 16 --workdir {home}/run {SMALL}"
-    longer = "--model.embed-size 4 --train.steps 40 --train.eval-every 20 --train.learning-rate 0.1 --train.ema 0"
-    assert train(["--no-tuned-malloc", *f"{flags} {longer} --model.bidirectional False".split()]) == 0
+    learn = "--train.steps 60 --train.eval-every 60 --train.learning-rate 0.05 --train.ema 0 --model.embed-dropout 0"
+    model = "--model.cell gru --model.embed-size 4 --model.bidirectional False --model.dropout 0 --model.head-dropout 0"
+    assert train(["--no-tuned-malloc", *f"{flags} {learn} {model}".split()]) == 0
     return home / "run"
 
 
@@ -156,12 +157,12 @@ def test_forecasts_are_long_rows_after_the_last_time(series_run, tmp_path, capsy
 
 
 def test_classification_from_a_text(text_run, capsys):
-    outcome = call(capsys, "predict --text", "a fine film", text_run)
+    outcome = call(capsys, "predict --text", "a fine film, number 7", text_run)
     answer = json.loads(outcome.out)
     assert outcome.code == 0 and list(answer) == ["label", "probability", "probabilities"]
     assert answer["label"] == "good" and answer["probability"] == answer["probabilities"]["good"] > 0.5
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
-    assert json.loads(call(capsys, "predict --text", "an awful film", text_run).out)["label"] == "bad"
+    assert json.loads(call(capsys, "predict --text", "an awful film, number 8", text_run).out)["label"] == "bad"
 
 
 @pytest.mark.parametrize("extension", sorted(WRITERS))
@@ -195,15 +196,13 @@ def test_an_existing_output_is_kept_unless_asked(text_run, tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / "out.csv")) == 3
 
 
-@pytest.mark.parametrize("cell", ["gru", "rnn"])
-def test_the_cell_is_one_flag(tmp_path, capsys, cell):
-    series().to_csv(tmp_path / "load.csv", index=False)
-    flags = f"{SERIES} --data.path {tmp_path}/load.csv --data.targets load --data.calendar False --model.cell {cell}"
-    outcome = call(capsys, f"train --workdir {tmp_path}/run {flags} --train.steps 1 --train.schedule constant")
-    assert outcome.code == 0, outcome.err
-    gates, hidden = {"gru": 3, "rnn": 1}[cell], 4
-    cell_size = gates * hidden * (1 + hidden + 1) + (hidden if cell == "gru" else 0)
-    assert json.loads((tmp_path / "run/result.json").read_text())["parameters"] == cell_size + (hidden + 1) * 2
+@pytest.mark.parametrize("run, gates, inputs", [("series_run", 4, 1 + 6), ("text_run", 3, 4)])
+def test_the_cell_is_one_flag(request, run, gates, inputs):
+    """Both configs have an LSTM; one run was given `--model.cell gru`. Inputs: channel and calendar, or tokens."""
+    leaves = jax.tree_util.tree_leaves_with_path(load(request.getfixturevalue(run)).params())
+    shapes = {path[-1].key: leaf.shape for path, leaf in leaves}
+    assert shapes["input"] == (inputs, gates, 4) and shapes["recurrent"] == (4, gates, 4)
+    assert ("recurrent_bias" in shapes) == (gates == 3)
 
 
 def test_underscores_are_as_good_as_hyphens(tmp_path, capsys):
@@ -212,7 +211,7 @@ def test_underscores_are_as_good_as_hyphens(tmp_path, capsys):
 
 
 def test_help_lists_every_knob(capsys):
-    outcome = call(capsys, "train --help")
+    outcome = call(capsys, "train --config series_table --help")
     assert outcome.code == 0
     shown = " ".join(outcome.out.split())
     for flag in ("--model.hidden-size", "--data.lookback", "--task.objective", "--train.ema", "--mesh.fsdp", "--seed"):
@@ -235,12 +234,12 @@ def test_usage_without_a_command(capsys):
 
 def test_train_py_from_outside_the_checkout_and_the_module_are_the_same_program(tmp_path, capsys, monkeypatch):
     series().to_csv(tmp_path / "load.csv", index=False)
-    flags = [*SERIES.split(), "--data.path", "load.csv"]
+    flags = f"{SERIES} --data.path load.csv --model.cell rnn".split()
     command, environment = [sys.executable, ROOT / "train.py", *flags], {**os.environ, "XLA_FLAGS": ""}
     first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert first.returncode == 0 and first.stdout == "" and "best step" in first.stderr, first.stderr
     workdir = tmp_path / "runs/series_table"  # NAME of the config, in the working directory
-    assert (workdir / "result.json").exists()
+    assert (workdir / "result.json").exists() and load(workdir).config.model.cell == "rnn"
 
     monkeypatch.chdir(tmp_path)
     again = call(capsys, "train", *flags)
