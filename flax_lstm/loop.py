@@ -138,6 +138,10 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         f"{len(source)} steps an epoch"
     )
 
+    pending: tuple[int, dict[str, Any]] | None = None
+    losses: list[float] = progress["losses"]  # since the last row of the log
+    window = time.monotonic()
+
     def seconds() -> float:
         return earlier + time.monotonic() - began
 
@@ -169,9 +173,13 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         disable=not console.is_terminal,
     )
     line = bar.add_task("step", total=train.steps, completed=step, loss="-", rate="-")
-    pending: tuple[int, dict[str, Any]] | None = None
-    losses: list[float] = progress["losses"]  # since the last row of the log
-    window = time.monotonic()
+
+    def diverged(how: str) -> UserError:
+        checkpoints.close()  # what is being saved was finite
+        board.close()
+        return UserError(
+            f"{how}: try a lower --train.learning-rate or --train.clip 1. The checkpoints in {workdir} are untouched."
+        )
 
     def read(pending: tuple[int, dict[str, Any]] | None) -> None:
         """Takes in the metrics of a step that is done by now, and logs each `log_every` steps."""
@@ -181,10 +189,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         at, metrics = pending
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError(
-                f"the loss is {loss} and the norm of its gradient {norm} at step {at}: try a lower "
-                f"--train.learning-rate or --train.clip 1. The checkpoints in {workdir} are untouched."
-            )
+            raise diverged(f"the loss is {loss} and the norm of its gradient {norm} at step {at}")
         losses.append(loss)
         rate = len(losses) * train.batch_size / max(time.monotonic() - window, 1e-9)
         bar.update(line, completed=at, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
@@ -210,10 +215,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
                     figures = evaluate(steps, evaluated_params(), task, info, rows, mesh)
                     evaluated, value = step, figures[task.monitor.figure]
                     if not math.isfinite(value):
-                        raise UserError(
-                            f"the validation {task.monitor.figure} is {value} at step {step}: try a lower "
-                            f"--train.learning-rate. The checkpoints in {workdir} are untouched."
-                        )
+                        raise diverged(f"the validation {task.monitor.figure} is {value} at step {step}")
                     best = best.after(value, step, task.monitor.maximise)
                     record(step, "validation", figures)
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())

@@ -164,6 +164,7 @@ class Forecaster(nn.Module):
         *,
         deterministic: bool = True,
     ) -> tuple[Any, Array]:
+        x_BTD = jnp.asarray(x_BTD)
         batch, steps, _ = x_BTD.shape
         last_BC = x_BTD[:, -1, : self.channels] if self.subtract_last else jnp.zeros((batch, self.channels))
         x_BTD = x_BTD.at[:, :, : self.channels].add(-last_BC[:, None])
