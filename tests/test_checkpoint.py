@@ -106,6 +106,22 @@ def test_what_a_kill_leaves_of_a_save_is_passed_over(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
+def test_what_a_kill_leaves_of_a_deletion_does_not_bar_the_latest(tmp_path, share):
+    fill(tmp_path, {1: 0.5, 2: 0.6}).close()
+    files = sorted(path for path in (tmp_path / "1").rglob("*") if path.is_file())
+    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+    for path in files[: round(share * len(files))]:
+        path.unlink()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 2
+    assert_equal(checkpoints.restore(2, abstract(state_at(0)))[0], state_at(2))
+    checkpoints.save(state_at(3), {"monitor": 0.4})
+    checkpoints.wait()
+    assert checkpoints.steps() == [3]
+    checkpoints.close()
+
+
 def test_a_truncated_file_is_a_user_error_and_never_wrong_values(tmp_path):
     checkpoints = fill(tmp_path / "whole", {1: 0.5, 2: 0.6})
     checkpoints.close()

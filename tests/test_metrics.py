@@ -40,9 +40,7 @@ def test_macro_f1_by_its_definition():
 
 
 def test_macro_f1_leaves_out_a_class_that_is_nowhere():
-    assert macro_f1(np.array([[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]])) == pytest.approx(
-        (6 / 7 + 8 / 9) / 2
-    )
+    assert macro_f1(np.array([[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]])) == pytest.approx((6 / 7 + 8 / 9) / 2)
     # Predicted though it does not occur: an F1 of 0, which counts.
     assert macro_f1(np.array([[3.0, 1.0], [0.0, 0.0]])) == pytest.approx((6 / 7 + 0) / 2)
 

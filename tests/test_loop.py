@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fit` from its beginning to `result.json`, and the files it leaves."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import runs
+
+from flax_lstm import UserError, fit, load, loop
+from flax_lstm.inference import CHECKPOINTS
+from flax_lstm.loop import Best, Signals, batches
+from flax_lstm.records import MetricsLog, params_sha256
+
+
+@pytest.fixture(autouse=True)
+def quick(quick_compile, monkeypatch):
+    runs.quicken(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run whose validation figure is best in the middle, for its learning rate is far too high, and its result."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    config = runs.adding_run(learning_rate=0.3, schedule="constant", eval_every=1, warmup_steps=0)
+    config = replace(config, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        runs.quicken(patch)
+        result = fit(config, workdir)
+    return config, workdir, result
+
+
+def unchanged(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and "tensorboard" not in str(path)}
+
+
+def test_result_has_what_is_promised(finished):
+    _, workdir, result = finished
+    assert json.loads((workdir / "result.json").read_text(), parse_constant=pytest.fail) == result
+    assert {name: type(value) for name, value in result.items()} == {
+        **dict.fromkeys(("task", "name", "params_sha256", "device", "backend"), str),
+        **dict.fromkeys(("steps", "best_step", "parameters", "sessions", "seed"), int),
+        **dict.fromkeys(("validation", "test", "baselines", "versions"), dict),
+        "wall_seconds": float,
+        "stopped_early": bool,
+    }
+    expected = ("SequenceRegression", "adding", 10, 1, 1, "auto")
+    assert tuple(result[k] for k in ("task", "name", "steps", "sessions", "seed", "backend")) == expected
+    assert list(result["baselines"]) == ["mean"]
+    for figures in (result["validation"], result["test"], *result["baselines"].values()):
+        assert figures.keys() == {"loss", "mse", "mae"} and all(math.isfinite(value) for value in figures.values())
+    assert {"python", "jax", "flax", "optax"} <= result["versions"].keys()
+    assert result["parameters"] == 4 * 4 * (2 + 4 + 1) + 4 + 1  # LSTM of 4 units over 2 features, and its head
+    assert not list(workdir.glob("*.part"))
+
+
+def test_figures_come_from_the_best_checkpoint(finished):
+    _, workdir, result = finished
+    validation = {row["step"]: row["mse"] for row in runs.rows(workdir) if row["split"] == "validation"}
+    assert sorted(validation) == list(range(1, 11))
+    assert result["best_step"] == min(validation, key=validation.get) < 10
+    assert result["validation"]["mse"] == pytest.approx(validation[result["best_step"]], rel=1e-6)
+    (test,) = (row for row in runs.rows(workdir) if row["split"] == "test")
+    assert test["step"] == result["best_step"] and test["mse"] == result["test"]["mse"]
+    run = load(workdir)
+    assert run.step("best") == result["best_step"] and run.step("latest") == 10
+    assert run.evaluate("test")["mse"] == pytest.approx(result["test"]["mse"], rel=1e-6)
+    assert run.evaluate("test", "latest")["mse"] != pytest.approx(result["test"]["mse"], rel=1e-3)
+    kept = sorted(int(path.name) for path in (workdir / CHECKPOINTS).iterdir())
+    assert kept == [result["best_step"], 10]
+
+
+def test_params_sha256_by_its_definition(finished):
+    config, workdir, result = finished
+    arrays, _ = runs.saved(config, workdir, 10)  # of the last step, not the best
+    digest = hashlib.sha256()
+    params = {
+        name.removeprefix(".params['").removesuffix("']").replace("']['", "/"): array
+        for name, array in arrays.items()
+        if name.startswith(".params")
+    }
+    assert "recurrent/layers_0/cell/input" in params and len(params) == 5
+    for name in sorted(params):
+        array = params[name]
+        digest.update(name.encode() + str(array.dtype).encode() + str(array.shape).encode())
+        digest.update(array.astype("<f4").tobytes(order="C"))
+    assert digest.hexdigest() == result["params_sha256"]
+
+
+def test_params_sha256_sees_names_shapes_and_values():
+    tree = {"b": {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3)}, "a": np.ones(2, np.float32)}
+    same = {"a": tree["a"], "b": {"w": np.asfortranarray(tree["b"]["w"])}}
+    assert params_sha256(tree) == params_sha256(same)
+    others = (
+        {**tree, "b": {"v": tree["b"]["w"]}},
+        {**tree, "b": {"w": tree["b"]["w"].reshape(3, 2)}},
+        {**tree, "b": {"w": tree["b"]["w"] + 1}},
+        {**tree, "a": np.ones(2, np.float64)},
+    )
+    assert len({params_sha256(other) for other in (tree, *others)}) == 5
+
+
+def test_rows_of_the_log(finished):
+    _, workdir, _ = finished
+    log = runs.rows(workdir)
+    train = [row for row in log if row["split"] == "train"]
+    assert [row["step"] for row in train] == [2, 4, 6, 8, 10]
+    keys = {"step", "split", "loss", "seconds", "learning_rate", "grad_norm", "examples_per_second"}
+    assert all(row.keys() == keys for row in train)
+    assert all(row.keys() == {"step", "split", "loss", "seconds", "mse", "mae"} for row in log if row not in train)
+    assert [row["seconds"] for row in log] == sorted(row["seconds"] for row in log)
+    assert len({(row["step"], row["split"]) for row in log}) == len(log)
+    assert any((workdir / "tensorboard").iterdir())
+
+
+def test_the_same_command_on_a_finished_run_trains_nothing(finished, monkeypatch, capsys):
+    config, workdir, result = finished
+    before = unchanged(workdir)
+    monkeypatch.setattr(loop, "assemble", lambda *_: pytest.fail("a finished run was trained"))
+    assert fit(config, workdir) == result
+    said = capsys.readouterr().err
+    assert "this run is finished" in said and "mean" in said and f"{result['test']['mse']:.4g}" in said
+    assert unchanged(workdir) == before
+
+
+def test_more_steps_go_on_after_a_finished_run(tmp_path):
+    first = fit(runs.adding_run(schedule="constant"), tmp_path)
+    longer = fit(runs.adding_run(schedule="constant", steps=12), tmp_path)
+    assert longer["steps"] == 12 and longer["sessions"] == 2 and longer["wall_seconds"] >= first["wall_seconds"] / 2
+    assert json.loads((tmp_path / "result.10.json").read_text()) == first
+    assert json.loads((tmp_path / "result.json").read_text()) == longer
+    assert [row["step"] for row in runs.rows(tmp_path) if row["split"] == "train"] == [2, 4, 6, 8, 10, 12]
+    with pytest.raises(UserError, match="longer, not shorter"):
+        fit(runs.adding_run(schedule="constant"), tmp_path)
+
+
+def test_patience_ends_a_run_and_it_stays_ended(finished, tmp_path):
+    config, _, _ = finished
+    patient = replace(config, train=replace(config.train, patience=2))
+    stopped = fit(patient, tmp_path)
+    assert stopped["stopped_early"] and stopped["steps"] < 10
+    validation = {row["step"]: row["mse"] for row in runs.rows(tmp_path) if row["split"] == "validation"}
+    assert stopped["best_step"] == min(validation, key=validation.get) == stopped["steps"] - 2
+    assert fit(patient, tmp_path) == stopped
+
+
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatch):
+    put, taken = loop.put_batch, []
+
+    def put_batch(batch, mesh):
+        taken.append(1)
+        return put(batch._replace(inputs=batch.inputs * np.float32("nan")) if len(taken) == 4 else batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", put_batch)
+    config = runs.adding_run(checkpoint_every=1)
+    with pytest.raises(UserError, match=r"the loss is nan.* at step 4: try a lower"):
+        fit(config, tmp_path)
+    latest = max(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir() if path.name.isdigit())
+    assert latest <= 3
+    arrays, _ = runs.saved(config, tmp_path, latest)
+    assert all(np.isfinite(array).all() for array in arrays.values())
+    monkeypatch.setattr(loop, "put_batch", put)
+    assert fit(config, tmp_path)["steps"] == 10  # once the cause is gone, it goes on
+
+
+def test_default_work_directory_and_its_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit(runs.adding_run())
+    assert (tmp_path / "runs" / "adding" / "result.json").is_file()
+
+
+def test_batches_are_those_of_the_steps_in_their_order():
+    source = [f"batch {step}" for step in range(30)]
+    assert list(batches(source, 5, 20)) == source[5:20]
+    assert list(batches(source, 5, 5)) == []
+
+
+def test_best_prefers_the_later_of_equals_and_counts_what_is_stale():
+    best = Best()
+    for step, value in enumerate([3.0, 2.0, 2.5, 2.0, 4.0, 5.0], 1):
+        best = best.after(value, step, maximise=False)
+    assert best == Best(2.0, 4, stale=2)
+    assert Best(2.0, 1).after(3.0, 2, maximise=True) == Best(3.0, 2)
+    assert Best(2.0, 1, 3).after(1.0, 2, maximise=True) == Best(2.0, 1, 4)
+
+
+def test_a_second_signal_acts_at_once():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second signal was held back")
+    with Signals() as signals:
+        assert signal.getsignal(signal.SIGTERM) == signals._note
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_signals_are_left_alone_in_a_thread():
+    seen = []
+
+    def work():
+        with Signals() as signals:
+            seen.append(signals.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [0]
+
+
+def test_log_sets_aside_what_is_beyond_or_torn(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert log.rows() == []
+    log.rewind(3)
+    assert not log.path.exists()
+    for step in (1, 2, 3):
+        log.append(step, "train", {"loss": float("nan") if step == 2 else 0.5}, 1.23456)
+    log.append(2, "test", {"loss": 1.0}, 2.0)
+    log.append(2, "test", {"loss": 9.0}, 2.0)  # the test row of a step is written once
+    assert log.rows()[1] == {"step": 2, "split": "train", "loss": None, "seconds": 1.235}
+    assert [row["loss"] for row in log.rows() if row["split"] == "test"] == [1.0]
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "sp')
+    log.rewind(2)
+    assert [(row["step"], row["split"]) for row in log.rows()] == [(1, "train"), (2, "train"), (2, "test")]
+    discarded = (tmp_path / "metrics.discarded.jsonl").read_text().splitlines()
+    assert [json.loads(discarded[0])["step"], discarded[1]] == [3, '{"step": 2, "sp']
+    log.rewind(1)
+    assert len((tmp_path / "metrics.discarded.jsonl").read_text().splitlines()) == 4  # added to, not replaced
+
+
+def test_a_row_that_lost_its_line_end_is_kept_whole(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(1, "train", {"loss": 1.0}, 0.0)
+    log.path.write_text(log.path.read_text().removesuffix("\n"))
+    log.rewind(1)
+    log.append(2, "train", {"loss": 1.0}, 0.0)
+    assert [row["step"] for row in log.rows()] == [1, 2]
+    assert not (tmp_path / "metrics.discarded.jsonl").exists()
