@@ -4,10 +4,12 @@
     python benchmarks/recurrence.py [--repeats 15] [--backends fused scan] [--dtype float32] [--ragged]
 
 Prints the median milliseconds of a training-like step (outputs, and the gradients of inputs and weights) of each
-backend, and its speed relative to the scan. `taskset -c 0 python ...` shows one core.
+backend, and its speed relative to the scan. `taskset -c 0 python ...` shows one core. On a busy machine compare the
+processor's time (`--cpu-time`), which waiting for others does not lengthen. malloc is tuned as in `train.py`.
 """
 
 import argparse
+import resource
 import time
 from collections.abc import Callable
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from flax_lstm.cells import CELLS
 from flax_lstm.layers import RNN, Stack
+from flax_lstm.malloc import tune_malloc
 
 # cell, layers, batch B, time T, input features D, hidden units H
 CASES = [
@@ -45,6 +48,11 @@ def make_step(backend: str, cell: str, layers: int, hidden: int, dtype: str, x_B
     return lambda: jax.block_until_ready(step(variables, x_BTD))
 
 
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each backend")
@@ -52,7 +60,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the matmuls")
     parser.add_argument("--ragged", action="store_true", help="rows of different lengths")
     parser.add_argument("--only", default="", help="a cell")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, summed over cores, not wall time")
     arguments = parser.parse_args()
+    clock = cpu_seconds if arguments.cpu_time else time.perf_counter
+    tune_malloc()
     for cell, layers, batch, time_steps, features, hidden in CASES:
         if arguments.only not in cell:
             continue
@@ -67,9 +78,9 @@ def main() -> None:
             step()
         for _ in range(arguments.repeats):
             for name, step in steps.items():
-                start = time.perf_counter()
+                start = clock()
                 step()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
         medians = {name: 1e3 * float(np.median(times)) for name, times in seconds.items()}
         case = f"{cell:4} {layers} x H{hidden:<4} B{batch:<4} T{time_steps:<4} D{features:<4}"
         figures = "  ".join(f"{name} {ms:7.1f} ms" for name, ms in medians.items())

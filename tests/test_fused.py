@@ -72,7 +72,7 @@ def assert_close(a, b, tolerance):
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", CELL_NAMES)
-def test_gradients_of_everything_in_float64(name, reverse, devices, x64, monkeypatch):
+def test_gradients_of_everything_in_float64(name, reverse, devices, x64, quick_compile, monkeypatch):
     """The mask's gradient included, and with the matmuls of one device, which other tests (with eight) never use."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     arguments = example(name, jnp.float64)

@@ -11,11 +11,12 @@ W x + b of all steps is one matmul before the loop, differentiated by JAX as it 
 Backward (backpropagation through time, Werbos 1990). Write d for the gradient of the loss with respect to what follows
 it, primes for the state after a step. From dh' (what the next step hands back plus the output's own) and dc':
 
-    LSTM   dc' += dh' o (1 - tanh(c')^2);  do = dh' tanh(c'), di = dc' g, dg = dc' i, df = dc' c;  dc = dc' f
-    GRU    dn = dh' (1 - z), dz = dh' (h - n);  with q = R_n h + b_r:  dr = da_n q, dq = da_n r;  dh = dh' z + ...
-    RNN    du = dh', u being h'
+    LSTM   dc' += dh' o (1 - tanh(c')^2);  do = dh' tanh(c'), di = dc' g, dg = dc' i, df = dc' c;  dc = dc' f, dh = 0
+    GRU    dn = dh' (1 - z), dz = dh' (h - n);  with q = R_n h + b_r:  dr = da_n q, dq = da_n r;  dh = dh' z
+    RNN    dn = dh', n being h';  dh = 0
 
-Then da = du (1 - u^2), where du is half the gradient of a sigmoid gate, and dh += R^T da (GRU: dq in place of da_n).
+Then da_n = dn (1 - n^2) for a tanh (n and the LSTM's g), da_s = 2 ds s (1 - s) for a sigmoid gate s, whose a is half
+its argument, and dh += R^T da (GRU: dq in place of da_n).
 The loop carries only (dc, dh) and writes da; as a = Wx + b + Rh at every step, the weights' gradients are sums over
 steps of outer products with da, hence one matmul each after the loop: dR = sum over t and b of h da^T.
 
