@@ -16,6 +16,6 @@ def get_config() -> Config:
         data=AddingProblem(length=400),
         task=SequenceRegression(),
         model=RecurrentModel(cell="lstm", hidden_size=64),
-        train=TrainConfig(steps=6000, batch_size=64, learning_rate=2e-3, clip=1.0, schedule="cosine", warmup_steps=100,
-                          log_every=100, eval_every=500, checkpoint_every=500),
+        train=TrainConfig(steps=4000, batch_size=64, learning_rate=5e-3, clip=1.0, schedule="cosine", warmup_steps=100,
+                          log_every=100, eval_every=250, checkpoint_every=500),
     )  # fmt: skip
