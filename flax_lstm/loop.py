@@ -281,13 +281,13 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
 
 def report(result: dict[str, Any], workdir: Path) -> None:
     """Prints the test figures beside those of the baselines, and where everything is."""
-    names = list(result["test"])
+    columns = {"model": result["test"], **result["baselines"]}
     table = Table(title=f"{result['name']}: test, best step {result['best_step']} of {result['steps']}")
-    for heading in ("", *names):
+    for heading in ("", *columns):
         table.add_column(heading, justify="right" if heading else "left")
-    for label, figures in {"model": result["test"], **result["baselines"]}.items():
-        values = [figures.get(name) for name in names]
-        table.add_row(label, *("-" if value is None else f"{value:.4g}" for value in values))
+    for name in result["test"]:
+        values = [figures.get(name) for figures in columns.values()]
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
     console.print(table)
     shown = [RESULT_FILE, METRICS_FILE, CONFIG_FILE, CHECKPOINTS, "tensorboard"]
     plots = sorted(f"plots/{path.name}" for path in (workdir / "plots").glob("*.png"))
