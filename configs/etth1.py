@@ -3,7 +3,8 @@
     python train.py --config etth1 --data.path ETTh1.csv
 
 ETTh1.csv is in the repository zhouhaoyi/ETDataset (CC BY-ND 4.0). The usual split: 12 months, 4 months, 4 months; any
-table of that form will do, with any --data.lookback and --data.horizon (the figures are for 96 and 96).
+table of that form will do, with any --data.lookback and --data.horizon (96 and 96 here).
+Test mse 0.3815 +- 0.0015, mae 0.3973 +- 0.0006 (seeds 0 to 2).
 """
 
 from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig

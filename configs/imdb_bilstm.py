@@ -1,4 +1,7 @@
-"""The best supervised sentiment model here: a bidirectional LSTM read by max pooling, strongly regularised."""
+"""The best supervised sentiment model here: a bidirectional LSTM read by max pooling, strongly regularised.
+
+python train.py --config imdb_bilstm
+"""
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
 from flax_lstm.data.imdb import Imdb

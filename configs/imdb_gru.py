@@ -1,4 +1,7 @@
-"""`imdb_lstm` with a GRU in place of the LSTM: a quarter fewer recurrent weights."""
+"""`imdb_lstm` with a GRU in place of the LSTM: a quarter fewer recurrent weights.
+
+python train.py --config imdb_gru
+"""
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
 from flax_lstm.data.imdb import Imdb

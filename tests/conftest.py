@@ -15,11 +15,11 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
-    # Orbax leaves coroutines behind when it meets a damaged file; the collector finds them in whatever test is next.
-    left_behind = ("Exception ignored in. <coroutine:pytest.PytestUnraisableExceptionWarning",
-                   "coroutine .* was never awaited:RuntimeWarning")  # fmt: skip
-    for warning in left_behind:
-        config.addinivalue_line("filterwarnings", f"ignore:{warning}")
+    # Orbax leaves coroutines and event loops behind when it meets a damaged file; the collector finds them at any time,
+    # in whatever test is next, under changing messages.
+    for warning in ("pytest.PytestUnraisableExceptionWarning", "RuntimeWarning"):
+        pattern = "coroutine .* was never awaited" if warning == "RuntimeWarning" else ""
+        config.addinivalue_line("filterwarnings", f"ignore:{pattern}:{warning}")
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
