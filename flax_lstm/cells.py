@@ -82,9 +82,10 @@ def rnn_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None 
 
 
 def orthogonal_per_gate(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
-    """An orthogonal matrix [J, H] for each gate (Saxe, McClelland & Ganguli 2014), drawn independently."""
+    """An orthogonal matrix [J, H] for each gate (Saxe, McClelland & Ganguli 2014), drawn independently and divided by the
+    root of the number of gates: so the matrix [J, G * H] of all gates has orthonormal rows, as Keras begins it."""
     rows, gates, columns = shape
-    draw = nn.initializers.orthogonal()
+    draw = nn.initializers.orthogonal(gates**-0.5)
     keys = jax.random.split(key, gates)
     return jnp.stack([draw(k, (rows, columns), dtype) for k in keys], axis=1)
 
@@ -94,7 +95,8 @@ def forget_bias_one(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32
     return jnp.zeros(shape, dtype).at[1].set(1)
 
 
-input_initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=2, batch_axis=1)
+# Glorot & Bengio 2010 over the matrix [D, G * H] of all gates.
+input_initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
 
 
 class Cell(nn.RNNCellBase):

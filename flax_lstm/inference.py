@@ -2,6 +2,7 @@
 """What is done with a model that was trained: figures of a split, predictions for new inputs."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,4 +122,7 @@ def load(workdir: str | Path) -> Run:
     workdir = Path(workdir)
     path = workdir / CONFIG_FILE
     require(path.exists(), f"{workdir}: no run here ({CONFIG_FILE} is missing); name the folder that train.py wrote")
-    return Run(workdir, read_config(path))
+    config = read_config(path)
+    if hasattr(config.model, "backend"):  # that of the training may not be there where the model is used
+        config = replace(config, model=replace(config.model, backend="auto"))
+    return Run(workdir, config)

@@ -110,7 +110,7 @@ class RNN(nn.Module):
             ones = jnp.ones((batch, cell.features), dtype)
             mask_BJ = nn.Dropout(self.recurrent_dropout, deterministic=False)(ones)
 
-        backend = recurrence.resolve(self.backend, cell, x_BTD, mask_BJ)
+        backend = recurrence.resolve(self.backend, cell, x_BTD, mask_BJ, "/".join(self.path))
         if backend is not None:
             return backend.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
 

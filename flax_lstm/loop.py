@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
-from flax_lstm.assembly import assemble
+from flax_lstm.assembly import Assembly, assemble
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import CONFIG_FILE, Config
 from flax_lstm.data.base import Batch, BatchSource
@@ -35,6 +35,7 @@ from flax_lstm.records import (
     versions,
     write_atomically,
 )
+from flax_lstm.recurrence import noting
 from flax_lstm.sharding import put_batch
 
 RESULT_FILE, METRICS_FILE = "result.json", "metrics.jsonl"
@@ -95,6 +96,20 @@ def batches(source: BatchSource, begin: int, end: int) -> Iterator[Batch]:
     return iter(grain.MapDataset.range(begin, end).map(lambda step: source[int(step)]).to_iter_dataset(options))
 
 
+def assemble_again(config: Config, info: Any, saved: str | None) -> tuple[Assembly, str]:
+    """A run's parts, and the backend of its recurrences ("auto" where layers differ). A resumed run takes the backend it
+    had, so that its numbers stay the same to the last bit; where that is not to be had, another with a warning."""
+    model = config.model
+    if saved not in (None, "auto") and getattr(model, "backend", None) == "auto":
+        try:
+            return assemble_again(replace(config, model=replace(model, backend=saved)), info, None)
+        except UserError as error:
+            console.print(f"warning: this run used another backend until now. {error} Going on with what there is.")
+    with noting() as layers:
+        parts = assemble(config, info)
+    return parts, next(iter({*layers.values()})) if len({*layers.values()}) == 1 else "auto"
+
+
 def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of `result.json`.
 
@@ -116,12 +131,13 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     console.print(f"{config.name}: reading the data")
     dataset = config.data.load(workdir / ASSETS)
     info = dataset.info
-    mesh, steps = assemble(config, info)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, task.monitor.maximise)
+    latest = checkpoints.latest()
+    saved_backend = None if latest is None else checkpoints.progress(latest).get("backend")
+    (mesh, steps), backend = assemble_again(config, info, saved_backend)
     log = MetricsLog(workdir / METRICS_FILE)
     source = dataset.train(train.batch_size, config.seed)
 
-    latest = checkpoints.latest()
     progress: dict[str, Any] = {"seconds": 0.0, "sessions": 0, "best": list(Best()), "losses": []}
     if latest is None:
         state = steps.init()
@@ -150,7 +166,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         read(pending)  # so that what is not finite is never saved, and the log is whole up to here
         pending = None
         record = {"monitor": monitor, "best": list(best), "best_step": best.step, "losses": [*losses]}
-        checkpoints.save(state, {**record, "seconds": seconds(), "sessions": sessions})
+        checkpoints.save(state, {**record, "seconds": seconds(), "sessions": sessions, "backend": backend})
 
     def evaluated_params() -> Any:
         return state.params if state.ema is None else state.ema
@@ -270,7 +286,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         },
         "versions": versions(),
         "device": device_name(),
-        "backend": config.model.backend,
+        "backend": backend,
     }
     plot_curves(log.rows(), workdir / "plots" / "curves.png")
     task.illustrate(dataset, lambda batch: steps.forward(params, None, batch)[1], workdir / "plots")

@@ -61,6 +61,11 @@ def max_pool(y_BTH: Array, lengths_B: Array) -> Array:
     return jnp.where(lengths_B[:, None] > 0, highest, 0)
 
 
+def uniform_embedding(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """Uniform in (-0.05, 0.05)."""
+    return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
+
+
 class ConcatPool(nn.Module):
     """Last, max and mean side by side (Howard & Ruder 2018)."""
 
@@ -314,7 +319,7 @@ class RecurrentModel:
             "concat": lambda: ConcatPool(last),
             "attention": AttentionPool,
         }
-        embed = nn.Embed(vocabulary_size, self.embed_size, dtype=dtype, embedding_init=nn.initializers.normal(0.05))
+        embed = nn.Embed(vocabulary_size, self.embed_size, dtype=dtype, embedding_init=uniform_embedding)
         return SequenceModel(
             self.stack(),
             outputs,
