@@ -22,11 +22,17 @@ def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> 
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--no-tuned-malloc", action="store_true")
+    parser.add_argument("--no-compilation-cache", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     if not options.no_tuned_malloc and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         from flax_lstm.malloc import tune_malloc
 
         tune_malloc()
+    if not options.no_compilation_cache:
+        from flax_lstm.cache import use_compilation_cache
+
+        use_compilation_cache()
     from flax_lstm.config import load_config, override, shipped_configs
     from flax_lstm.loop import Stopped, fit
 
@@ -36,10 +42,11 @@ def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> 
         prog,
         f"Trains the config {options.config}; the same command again resumes. --config FILE or one of "
         f"{listing(shipped_configs())}; --workdir DIR (default runs/NAME); --no-tuned-malloc keeps the C library's "
-        "memory allocation as it is. Every other flag overrides a field of the config:",
+        "memory allocation as it is; --no-compilation-cache compiles anew what an earlier run has compiled; --profile "
+        "traces a few steps and prints what takes longest. Every other flag overrides a field of the config:",
     )
     try:
-        fit(config, options.workdir)
+        fit(config, options.workdir, options.profile)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code

@@ -82,8 +82,8 @@ def rnn_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None 
 
 
 def orthogonal_per_gate(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
-    """An orthogonal matrix [J, H] for each gate (Saxe, McClelland & Ganguli 2014), drawn independently and divided by the
-    root of the number of gates: so the matrix [J, G * H] of all gates has orthonormal rows, as Keras begins it."""
+    """An orthogonal matrix [J, H] for each gate (Saxe, McClelland & Ganguli 2014), drawn independently and divided by
+    the root of the number of gates: so the matrix [J, G * H] of all gates has orthonormal rows, as Keras begins it."""
     rows, gates, columns = shape
     draw = nn.initializers.orthogonal(gates**-0.5)
     keys = jax.random.split(key, gates)

@@ -25,6 +25,7 @@ from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.errors import UserError
 from flax_lstm.inference import ASSETS, CHECKPOINTS, evaluate, evaluate_baselines
 from flax_lstm.plots import plot_curves
+from flax_lstm.profiling import Profiler
 from flax_lstm.records import (
     MetricsLog,
     device_name,
@@ -97,8 +98,8 @@ def batches(source: BatchSource, begin: int, end: int) -> Iterator[Batch]:
 
 
 def assemble_again(config: Config, info: Any, saved: str | None) -> tuple[Assembly, str]:
-    """A run's parts, and the backend of its recurrences ("auto" where layers differ). A resumed run takes the backend it
-    had, so that its numbers stay the same to the last bit; where that is not to be had, another with a warning."""
+    """A run's parts, and the backend of its recurrences ("auto" where layers differ). A resumed run takes the backend
+    it had, so that its numbers stay the same to the last bit; where that is not to be had, another with a warning."""
     model = config.model
     if saved not in (None, "auto") and getattr(model, "backend", None) == "auto":
         try:
@@ -110,8 +111,10 @@ def assemble_again(config: Config, info: Any, saved: str | None) -> tuple[Assemb
     return parts, next(iter({*layers.values()})) if len({*layers.values()}) == 1 else "auto"
 
 
-def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
+def fit(config: Config, workdir: str | Path | None = None, profile: bool = False) -> dict[str, Any]:
     """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of `result.json`.
+
+    profile: trace a few steps into `workdir/profile` and print what takes longest.
 
     Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything saved.
     """
@@ -218,6 +221,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
                 console.print(f"step {at}/{train.steps}  loss {mean:.4f}  {rate:,.0f} examples/s  {left:.0f} s left")
             losses, window = [], time.monotonic()
 
+    profiler, first = Profiler(workdir / "profile"), step
     stopped_early = False
     with Signals() as signals:
         stream = batches(source, step, train.steps)
@@ -248,6 +252,8 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
                     checkpoints.close()
                     board.close()
                     raise Stopped(signals.received, step, workdir)
+                if profile and (told := profiler.at(step - first, state)):
+                    console.print(told, highlight=False, markup=False)
                 state, metrics = steps.train(state, put_batch(next(stream), mesh))
                 read(pending)  # of the step before: the device works on while the host reads
                 step += 1

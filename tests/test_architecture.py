@@ -11,13 +11,15 @@ PACKAGE = ROOT / "flax_lstm"
 
 # Modules of the package that each may import (besides `errors`), by the name of a file or of a folder.
 ALLOWED = {
+    "cache": set(),
     "cells": set(),
-    "recurrence": {"cells", "recurrence"},
+    "recurrence": {"cache", "cells", "recurrence"},
     "layers": {"cells", "recurrence"},
     "models": {"cells", "layers", "recurrence"},
     "metrics": set(),
-    "data": {"data"},
+    "data": {"cache", "data"},
     "plots": set(),
+    "profiling": set(),
     "tasks": {"data", "metrics", "models", "plots"},
     "optim": set(),
     "sharding": {"data"},

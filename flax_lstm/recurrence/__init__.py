@@ -45,9 +45,11 @@ def noting() -> Iterator[dict[str, str]]:
 
 
 def resolve(name: BackendName, cell: Any, x_BTD: Any, mask_BJ: Any, layer: str = "") -> ModuleType | None:
-    """The backend to run a layer, or None for the scan itself. A backend asked for by name that does not support the case
-    is a `UserError` with its reason."""
-    reasons = {other: module.supports(cell, x_BTD, mask_BJ) for other, module in BACKENDS.items() if name in ("auto", other)}
+    """The backend to run a layer, or None for the scan itself. A backend asked for by name that does not support the
+    case is a `UserError` with its reason."""
+    reasons = {
+        other: module.supports(cell, x_BTD, mask_BJ) for other, module in BACKENDS.items() if name in ("auto", other)
+    }
     chosen = next((other for other, reason in reasons.items() if reason is None), "scan")
     if name not in ("auto", chosen):
         raise UserError(f"model.backend {name} cannot run this layer: {reasons[name]}. Use auto or scan.")
@@ -60,8 +62,8 @@ def resolve(name: BackendName, cell: Any, x_BTD: Any, mask_BJ: Any, layer: str =
 
 
 def backends() -> dict[str, str]:
-    """The backends in the order in which `auto` tries them, each with what it is, and for those that cannot run a float32
-    LSTM on this machine the reason why."""
+    """The backends in the order in which `auto` tries them, each with what it is, and for those that cannot run a
+    float32 LSTM on this machine the reason why."""
     described = {}
     for name, module in BACKENDS.items():
         reason = module.supports(LSTMCell(8), jnp.zeros((1, 1, 8)), None)

@@ -4,7 +4,7 @@
 Axes: B batch, T time, D input features, G gates, H hidden units, J hidden units of the previous step.
 
 The equations are those of `cells.py` and `fused.py`; how they are computed is said in `native/kernel.h`. The input
-projection and all gradients of weights are within the kernel, so that no [B, T, G, H] array but the activated gates, kept
+projection and all gradients of weights are within the kernel: no [B, T, G, H] array but that of the activated gates,
 for the backward pass, is ever written. The derivative is a `jax.custom_vjp`: reverse mode only, as with `fused`.
 """
 
@@ -22,8 +22,8 @@ CELLS = (LSTMCell, GRUCell, SimpleRNNCell)
 
 
 class Inputs(NamedTuple):
-    """What a gradient is taken of. A cell without recurrent bias or c has arrays without elements there, and so has a mask
-    that is not used."""
+    """What a gradient is taken of. A cell without recurrent bias or c has arrays without elements there, and so has a
+    mask that is not used."""
 
     x_BTD: Array
     input_DGH: Array
@@ -82,7 +82,7 @@ def call(reverse: bool, inputs: Inputs, lengths_B: Array, save: bool) -> tuple[A
     ]
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     function = jax.ffi.ffi_call("flax_lstm_forward", results, vmap_method="sequential")
-    return function(*inputs, lengths_B, reverse=reverse)
+    return tuple(function(*inputs, lengths_B, reverse=reverse))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,10 +99,9 @@ def recur_forward(reverse: bool, inputs: Inputs, lengths_B: Array) -> Any:
 
 def recur_backward(reverse: bool, residuals: Any, gradients: tuple[Array, Array, Array]) -> Any:
     inputs, lengths_B, *saved = residuals
-    x, input_DGH, recurrent_JGH, bias, recurrent_bias, c, h, mask = inputs
     results = [jax.ShapeDtypeStruct(like.shape, jnp.float32) for like in inputs]
     function = jax.ffi.ffi_call("flax_lstm_backward", results, vmap_method="sequential")
-    found = function(x, input_DGH, recurrent_JGH, c, h, mask, lengths_B, *saved, *gradients, reverse=reverse)
+    found = function(*inputs[:3], *inputs[5:], lengths_B, *saved, *gradients, reverse=reverse)
     return Inputs(*found), None
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C++ kernel of the backend `cpu`: compiled for this machine at first use, kept in the user's cache folder.
 
-Compiling at first use, not at installation, keeps the wheel one for all platforms and asks nobody for a compiler who does
-not have one; it matches the XLA headers of the jaxlib that is really there. The library is named by a hash of sources,
+Compiling at first use, not at installation, keeps the wheel one for all platforms and asks nobody for a compiler who
+does not have one; it matches the XLA headers of the jaxlib that is there. The library is named by a hash of sources,
 flags, compiler and jaxlib, written under a temporary name and then renamed, so that processes that begin together each
-find it whole. $FLAX_LSTM_CACHE names another folder than ~/.cache/flax_lstm; $FLAX_LSTM_CPU names the instruction set
-(avx512, avx2, neon or portable) instead of the best one the processor has.
+find it whole. $FLAX_LSTM_CPU names the instruction set (avx512, avx2, neon or portable) instead of the best one that
+the processor has.
 """
 
 import ctypes
@@ -22,13 +22,18 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from flax_lstm.cache import cache_folder
+
 log = logging.getLogger(__name__)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("binding.cc", "kernel.h")]
-# For each instruction set: what /proc/cpuinfo calls what it needs, and how to compile. LANES are the floats of a vector,
-# TILE the rows of a tile: TILE * 2 sums, 2 weights and an input or two must fit the registers.
+# For each instruction set: what /proc/cpuinfo calls what it needs, and how to compile. LANES are the floats of a
+# vector, TILE the rows of a tile: TILE * 2 sums, 2 weights and an input or two must fit the registers.
 VARIANTS = {
-    "avx512": (("avx512f", "avx512dq", "avx512vl", "fma"), ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16", "-DTILE=12"]),
+    "avx512": (
+        ("avx512f", "avx512dq", "avx512vl", "fma"),
+        ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16", "-DTILE=12"],
+    ),
     "avx2": (("avx2", "fma"), ["-mavx2", "-mfma", "-DLANES=8", "-DTILE=6"]),
     "neon": (("asimd",), ["-DLANES=4", "-DTILE=12"]),
     "portable": ((), ["-DLANES=4", "-DTILE=6"]),
@@ -68,11 +73,6 @@ def compiler() -> str:
     raise Unavailable("no C++ compiler (g++ or clang++) was found")
 
 
-def cache_folder() -> Path:
-    named = os.environ.get("FLAX_LSTM_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_lstm"
-
-
 def build() -> Path:
     """The compiled library, from the cache where it is there already. Raises Unavailable."""
     command = [compiler(), *FLAGS, *VARIANTS[variant()][1], "-I", jax.ffi.include_dir(), str(SOURCES[0])]
@@ -87,7 +87,9 @@ def build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as draft:
             made = Path(draft, library.name)
-            result = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False, timeout=300)
+            result = subprocess.run(
+                [*command, "-o", str(made)], capture_output=True, text=True, check=False, timeout=300
+            )
             if result.returncode:
                 raise Unavailable(f"{command[0]} failed: {(result.stderr.strip().splitlines() or ['no message'])[0]}")
             made.replace(library)
