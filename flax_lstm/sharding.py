@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_lstm.errors import UserError, listing, require
@@ -101,6 +102,13 @@ def abstract_batch(batch: Any, mesh: Mesh) -> Any:
     """The batch in shapes and places alone."""
     place = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place), batch)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The whole array, also where other processes hold parts of it."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 # --- parameters
