@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_lstm.sharding import named
+
 Array = jax.Array
 CellName = Literal["lstm", "gru", "rnn"]
 
@@ -122,9 +124,9 @@ class Cell(nn.RNNCellBase):
         """The cell's weights for inputs of `input_size` features, as they are kept: in `param_dtype`."""
         gates, hidden, dtype = self.gates, self.features, self.param_dtype
         return Weights(
-            self.param("input", input_initializer, (input_size, gates, hidden), dtype),
-            self.param("recurrent", orthogonal_per_gate, (hidden, gates, hidden), dtype),
-            self.param("bias", self.bias_initializer, (gates, hidden), dtype),
+            self.param("input", named(input_initializer, None, None, "hidden"), (input_size, gates, hidden), dtype),
+            self.param("recurrent", named(orthogonal_per_gate, None, None, "hidden"), (hidden, gates, hidden), dtype),
+            self.param("bias", named(self.bias_initializer, None, "hidden"), (gates, hidden), dtype),
             self.recurrent_bias(),
         )
 
@@ -198,7 +200,8 @@ class GRUCell(Cell):
     equations = staticmethod(gru_step)
 
     def recurrent_bias(self) -> Array:
-        return self.param("recurrent_bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        zeros = named(nn.initializers.zeros, "hidden")
+        return self.param("recurrent_bias", zeros, (self.features,), self.param_dtype)
 
 
 class SimpleRNNCell(Cell):

@@ -17,7 +17,7 @@ from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import CONFIG_FILE, Config, read_config
 from flax_lstm.data.base import Batch
 from flax_lstm.errors import UserError, listing, require
-from flax_lstm.sharding import put_batch
+from flax_lstm.sharding import put_batch, replicated
 from flax_lstm.steps import Steps
 from flax_lstm.tasks import Baseline, Task
 
@@ -59,7 +59,7 @@ def evaluate_baselines(
     """The figures of the task's baselines over the same batches."""
 
     def figures(rule: Baseline) -> dict[str, float]:
-        measure = jax.jit(lambda batch: task.measure(rule(batch), batch, info))
+        measure = jax.jit(lambda batch: task.measure(rule(batch), batch, info), out_shardings=replicated(mesh))
         return task.figures(add_up(measure(put_batch(batch, mesh)) for batch in batches()), info)
 
     return {name: figures(rule) for name, rule in task.baselines(info).items()}

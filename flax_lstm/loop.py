@@ -3,7 +3,9 @@
 
 import json
 import math
+import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +24,7 @@ from flax_lstm.assembly import Assembly, assemble
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import CONFIG_FILE, Config
 from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.distributed import first_then_all, is_first, process_count, stop_agreed
 from flax_lstm.errors import UserError
 from flax_lstm.inference import ASSETS, CHECKPOINTS, evaluate, evaluate_baselines
 from flax_lstm.plots import plot_curves
@@ -55,14 +58,17 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Notes SIGTERM and Ctrl-C while training, so that a step is finished and saved first. A second acts at once."""
+    """Notes SIGTERM and Ctrl-C while training, so that a step is finished and saved first. A second acts at once.
+
+    Among several processes SIGTERM is JAX's to notice, which tells the others; Ctrl-C is turned into it."""
 
     def __init__(self) -> None:
         self.received = 0
+        self._alone = process_count() == 1
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not in the main thread: whoever runs us there handles signals
@@ -77,6 +83,14 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.__exit__()
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(self, step: int) -> int:
+        """The signal to stop at before this step, in all processes; 0: go on."""
+        if self._alone:
+            return self.received
+        return (self.received or signal.SIGTERM) if stop_agreed(step) else 0
 
 
 class Best(NamedTuple):
@@ -118,27 +132,27 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
 
     Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything saved.
     """
-    workdir = Path(workdir or Path("runs") / config.name)
-    config = open_workdir(workdir, replace(config, data=config.data.absolute()))
+    workdir, console.quiet = Path(workdir or Path("runs") / config.name), not is_first()
+    wanted = replace(config, data=config.data.absolute())
+    config = first_then_all(lambda: open_workdir(workdir, wanted, is_first()))
     train, task = config.train, config.task
-    result_path = workdir / RESULT_FILE
-    if result_path.exists():
-        result = read_result(result_path)
-        if result["steps"] >= train.steps or result["stopped_early"]:
-            console.print(f"{workdir}: this run is finished.")
-            report(result, workdir)
-            return result
-        result_path.replace(result_path.with_name(f"result.{result['steps']}.json"))  # a longer run begins
+    finished = first_then_all(lambda: finished_result(workdir / RESULT_FILE, train.steps))
+    if finished:
+        console.print(f"{workdir}: this run is finished.")
+        report(finished, workdir)
+        return finished
 
     began = time.monotonic()
     console.print(f"{config.name}: reading the data")
-    dataset = config.data.load(workdir / ASSETS)
+    dataset = first_then_all(lambda: config.data.load(workdir / ASSETS))
     info = dataset.info
     checkpoints = Checkpoints(workdir / CHECKPOINTS, task.monitor.maximise)
     latest = checkpoints.latest()
     saved_backend = None if latest is None else checkpoints.progress(latest).get("backend")
     (mesh, steps), backend = assemble_again(config, info, saved_backend)
-    log = MetricsLog(workdir / METRICS_FILE)
+    scratch = tempfile.TemporaryDirectory()  # for what all processes write but one of them keeps
+    folder = workdir if is_first() else Path(scratch.name)
+    log = MetricsLog(folder / METRICS_FILE)
     source = dataset.train(train.batch_size, config.seed)
 
     progress: dict[str, Any] = {"seconds": 0.0, "sessions": 0, "best": list(Best()), "losses": []}
@@ -174,7 +188,7 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
     def evaluated_params() -> Any:
         return state.params if state.ema is None else state.ema
 
-    board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def record(at: int, split: str, figures: dict[str, float]) -> None:
         log.append(at, split, figures, seconds())
@@ -221,7 +235,7 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
                 console.print(f"step {at}/{train.steps}  loss {mean:.4f}  {rate:,.0f} examples/s  {left:.0f} s left")
             losses, window = [], time.monotonic()
 
-    profiler, first = Profiler(workdir / "profile"), step
+    profiler, first = Profiler(folder / "profile"), step
     stopped_early = False
     with Signals() as signals:
         stream = batches(source, step, train.steps)
@@ -247,11 +261,11 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
                 stopped_early = bool(train.patience) and best.stale >= train.patience
                 if stopped_early or step >= train.steps:
                     break
-                if signals.received:
+                if number := signals.stop(step):
                     save()
                     checkpoints.close()
                     board.close()
-                    raise Stopped(signals.received, step, workdir)
+                    raise Stopped(number, step, workdir)
                 if profile and (told := profiler.at(step - first, state)):
                     console.print(told, highlight=False, markup=False)
                 state, metrics = steps.train(state, put_batch(next(stream), mesh))
@@ -294,11 +308,23 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
         "device": device_name(),
         "backend": backend,
     }
-    plot_curves(log.rows(), workdir / "plots" / "curves.png")
-    task.illustrate(dataset, lambda batch: steps.forward(params, None, batch)[1], workdir / "plots")
-    write_atomically(result_path, json.dumps(result, indent=1) + "\n")
+    plot_curves(log.rows(), folder / "plots" / "curves.png")
+    task.illustrate(dataset, lambda batch: steps.forward(params, None, batch)[1], folder / "plots")
+    write_atomically(folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
+    scratch.cleanup()
     report(result, workdir)
     return result
+
+
+def finished_result(path: Path, steps: int) -> dict[str, Any] | None:
+    """The content of `result.json` where no more steps are wanted. One of a shorter run is put aside."""
+    if not path.exists():
+        return None
+    result = read_result(path)
+    if result["steps"] >= steps or result["stopped_early"]:
+        return result
+    path.replace(path.with_name(f"result.{result['steps']}.json"))
+    return None
 
 
 def report(result: dict[str, Any], workdir: Path) -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from flax_lstm.cells import GRUCell, LSTMCell, SimpleRNNCell, Weights
 from flax_lstm.recurrence import native
+from flax_lstm.sharding import model_shards
 
 Array = jax.Array
 CELLS = (LSTMCell, GRUCell, SimpleRNNCell)
@@ -41,6 +42,8 @@ def supports(cell: Any, x_BTD: Any, mask_BJ: Any) -> str | None:
         return f"{type(cell).__name__} is none of {', '.join(c.__name__ for c in CELLS)}"
     if jax.default_backend() != "cpu":
         return f"the arrays are on a {jax.default_backend()}, not on a CPU"
+    if model_shards() > 1:
+        return "hidden units are split over several devices"
     if cell.compute_dtype(x_BTD) != jnp.float32:
         return f"it computes in float32, not {cell.compute_dtype(x_BTD)}"
     return native.unavailable()
