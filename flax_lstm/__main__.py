@@ -16,8 +16,8 @@ logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNI
 logging.getLogger("flax_lstm").setLevel(logging.INFO)
 
 
-def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> int:
-    """Trains, or resumes the run in the work directory."""
+def train_parser(prog: str) -> argparse.ArgumentParser:
+    """The flags of `train` that are not fields of a config."""
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--workdir", type=Path)
@@ -29,7 +29,12 @@ def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> 
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--connect-seconds", type=float, default=300)
-    options, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> int:
+    """Trains, or resumes the run in the work directory."""
+    options, rest = train_parser(prog).parse_known_args(arguments)
     if options.local_processes is not None:
         from flax_lstm.distributed import run_locally
 

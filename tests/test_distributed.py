@@ -163,6 +163,7 @@ def put_batch(batch, mesh):
     with open(f"order.{{jax.process_index()}}", "a") as file:
         file.write(hashlib.sha256(batch.inputs.tobytes()).hexdigest() + "\\n")
     if taken == last and jax.process_index() == me:
+        Path("killed").touch()
         number = int(os.environ["KILL_BY"])
         if number == 0:
             raise RuntimeError("something unforeseen")
@@ -216,6 +217,10 @@ def assert_alike(one, other):
     return results
 
 
+def seconds_since_the_kill(folder):
+    return time.time() - (folder / "killed").stat().st_mtime
+
+
 def orders(folder):
     return [path.read_text() for path in sorted(folder.glob("order.*"))]
 
@@ -252,10 +257,10 @@ def test_stopped_together_and_resumed_by_any_number(kind, tables, tmp_path):
     whole = tmp_path / "whole"
     assert train(whole, tables, kind).returncode == 0
     for processes in (2, 1, 4):
-        parts, began = tmp_path / f"parts{processes}", time.monotonic()
+        parts = tmp_path / f"parts{processes}"
         outcome = train(parts, tables, kind, KILL_AT=4, KILL_PROCESS=1, KILL_BY=int(signal.SIGTERM))
         assert outcome.returncode == 75, outcome.stderr
-        assert time.monotonic() - began < 60  # start and compilation included
+        assert seconds_since_the_kill(parts) < 30
         assert outcome.stderr.count("everything is saved. The same command goes on") == 1
         saved = max(int(path.name) for path in (parts / "run" / "checkpoints").iterdir())
         assert 4 <= saved <= 6
@@ -275,9 +280,9 @@ def test_stopped_together_and_resumed_by_any_number(kind, tables, tmp_path):
 def test_the_others_end_when_one_is_killed_and_the_run_goes_on(tables, tmp_path):
     assert train(tmp_path / "whole", tables).returncode == 0
     for victim in (0, 1):
-        parts, began = tmp_path / f"killed{victim}", time.monotonic()
+        parts = tmp_path / f"killed{victim}"
         outcome = train(parts, tables, KILL_AT=8, KILL_PROCESS=victim, KILL_BY=int(signal.SIGKILL))
-        assert outcome.returncode == 1 and time.monotonic() - began < 90
+        assert outcome.returncode == 1 and seconds_since_the_kill(parts) < 60
         assert "The same command goes on from the last checkpoint" in outcome.stderr
         assert train(parts, tables).returncode == 0
         results = assert_alike(parts, tmp_path / "whole")
@@ -286,9 +291,8 @@ def test_the_others_end_when_one_is_killed_and_the_run_goes_on(tables, tmp_path)
 
 @pytest.mark.slow
 def test_an_error_in_one_ends_all_with_its_message_first(tables, tmp_path):
-    began = time.monotonic()
     outcome = train(tmp_path, tables, KILL_AT=3, KILL_PROCESS=1, KILL_BY=0)
-    assert outcome.returncode == 1 and time.monotonic() - began < 90
+    assert outcome.returncode == 1 and seconds_since_the_kill(tmp_path) < 60
     assert "RuntimeError: something unforeseen" in outcome.stderr
     others = outcome.stderr.find("ends; if the lines above")
     assert others == -1 or outcome.stderr.index("something unforeseen") < others

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documents say can be done, done."""
 
-import argparse
 import re
 import shlex
 import sys
@@ -11,6 +10,7 @@ import pytest
 from commands import ROOT, call
 
 from flax_lstm import load, load_config
+from flax_lstm.__main__ import train_parser
 from flax_lstm.config import override
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -79,10 +79,7 @@ def commands(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_of_documents_name_configs_and_flags_that_exist(path):
-    parser = argparse.ArgumentParser()
-    for flag in ("--config", "--workdir"):
-        parser.add_argument(flag, default="quickstart")
     for arguments in commands(path):
-        options, rest = parser.parse_known_args(arguments)
+        options, rest = train_parser("train.py").parse_known_args(arguments)
         if not options.config.endswith(".py"):
             override(load_config(options.config), rest, "train.py", "")  # exits at a flag that is not there

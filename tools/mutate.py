@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("flax_lstm", "configs", "tests", "docs")
+FOLDERS = ("flax_lstm", "configs", "launch", "tests", "docs")
 
 
 class Breakage(NamedTuple):
@@ -142,6 +142,49 @@ BREAKAGES = {
         "shutil.rmtree(workdir / ASSETS, ignore_errors=True)",
         "pass",
         "tests/test_bad_input.py::test_only_what_a_failed_start_leaves_is_taken_over",
+    ),
+    "parameters whole on every device": Breakage(
+        "flax_lstm/sharding.py",
+        'split[largest] = (*used[largest], "fsdp")',
+        "pass",
+        "tests/test_sharding.py::test_each_device_stores_its_share_of_parameters_and_optimiser",
+    ),
+    "moments of the optimiser whole on every device": Breakage(
+        "flax_lstm/sharding.py",
+        "s if x.shape == p.shape else replicated(mesh)",
+        "replicated(mesh)",
+        "tests/test_sharding.py::test_each_device_stores_its_share_of_parameters_and_optimiser",
+    ),
+    "native code sees the whole batch": Breakage(
+        "flax_lstm/layers.py",
+        "return on_each_device(run, partitioned=backend is None)(",
+        "return run(",
+        "tests/test_sharding.py::test_a_backend_that_the_compiler_cannot_split_runs_on_each_device",
+    ),
+    "gradients of hidden units not summed over the mesh": Breakage(
+        "flax_lstm/recurrence/fused.py",
+        'jax.lax.psum_scatter(h_BJ, "model", scatter_dimension=1, tiled=True)',
+        'jax.lax.dynamic_slice_in_dim(h_BJ, jax.lax.axis_index("model") * units, units, 1)',
+        "tests/test_sharding.py::test_the_first_step_of_a_language_model_on_a_mesh_of_all_three_axes",
+    ),
+    "hidden units gathered twice a step": Breakage(
+        "flax_lstm/recurrence/fused.py",
+        'jax.lax.all_gather(h, "model", axis=h.ndim - 1, tiled=True)',
+        '(jax.lax.all_gather(h, "model", axis=h.ndim - 1, tiled=True)'
+        ' + jax.lax.all_gather(h * 2, "model", axis=h.ndim - 1, tiled=True)) / 3',
+        "tests/test_sharding.py::test_a_time_loop_gathers_once_and_reduces_once",
+    ),
+    "a process takes its number on the node": Breakage(
+        "flax_lstm/distributed.py",
+        'int(env["SLURM_PROCID"]), device',
+        'int(env["SLURM_LOCALID"]), device',
+        "tests/test_distributed.py::test_launchers_are_recognised",
+    ),
+    "a stopped job is not put in the queue again": Breakage(
+        "launch/slurm_node.sbatch",
+        '"$status" -eq 75',
+        '"$status" -eq 76',
+        "tests/test_launch.py::test_slurm_puts_a_stopped_run_in_the_queue_again",
     ),
     "a saved config is executed": Breakage(
         "flax_lstm/config.py",
