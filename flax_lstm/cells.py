@@ -83,11 +83,16 @@ def rnn_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None 
     return jnp.tanh(x_BGH[:, 0] + recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)[:, 0])
 
 
+def orthogonal(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
+    """An orthogonal matrix (Saxe, McClelland & Ganguli 2014) over all gates: [J, G * H] with orthonormal rows, as Keras
+    begins. On IMDB it learns faster, and to a better validation accuracy, than `orthogonal_per_gate`."""
+    return nn.initializers.orthogonal()(key, (shape[0], shape[1] * shape[2]), dtype).reshape(shape)
+
+
 def orthogonal_per_gate(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
-    """An orthogonal matrix [J, H] for each gate (Saxe, McClelland & Ganguli 2014), drawn independently and divided by
-    the root of the number of gates: so the matrix [J, G * H] of all gates has orthonormal rows, as Keras begins it."""
+    """An orthogonal matrix [J, H] for each gate, drawn independently, as Flax begins."""
     rows, gates, columns = shape
-    draw = nn.initializers.orthogonal(gates**-0.5)
+    draw = nn.initializers.orthogonal()
     keys = jax.random.split(key, gates)
     return jnp.stack([draw(k, (rows, columns), dtype) for k in keys], axis=1)
 
@@ -107,6 +112,7 @@ class Cell(nn.RNNCellBase):
     features: hidden units H.
     dtype: what the matmuls are done in and the outputs are returned in; None: that of the inputs and weights together.
     param_dtype: what the weights are kept in.
+    recurrent_initializer: of the recurrent weights [J, G, H]; `orthogonal_per_gate` is another.
 
     The state is at least float32 whatever `dtype` is; float64 stays float64.
     """
@@ -114,6 +120,7 @@ class Cell(nn.RNNCellBase):
     features: int
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    recurrent_initializer: Any = orthogonal
 
     gates = 1
     bias_initializer: ClassVar[Any] = staticmethod(nn.initializers.zeros)
@@ -125,7 +132,7 @@ class Cell(nn.RNNCellBase):
         gates, hidden, dtype = self.gates, self.features, self.param_dtype
         return Weights(
             self.param("input", named(input_initializer, None, None, "hidden"), (input_size, gates, hidden), dtype),
-            self.param("recurrent", named(orthogonal_per_gate, None, None, "hidden"), (hidden, gates, hidden), dtype),
+            self.param("recurrent", named(self.recurrent_initializer, None, None, "hidden"), (hidden, gates, hidden), dtype),
             self.param("bias", named(self.bias_initializer, None, "hidden"), (gates, hidden), dtype),
             self.recurrent_bias(),
         )

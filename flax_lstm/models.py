@@ -69,7 +69,7 @@ def uniform_embedding(key: Array, shape: tuple[int, int], dtype: Any = jnp.float
 
 def dense(width: int, rows: str | None, columns: str | None, **settings: Any) -> nn.Dense:
     """`nn.Dense` whose kernel's axes have these names (see `sharding.RULES`)."""
-    kernel = named(nn.linear.default_kernel_init, rows, columns)
+    kernel = named(nn.initializers.glorot_uniform(), rows, columns)
     return nn.Dense(width, kernel_init=kernel, bias_init=named(nn.initializers.zeros, columns), **settings)
 
 

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the recurrent kernel on its own, on several threads of the system: for the sanitizers, and for processors that are
+// only emulated. Prints sums of what it computes, one line a cell and direction, which test_native.py compares.
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <thread>
+
+#include "kernel.h"
+
+using namespace flax_lstm;
+
+struct Threads {  // a pool that begins a thread for each task
+  std::vector<std::thread> threads;
+  template <class F>
+  void Schedule(F&& f) {
+    threads.emplace_back(std::forward<F>(f));
+  }
+  ~Threads() {
+    for (auto& thread : threads) thread.join();
+  }
+};
+
+double sum(const std::vector<float>& values) {  // of a kind that notices order
+  double total = 0;
+  for (size_t i = 0; i < values.size(); ++i) total += values[i] * std::cos(0.1 * (i % 101));
+  return total;
+}
+
+template <class Cell>
+void run(const char* name, bool reverse, bool masked) {
+  constexpr long G = Cell::GATES;
+  const Sizes z{7, 23, 5, 19};
+  const long B = z.batch, T = z.time, D = z.inputs, H = z.units;
+  std::mt19937 random(1);
+  const auto draw = [&](long count) {  // exactly the same numbers everywhere
+    std::vector<float> values(count);
+    for (float& v : values) v = static_cast<int>(random() % 2001) / 1000.0f - 1.0f;
+    return values;
+  };
+  const auto x = draw(B * T * D), input = draw(D * G * H), recurrent = draw(H * G * H), bias = draw(G * H);
+  const auto recurrent_bias = draw(H), c0 = draw(B * H), h0 = draw(B * H), mask = draw(B * H);
+  const auto dy = draw(B * T * H), dc = draw(B * H), dh = draw(B * H);
+  const std::vector<int> lengths{23, 0, 1, 22, 7, 7, 23};
+  // Every array has just the size it should: a sanitizer sees the first step beyond it.
+  std::vector<float> y(B * T * H), c(B * H), h(B * H), gates(B * T * G * H), kept(B * T * H), dx(B * T * D);
+  std::vector<float> dinput(D * G * H), drecurrent(H * G * H), dbias(G * H), drecurrent_bias(H), dc0(B * H), dh0(B * H);
+  std::vector<float> dmask(B * H);
+  const Forward f{z, reverse, x.data(), input.data(), recurrent.data(), bias.data(), recurrent_bias.data(), c0.data(),
+                  h0.data(), masked ? mask.data() : nullptr, lengths.data(), y.data(), c.data(), h.data(), gates.data(),
+                  kept.data()};
+  const Backward b{z, reverse, x.data(), input.data(), recurrent.data(), c0.data(), h0.data(),
+                   masked ? mask.data() : nullptr, lengths.data(), y.data(), gates.data(), kept.data(), dy.data(),
+                   dc.data(), dh.data(), dx.data(), dinput.data(), drecurrent.data(), dbias.data(),
+                   drecurrent_bias.data(), dc0.data(), dh0.data(), dmask.data()};
+  Threads pool;
+  forward<Cell>(pool, 3, f);
+  backward<Cell>(pool, 3, b);
+  std::printf("%s reverse=%d mask=%d", name, reverse, masked);
+  for (const auto* values : {&y, &c, &h, &dx, &dinput, &drecurrent, &dbias, &drecurrent_bias, &dc0, &dh0, &dmask})
+    std::printf(" %.6g", sum(*values));
+  std::printf("\n");
+}
+
+int main() {
+  for (bool reverse : {false, true})
+    for (bool masked : {false, true}) {
+      run<Lstm>("lstm", reverse, masked);
+      run<Gru>("gru", reverse, masked);
+      run<Rnn>("rnn", reverse, masked);
+    }
+}
