@@ -69,12 +69,15 @@ def assert_close(a, b, tolerance):
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=tolerance, atol=tolerance), a, b)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices, gpu, keep", [(1, False, 1 << 30), (8, True, 1 << 30), (8, False, 0)])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", CELL_NAMES)
-def test_gradients_of_everything_in_float64(name, reverse, devices, x64, quick_compile, monkeypatch):
-    """The mask's gradient included, and with the matmuls of one device, which other tests (with eight) never use."""
+def test_gradients_of_everything_in_float64(name, reverse, devices, gpu, keep, x64, quick_compile, monkeypatch):
+    """The mask's gradient included, with the matmuls of one device and the arrays of a GPU, which other tests never
+    use, and with time in chunks."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(fused, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(fused, "KEEP", keep)
     arguments = example(name, jnp.float64)
     assert_close(gradients(fused.run, *arguments, reverse), gradients(by_hand, *arguments, reverse), 1e-12)
 
@@ -104,6 +107,22 @@ def loops(jaxpr):
         for value in equation.params.values():
             if inner := getattr(value, "jaxpr", None):
                 yield from loops(getattr(inner, "jaxpr", inner))
+
+
+def test_chunks_of_time_keep_little(monkeypatch):
+    cell, weights, *_ = example("lstm")
+    x_BTD = jax.ShapeDtypeStruct((B, 6400, D), jnp.float32)
+
+    def megabytes(keep):
+        monkeypatch.setattr(fused, "KEEP", keep)
+
+        def loss(weights, x_BTD):
+            return jnp.sum(jnp.sin(fused.run(cell, weights, x_BTD, None, cell.initial_state(B), None, False)[1]))
+
+        compiled = jax.jit(jax.grad(loss)).lower(weights, x_BTD).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+    assert megabytes(0) < megabytes(1 << 30) / 3
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)

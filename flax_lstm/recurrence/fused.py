@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recurrence with a backward pass of its own, in plain JAX: LSTM, GRU and simple RNN on every platform.
 
-Axes: T time, B batch, D input features, G gates, H hidden units, J hidden units of the previous step. Inside, time
-comes first: a step then reads and writes one contiguous block.
+Axes: T time, B batch, D input features, G gates, H hidden units, J hidden units of the previous step, C time in chunks.
+Inside, time comes first: a step then reads and writes one contiguous block.
 
 Forward. Every gate is a tanh, for sigmoid(z) = 1/2 + 1/2 tanh(z/2); the inner halves are multiplied into the weights
 before the loop. So one tanh over all gates gives u = tanh(a), a = Wx + b + Rh, and the sigmoid gates are (1 + u) / 2.
@@ -17,13 +17,18 @@ it, primes for the state after a step. From dh' (what the next step hands back p
 
 Then da_n = dn (1 - n^2) for a tanh (n and the LSTM's g), da_s = 2 ds s (1 - s) for a sigmoid gate s, whose a is half
 its argument, and dh += R^T da (GRU: dq in place of da_n).
-The loop carries only (dc, dh) and writes da; as a = Wx + b + Rh at every step, the weights' gradients are sums over
-steps of outer products with da, hence one matmul each after the loop: dR = sum over t and b of h da^T.
+The loop carries only (dc, dh) and da and writes da; as a = Wx + b + Rh at every step, the weights' gradients are sums
+over steps of outer products with da, hence one matmul each after the loop: dR = sum over t and b of h da^T.
+
+Memory. A step keeps its gates and the state before it for the backward pass. Where that would be more than `KEEP` bytes
+on a device, time is cut into about sqrt(T) chunks: only the states between them are kept, and the backward pass runs
+each chunk once more (Chen et al. 2016, "Training deep nets with sublinear memory cost").
 
 The derivative is a `jax.custom_vjp`: reverse mode only. For forward mode (`jax.jvp`, `jax.linearize`, `jax.hessian`)
 take the backend "scan".
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,18 +36,39 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_lstm.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights, recurrent_matmul
+from flax_lstm.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights
 from flax_lstm.sharding import current_mesh
 
 Array = jax.Array
 State = tuple[Array, ...]  # (c, h) of an LSTM, (h,) of the others: h comes last
-Gates = tuple[Array, ...] | None  # one [B, H] for each gate
-Saved = tuple[Array, ...]  # what a step keeps for the backward pass, besides the state
+Gates = tuple[Array, ...]  # one [B, H] for each gate
+Kept = tuple[Array, ...]  # what a step keeps for the backward pass: first of its own, then the state before it
+
+KEEP = 512 << 20  # bytes; a forward pass more costs little beside the time to read and write so many
+
+barrier = jax.lax.optimization_barrier
+
+
+def on_gpu() -> bool:
+    """Whether the time of a step is that of launching its kernels. Every array that is written for later is a kernel of
+    its own, and whatever is left to the compiler to merge is none: a step then keeps one array, and has no barriers."""
+    return jax.default_backend() == "gpu"
+
 
 # XLA:CPU evaluates a merged group of operations with vector instructions only where each index into memory is plain.
-# Hence the barrier, which keeps the one tanh apart from the slices that follow, and gates that are saved one by one and
-# put together as [B, G * H] for the matmul. Each of these is worth tens of microseconds a step.
-barrier = jax.lax.optimization_barrier
+# Hence the barrier, which keeps a tanh apart from the slices around it, arrays that are kept one by one, and gradients
+# of gates that are put together as [B, G * H] for the matmul. Each of these is worth tens of microseconds a step.
+def apart(x: Array) -> Array:
+    return x if on_gpu() else barrier(x)
+
+
+def together(arrays: Kept) -> Any:
+    return jnp.stack(arrays) if on_gpu() else arrays
+
+
+def each(kept_T: Any) -> Kept:
+    """The arrays [T, ...] that went `together` at each step."""
+    return kept_T if isinstance(kept_T, tuple) else tuple(kept_T[:, n] for n in range(kept_T.shape[1]))
 
 
 def sigmoid(half: Array) -> Array:
@@ -50,54 +76,54 @@ def sigmoid(half: Array) -> Array:
     return 0.5 + 0.5 * half
 
 
-def lstm_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
-    u = barrier(jnp.tanh(x + rh))
+def lstm_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Kept]:
+    u = apart(jnp.tanh(x + rh))
     i, f, g, o = sigmoid(u[:, 0]), sigmoid(u[:, 1]), u[:, 2], sigmoid(u[:, 3])
     c = f * state[0] + i * g
-    tanh_c = jnp.tanh(c)
-    return (c, o * tanh_c), (i, f, g, o, state[0], tanh_c)
+    return (c, o * jnp.tanh(c)), (i, f, g, o)
 
 
-def lstm_backward(saved: Saved, h: Array, d: State) -> tuple[State, Gates, Gates]:
-    i, f, g, o, c, tanh_c = saved
+def lstm_backward(kept: Kept, d: State) -> tuple[State, Gates, Gates | None]:
+    i, f, g, o, c, _ = kept
     dc, dh = d
+    tanh_c = apart(jnp.tanh(f * c + i * g))
     dc = dc + dh * o * (1 - tanh_c * tanh_c)
     da = (dc * g * 2 * i * (1 - i), dc * c * 2 * f * (1 - f), dc * i * (1 - g * g), dh * tanh_c * 2 * o * (1 - o))
-    return (dc * f, jnp.zeros_like(dh)), da, None
+    return (dc * f, 0 * dh), da, None  # plain zeros would be a kernel of their own
 
 
-def gru_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
-    u = barrier(jnp.tanh(x[:, :2] + rh[:, :2]))
+def gru_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Kept]:
+    u = apart(jnp.tanh(x[:, :2] + rh[:, :2]))
     r, z = sigmoid(u[:, 0]), sigmoid(u[:, 1])
     q = rh[:, 2] + bias[None]
     n = jnp.tanh(x[:, 2] + r * q)
-    away = state[0] - n
-    return (n + z * away,), (r, z, n, q, away)
+    return (n + z * (state[0] - n),), (r, z, n, q)
 
 
-def gru_backward(saved: Saved, h: Array, d: State) -> tuple[State, Gates, Gates]:
-    r, z, n, q, away = saved
+def gru_backward(kept: Kept, d: State) -> tuple[State, Gates, Gates | None]:
+    r, z, n, q, h = kept
     (dh,) = d
     da_n = dh * (1 - z) * (1 - n * n)
-    da_r, da_z = da_n * q * 2 * r * (1 - r), dh * away * 2 * z * (1 - z)
+    da_r, da_z = da_n * q * 2 * r * (1 - r), dh * (h - n) * 2 * z * (1 - z)
     return (dh * z,), (da_r, da_z, da_n * r), (da_r, da_z, da_n)
 
 
-def rnn_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Saved]:
-    return (jnp.tanh(x[:, 0] + rh[:, 0]),), ()
+def rnn_forward(state: State, x: Array, rh: Array, bias: Any) -> tuple[State, Kept]:
+    n = jnp.tanh(x[:, 0] + rh[:, 0])
+    return (n,), (n,)
 
 
-def rnn_backward(saved: Saved, h: Array, d: State) -> tuple[State, Gates, Gates]:
-    (dh,) = d
-    return (jnp.zeros_like(dh),), (dh * (1 - h * h),), None
+def rnn_backward(kept: Kept, d: State) -> tuple[State, Gates, Gates | None]:
+    (n, _), (dh,) = kept, d
+    return (0 * dh,), (dh * (1 - n * n),), None
 
 
 class Rule(NamedTuple):
     """One cell: the factors folded into its gates, one step, and the step's gradient.
 
-    forward(state, Wx + b, Rh, recurrent bias) -> (state, saved)
-    backward(saved, h after the step, gradient of the state after) -> (gradient of the state before but for its way
-        through Rh, gradients of Rh for each gate, the same of Wx + b or None where they are equal)
+    forward(state, Wx + b, Rh, recurrent bias) -> (state, what to keep besides the state before)
+    backward(kept, gradient of the state after) -> (gradient of the state before but for its way through Rh, gradients
+        of Rh for each gate, the same of Wx + b or None where they are equal)
     """
 
     scale: tuple[float, ...]
@@ -121,6 +147,31 @@ def run(
     cell: Any, weights: Weights, x_BTD: Array, lengths_B: Array | None, state: Any, mask_BJ: Array | None, reverse: bool
 ) -> tuple[Any, Array]:
     """See `flax_lstm.recurrence`."""
+    batch, time, _ = x_BTD.shape
+    kept = time * batch * cell.features * (cell.gates + 2) * cell.state_dtype(x_BTD).itemsize
+    if kept <= KEEP * (jax.device_count() if current_mesh() is None else 1):
+        return run_chunk(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+    # In the dtype of the state, so that the gradients of all chunks add up in it.
+    wide_weights = jax.tree.map(lambda w: w.astype(cell.state_dtype(x_BTD)), weights)
+    ends_B = jnp.full(batch, time) if lengths_B is None else lengths_B
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def chunk(state: Any, inputs: tuple[Array, Array]) -> tuple[Any, Array]:
+        x_BCD, start = inputs
+        return run_chunk(cell, cell.cast(wide_weights, x_BTD), x_BCD, ends_B - start, state, mask_BJ, reverse)
+
+    steps = math.isqrt(time)
+    starts = jnp.arange(0, time, steps)
+    padded = jnp.pad(x_BTD, ((0, 0), (0, len(starts) * steps - time), (0, 0)))
+    x_chunks = jnp.swapaxes(padded.reshape(batch, len(starts), steps, -1), 0, 1)
+    state, y_chunks = jax.lax.scan(chunk, state, (x_chunks, starts), reverse=reverse)
+    return state, jnp.swapaxes(y_chunks, 0, 1).reshape(batch, -1, y_chunks.shape[-1])[:, :time]
+
+
+def run_chunk(
+    cell: Any, weights: Weights, x_BTD: Array, lengths_B: Array | None, state: Any, mask_BJ: Array | None, reverse: bool
+) -> tuple[Any, Array]:
+    """`run`, keeping what every step leaves."""
     rule = RULES[type(cell)]
     scale = jnp.asarray(rule.scale, weights.recurrent_JGH.dtype)
     input_DGH, recurrent_JGH = (w * scale[None, :, None] for w in (weights.input_DGH, weights.recurrent_JGH))
@@ -167,65 +218,79 @@ def recur(
     lengths_B: Array | None,
 ) -> tuple[State, Array]:
     """The final state, and h after each step (held where a row has ended)."""
-    final, (h_TBH, _) = forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B)
-    return final, h_TBH
-
-
-def forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B):  # type: ignore[no-untyped-def]
-    """The final state, and h after each step and what the steps saved, [T, ...]."""
-
-    def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, tuple[Array, Saved]]:
-        x, t = inputs
-        rh = recurrent_matmul(gather(state[-1], len(recurrent_JGH)), recurrent_JGH, mask_BJ)
-        new, saved = rule.forward(state, x, rh, bias_H)
-        if lengths_B is not None:
-            new = keep_where(t < lengths_B, new, state)
-        return new, (new[-1], saved)
-
-    return jax.lax.scan(step, state, (x_TBGH, jnp.arange(len(x_TBGH))), reverse=reverse)
+    return recur_forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B)[0]
 
 
 def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B):  # type: ignore[no-untyped-def]
-    final, (h_TBH, saved) = forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B)
-    return (final, h_TBH), (recurrent_JGH, bias_H, state, mask_BJ, lengths_B, h_TBH, saved)
+    dtype = recurrent_JGH.dtype
+
+    def entering(h: Array) -> Array | None:
+        """h as it enters the matmul, or None for h itself. Made at the end of a step, it is not a kernel of its own."""
+        whole = gather(h, len(recurrent_JGH))
+        entering = (whole if mask_BJ is None else whole * mask_BJ).astype(dtype)
+        return None if entering is h else entering
+
+    def step(carry: Any, inputs: tuple[Array, Array]) -> Any:
+        (state, h_in), (x, t) = carry, inputs
+        h_in = state[-1] if h_in is None else h_in
+        rh = jnp.einsum("bj,jgh->bgh", h_in, recurrent_JGH, preferred_element_type=state[-1].dtype)
+        new, kept = rule.forward(state, x, rh, bias_H)
+        if lengths_B is not None:
+            new = keep_where(t < lengths_B, new, state)
+        return (new, entering(new[-1])), together((*kept, *state))
+
+    inputs = (x_TBGH, jnp.arange(len(x_TBGH)))
+    (final, _), kept_T = jax.lax.scan(step, (state, entering(state[-1])), inputs, reverse=reverse)
+    # What is kept is the state before a step: a step that also read the one after could not write it in place.
+    before, last = each(kept_T)[-1], final[-1][None]
+    h_TBH = jnp.concatenate([last, before])[:-1] if reverse else jnp.concatenate([before, last])[1:]
+    return (final, h_TBH), (recurrent_JGH, bias_H, mask_BJ, lengths_B, kept_T)
 
 
 def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-untyped-def]
-    recurrent_JGH, bias_H, state, mask_BJ, lengths_B, h_TBH, saved = residuals
+    recurrent_JGH, bias_H, mask_BJ, lengths_B, kept_T = residuals
     d_final, dh_TBH = gradients
-    dtype, shape = recurrent_JGH.dtype, recurrent_JGH.shape
+    dtype, state_dtype, shape = recurrent_JGH.dtype, dh_TBH.dtype, recurrent_JGH.shape
     # Transposed once: without the barrier the compiler moves it into the loop.
     transposed = barrier(recurrent_JGH.reshape(shape[0], -1).T)
 
     def through_matmul(da: Array) -> Array:
-        return jnp.matmul(da, transposed, preferred_element_type=h_TBH.dtype)
+        return jnp.matmul(da, transposed, preferred_element_type=state_dtype)
 
-    def step(d: State, inputs: Any) -> Any:
-        t, saved, h, dh = inputs
-        d_before, da, dx = rule.backward(saved, h, (*d[:-1], d[-1] + dh))
+    def through(d: State, da: Array) -> State:
+        """The gradient of a state, from that of the step after it: `d` directly, and `da` through Rh. It is made at the
+        beginning of a step, where it is one kernel with what follows."""
+        dh = through_matmul(da)
+        return (*d[:-1], d[-1] + scatter(dh if mask_BJ is None else dh * mask_BJ, shape[2]))
+
+    def step(carry: tuple[State, Array], inputs: Any) -> Any:
+        t, kept, dh = inputs
+        d = through(*carry)
+        d_before, da, dx = rule.backward(kept, (*d[:-1], d[-1] + dh))
         if lengths_B is not None:
             valid = t < lengths_B
             d_before = keep_where(valid, d_before, d)
             da, dx = (a and keep_where(valid, a, (jnp.zeros_like(dh),) * shape[1]) for a in (da, dx))
-        da, dx = (a and jnp.concatenate(a, 1).astype(dtype) for a in (da, dx))
-        dh = through_matmul(da) if mask_BJ is None else through_matmul(da) * mask_BJ
-        return (*d_before[:-1], d_before[-1] + scatter(dh, shape[2])), (da, dx)
+        da, *dx = (jnp.concatenate(a, 1).astype(dtype) for a in (da, dx) if a)
+        return (d_before, da), together((da, *dx))
 
-    inputs = (jnp.arange(len(dh_TBH)), saved, h_TBH, dh_TBH)
-    d_state, (da, dx) = jax.lax.scan(step, d_final, inputs, reverse=not reverse)
-    dx_TBGH = (da if dx is None else dx).reshape(*h_TBH.shape[:2], *shape[1:])
+    inputs = (jnp.arange(len(dh_TBH)), kept_T, dh_TBH)
+    nothing = jnp.zeros((dh_TBH.shape[1], transposed.shape[0]), dtype)
+    last, written_T = jax.lax.scan(step, (d_final, nothing), inputs, reverse=not reverse)
+    da_T, dx_T = each(written_T)[0], each(written_T)[-1]
 
-    first_BH = state[-1][None]
-    before_TBH = jnp.concatenate([h_TBH, first_BH])[1:] if reverse else jnp.concatenate([first_BH, h_TBH])[:-1]
-    before_TBJ = gather(before_TBH, shape[0])
+    before_TBJ = gather(each(kept_T)[-1], shape[0])
     h_TBJ = merge((before_TBJ if mask_BJ is None else before_TBJ * mask_BJ[None]).astype(dtype))
     steps = tuple(range(h_TBJ.ndim - 1))
-    d_recurrent = jax.lax.dot_general(h_TBJ, merge(da), ((steps, steps), ((), ())), preferred_element_type=h_TBH.dtype)
+    d_recurrent = jax.lax.dot_general(
+        h_TBJ, merge(da_T), ((steps, steps), ((), ())), preferred_element_type=state_dtype
+    )
     d_recurrent = d_recurrent.astype(dtype).reshape(shape)
-    d_bias = None if bias_H is None else jnp.sum(da[..., -shape[2] :], (0, 1), h_TBH.dtype).astype(dtype)
+    d_bias = None if bias_H is None else jnp.sum(da_T[..., -shape[2] :], (0, 1), state_dtype).astype(dtype)
     # The compiler drops this unless somebody asks for it.
-    d_mask = None if mask_BJ is None else jnp.sum(before_TBJ * through_matmul(da), 0).astype(mask_BJ.dtype)
-    return dx_TBGH, d_recurrent, d_bias, d_state, d_mask, None
+    d_mask = None if mask_BJ is None else jnp.sum(before_TBJ * through_matmul(da_T), 0).astype(mask_BJ.dtype)
+    dx_TBGH = dx_T.reshape(*dh_TBH.shape[:2], *shape[1:])
+    return dx_TBGH, d_recurrent, d_bias, through(*last), d_mask, None
 
 
 recur.defvjp(recur_forward, recur_backward)
