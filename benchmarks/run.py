@@ -30,7 +30,8 @@ from worker import serve
 from workloads import GROUPS, WORKLOADS, Work, make_work, reference_loss
 
 PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "tensorflow", "keras", "dm-haiku")
-FIRST_LOSS, LATER_LOSS = 1e-4, 5e-3  # relative differences allowed: at the given weights, and after some updates
+FIRST_LOSS = 1e-4  # relative difference allowed at the given weights
+FALL = 0.6  # and of what the loss falls by in the first updates; PyTorch learns a second bias, which is a third faster
 PAUSE = 0.05  # seconds between turns, for threads that wait in a loop to go to sleep
 
 
@@ -132,21 +133,18 @@ def running(entrants: Iterable[Entrant]) -> list[Entrant]:
 
 
 def check_losses(work: Work, entrants: list[Entrant]) -> None:
-    """Ends those whose first loss is not that of NumPy, or whose loss after some updates is not that of the others."""
+    """Ends those whose first loss is not that of NumPy, or whose updates do not lower it as those of the others do."""
     reference = reference_loss(work)
     learners = [entrant for entrant in running(entrants) if not entrant.is_floor]
     for entrant in learners:
         loss = entrant.report["losses"][0]
         if not math.isclose(loss, reference, rel_tol=FIRST_LOSS):
             entrant.fail(f"its loss is {loss:.6f}, it should be {reference:.6f}")
-    learners = running(learners)
-    if not learners:
-        return
-    later = statistics.median(entrant.report["losses"][-1] for entrant in learners)
-    for entrant in learners:
-        loss = entrant.report["losses"][-1]
-        if not math.isclose(loss, later, rel_tol=LATER_LOSS):
-            entrant.fail(f"its loss is {loss:.6f} after some updates, that of the others {later:.6f}")
+    falls = {entrant: reference - entrant.report["losses"][-1] for entrant in running(learners)}
+    typical = statistics.median(falls.values()) if falls else 0.0
+    for entrant, fall in falls.items():
+        if abs(fall - typical) > FALL * abs(typical) + FIRST_LOSS * reference:
+            entrant.fail(f"its loss falls by {fall:.6f} in the first updates, that of the others by {typical:.6f}")
 
 
 def rows_of(name: str, work: Work, entrants: list[Entrant]) -> list[dict[str, Any]]:
@@ -165,7 +163,8 @@ def rows_of(name: str, work: Work, entrants: list[Entrant]) -> list[dict[str, An
         if entrant not in timed:
             return about
         linen = next((e for e in peers if e.name == "linen" and e.tuned == entrant.tuned), None)
-        ratios = {"times_best_peer": best, "times_best_default_peer": best_default, "times_linen": linen}
+        others = {"times_best_peer": best, "times_best_default_peer": best_default, "times_linen": linen}
+        ratios = {k: e and e.milliseconds / entrant.milliseconds for k, e in others.items() if not entrant.is_floor}
         report, ms = entrant.report, entrant.milliseconds
         low, _, high = quartiles(entrant.rounds)
         return about | {
@@ -177,7 +176,7 @@ def rows_of(name: str, work: Work, entrants: list[Entrant]) -> list[dict[str, An
             "memory_mb": report["peak_mb"] - report["before_mb"],
             "memory_with_first_steps_mb": max(report["first_peak_mb"], report["peak_mb"]) - report["before_mb"],
             "losses": report["losses"],
-            **{k: None if other is None or entrant.is_floor else other.milliseconds / ms for k, other in ratios.items()},
+            **{k: ratios.get(k) for k in others},
             "over_floor": floor and ms / floor.milliseconds,
         }
 

@@ -17,7 +17,8 @@ def serve(pipe: Connection, module: str, options: dict[str, Any], tuned: bool, w
     """Answers each message in the pipe by a dict; one with "failed" (or "missing", "unsupported") is the last.
 
     The first answer comes unasked when the implementation is ready. "warm-up": the losses of the first steps, how long
-    the first took, memory before and at the peak. Seconds: those of steps made for about so long. None: memory, the end.
+    the first took, memory before and at the peak. A number: the seconds of steps made for about so many seconds. None:
+    memory, and the end.
     """
     os.dup2(2, 1)  # whatever libraries print: the table alone goes to standard output
     os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="2")

@@ -22,7 +22,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Workload:
-    """One shape of model and batch. Embedding, recurrent layers, last output, dense; cross-entropy. Adam, no dropout."""
+    """Shapes of model and batch. Embedding, recurrent layers, last output, dense; cross-entropy; Adam; no dropout."""
 
     hidden: tuple[int, ...] = (128,)  # units of each layer
     batch: int = 32

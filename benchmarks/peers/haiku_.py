@@ -7,8 +7,9 @@ from typing import Any
 import haiku as hk
 import jax.numpy as jnp
 import numpy as np
-from peers.optax_step import make_step
 from workloads import Unsupported, Work
+
+from peers.optax_step import make_step
 
 
 def make(work: Work) -> Callable[[int], Any]:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import linen as nn
-from peers.optax_step import make_step
 from workloads import Work
+
+from peers.optax_step import make_step
 
 
 class Model(nn.Module):

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from workloads import Work
+
 from peers.linen import last_step
 from peers.optax_step import make_step
-from workloads import Work
 
 
 class Model(nnx.Module):
@@ -37,7 +38,7 @@ class Model(nnx.Module):
 
 
 def make_cell(kind: str, weights: dict[str, np.ndarray], rngs: nnx.Rngs) -> nnx.Module:
-    """The cell with these weights; its gates have our order. The LSTM has its bias at `dense_h`, the GRU at `dense_i`."""
+    """The cell with these weights, gates in our order. The LSTM has its bias at `dense_h`, the GRU at `dense_i`."""
     features, gates, hidden = weights["input"].shape
     cell = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell}[kind](features, hidden, rngs=rngs)
     cell.dense_i.kernel[...] = weights["input"].reshape(features, gates * hidden)
