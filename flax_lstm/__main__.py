@@ -12,7 +12,7 @@ from typing import Any
 
 from flax_lstm.errors import UserError, listing, nearest, require
 
-logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
 logging.getLogger("flax_lstm").setLevel(logging.INFO)
 
 
@@ -22,12 +22,28 @@ def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> 
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--no-tuned-malloc", action="store_true")
+    parser.add_argument("--no-compilation-cache", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--local-processes", type=int)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    parser.add_argument("--connect-seconds", type=float, default=300)
     options, rest = parser.parse_known_args(arguments)
+    if options.local_processes is not None:
+        from flax_lstm.distributed import run_locally
+
+        return run_locally(options.local_processes, without(arguments, "--local-processes"))
     if not options.no_tuned_malloc and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         from flax_lstm.malloc import tune_malloc
 
         tune_malloc()
+    if not options.no_compilation_cache:
+        from flax_lstm.cache import use_compilation_cache
+
+        use_compilation_cache()
     from flax_lstm.config import load_config, override, shipped_configs
+    from flax_lstm.distributed import init_distributed, is_first, leave, process_count
     from flax_lstm.loop import Stopped, fit
 
     config = override(
@@ -36,14 +52,33 @@ def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> 
         prog,
         f"Trains the config {options.config}; the same command again resumes. --config FILE or one of "
         f"{listing(shipped_configs())}; --workdir DIR (default runs/NAME); --no-tuned-malloc keeps the C library's "
-        "memory allocation as it is. Every other flag overrides a field of the config:",
+        "memory allocation as it is; --no-compilation-cache compiles anew what an earlier run has compiled; --profile "
+        "traces a few steps and prints what takes longest. "
+        "--local-processes N trains in N processes of this machine. On several machines, "
+        "what SLURM, Open MPI, Kubernetes, SkyPilot or a TPU pod says of the processes is understood; otherwise say "
+        "--coordinator HOST:PORT --num-processes N --process-id I. They have --connect-seconds S (default 300) to find "
+        "each other. Every other flag overrides a field of the config:",
     )
+    init_distributed(options.coordinator, options.num_processes, options.process_id, options.connect_seconds)
     try:
-        fit(config, options.workdir)
+        fit(config, options.workdir, options.profile)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if is_first():
+            print(stopped, file=sys.stderr)
         return stopped.code
+    except UserError:
+        raise
+    except Exception as error:
+        if process_count() > 1:
+            leave(error)
+        raise
     return 0
+
+
+def without(arguments: Sequence[str], flag: str) -> list[str]:
+    """The arguments less a flag and its value."""
+    at = next(n for n, argument in enumerate(arguments) if argument.split("=")[0] == flag)
+    return [*arguments[:at], *arguments[at + (1 if "=" in arguments[at] else 2) :]]
 
 
 def evaluate(arguments: Sequence[str]) -> int:

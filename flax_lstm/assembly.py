@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a config and what the data say of themselves to the jitted steps: the one place where the parts meet."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -18,10 +19,12 @@ class Assembly(NamedTuple):
     steps: Steps
 
 
-def assemble(config: Config, info: Any) -> Assembly:
-    """Builds module, optimiser and steps. Raises UserError for a batch that does not divide over the devices."""
+def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) -> Assembly:
+    """Builds module, optimiser and steps, for this machine's devices or for those given, which may exist in description
+    only: `steps.train.lower(steps.abstract, abstract_batch(...))` then compiles for them. Raises UserError for a batch
+    that does not divide over the devices."""
     train, task = config.train, config.task
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
     check_batch_size(train.batch_size, train.accumulate, mesh)
     length = train.schedule_steps or train.steps
     schedule = learning_rate(train.schedule, train.learning_rate, train.warmup_steps, length)

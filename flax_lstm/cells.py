@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_lstm.sharding import named
+
 Array = jax.Array
 CellName = Literal["lstm", "gru", "rnn"]
 
@@ -82,9 +84,10 @@ def rnn_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None 
 
 
 def orthogonal_per_gate(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
-    """An orthogonal matrix [J, H] for each gate (Saxe, McClelland & Ganguli 2014), drawn independently."""
+    """An orthogonal matrix [J, H] for each gate (Saxe, McClelland & Ganguli 2014), drawn independently and divided by
+    the root of the number of gates: so the matrix [J, G * H] of all gates has orthonormal rows, as Keras begins it."""
     rows, gates, columns = shape
-    draw = nn.initializers.orthogonal()
+    draw = nn.initializers.orthogonal(gates**-0.5)
     keys = jax.random.split(key, gates)
     return jnp.stack([draw(k, (rows, columns), dtype) for k in keys], axis=1)
 
@@ -94,7 +97,8 @@ def forget_bias_one(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32
     return jnp.zeros(shape, dtype).at[1].set(1)
 
 
-input_initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=2, batch_axis=1)
+# Glorot & Bengio 2010 over the matrix [D, G * H] of all gates.
+input_initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
 
 
 class Cell(nn.RNNCellBase):
@@ -120,9 +124,9 @@ class Cell(nn.RNNCellBase):
         """The cell's weights for inputs of `input_size` features, as they are kept: in `param_dtype`."""
         gates, hidden, dtype = self.gates, self.features, self.param_dtype
         return Weights(
-            self.param("input", input_initializer, (input_size, gates, hidden), dtype),
-            self.param("recurrent", orthogonal_per_gate, (hidden, gates, hidden), dtype),
-            self.param("bias", self.bias_initializer, (gates, hidden), dtype),
+            self.param("input", named(input_initializer, None, None, "hidden"), (input_size, gates, hidden), dtype),
+            self.param("recurrent", named(orthogonal_per_gate, None, None, "hidden"), (hidden, gates, hidden), dtype),
+            self.param("bias", named(self.bias_initializer, None, "hidden"), (gates, hidden), dtype),
             self.recurrent_bias(),
         )
 
@@ -196,7 +200,8 @@ class GRUCell(Cell):
     equations = staticmethod(gru_step)
 
     def recurrent_bias(self) -> Array:
-        return self.param("recurrent_bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        zeros = named(nn.initializers.zeros, "hidden")
+        return self.param("recurrent_bias", zeros, (self.features,), self.param_dtype)
 
 
 class SimpleRNNCell(Cell):

@@ -2,6 +2,7 @@
 """What is done with a model that was trained: figures of a split, predictions for new inputs."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import CONFIG_FILE, Config, read_config
 from flax_lstm.data.base import Batch
 from flax_lstm.errors import UserError, listing, require
-from flax_lstm.sharding import put_batch
+from flax_lstm.sharding import put_batch, replicated
 from flax_lstm.steps import Steps
 from flax_lstm.tasks import Baseline, Task
 
@@ -58,7 +59,7 @@ def evaluate_baselines(
     """The figures of the task's baselines over the same batches."""
 
     def figures(rule: Baseline) -> dict[str, float]:
-        measure = jax.jit(lambda batch: task.measure(rule(batch), batch, info))
+        measure = jax.jit(lambda batch: task.measure(rule(batch), batch, info), out_shardings=replicated(mesh))
         return task.figures(add_up(measure(put_batch(batch, mesh)) for batch in batches()), info)
 
     return {name: figures(rule) for name, rule in task.baselines(info).items()}
@@ -121,4 +122,7 @@ def load(workdir: str | Path) -> Run:
     workdir = Path(workdir)
     path = workdir / CONFIG_FILE
     require(path.exists(), f"{workdir}: no run here ({CONFIG_FILE} is missing); name the folder that train.py wrote")
-    return Run(workdir, read_config(path))
+    config = read_config(path)
+    if hasattr(config.model, "backend"):  # that of the training may not be there where the model is used
+        config = replace(config, model=replace(config.model, backend="auto"))
+    return Run(workdir, config)

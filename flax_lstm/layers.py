@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from flax_lstm import recurrence
 from flax_lstm.cells import Cell
+from flax_lstm.sharding import on_each_device
 
 Array = jax.Array
 Advance = Callable[[nn.Module, Any, Array], tuple[Any, Array]]  # (cell, state, x_t) -> (state, y_t)
@@ -110,15 +111,19 @@ class RNN(nn.Module):
             ones = jnp.ones((batch, cell.features), dtype)
             mask_BJ = nn.Dropout(self.recurrent_dropout, deterministic=False)(ones)
 
-        backend = recurrence.resolve(self.backend, cell, x_BTD, mask_BJ)
-        if backend is not None:
-            return backend.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+        backend = recurrence.resolve(self.backend, cell, x_BTD, mask_BJ, "/".join(self.path))
 
-        def advance(cell: Any, state: Any, x_BGH: Array) -> tuple[Any, Array]:
-            state = cell.step(weights, state, x_BGH, mask_BJ)
-            return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
+        def run(weights: Any, state: Any, x_BTD: Array, lengths_B: Any, mask_BJ: Any) -> tuple[Any, Array]:
+            if backend is not None:
+                return backend.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
 
-        return scan(advance, cell, state, cell.project(weights, x_BTD), lengths_B, reverse)
+            def advance(cell: Any, state: Any, x_BGH: Array) -> tuple[Any, Array]:
+                state = cell.step(weights, state, x_BGH, mask_BJ)
+                return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
+
+            return scan(advance, cell, state, cell.project(weights, x_BTD), lengths_B, reverse)
+
+        return on_each_device(run, partitioned=backend is None)(weights, state, x_BTD, lengths_B, mask_BJ)
 
     def _scan_foreign(self, cell: Any, x_BTD: Array, lengths_B: Array | None, state: Any, reverse: bool) -> Any:
         if self.recurrent_dropout or self.weight_dropout:

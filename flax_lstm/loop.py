@@ -3,7 +3,9 @@
 
 import json
 import math
+import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,13 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
-from flax_lstm.assembly import assemble
+from flax_lstm.assembly import Assembly, assemble
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import CONFIG_FILE, Config
 from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.distributed import first_then_all, is_first, process_count, stop_agreed
 from flax_lstm.errors import UserError
 from flax_lstm.inference import ASSETS, CHECKPOINTS, evaluate, evaluate_baselines
 from flax_lstm.plots import plot_curves
+from flax_lstm.profiling import Profiler
 from flax_lstm.records import (
     MetricsLog,
     device_name,
@@ -35,6 +39,7 @@ from flax_lstm.records import (
     versions,
     write_atomically,
 )
+from flax_lstm.recurrence import noting
 from flax_lstm.sharding import put_batch
 
 RESULT_FILE, METRICS_FILE = "result.json", "metrics.jsonl"
@@ -53,14 +58,17 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Notes SIGTERM and Ctrl-C while training, so that a step is finished and saved first. A second acts at once."""
+    """Notes SIGTERM and Ctrl-C while training, so that a step is finished and saved first. A second acts at once.
+
+    Among several processes SIGTERM is JAX's to notice, which tells the others; Ctrl-C is turned into it."""
 
     def __init__(self) -> None:
         self.received = 0
+        self._alone = process_count() == 1
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not in the main thread: whoever runs us there handles signals
@@ -75,6 +83,14 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.__exit__()
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(self, step: int) -> int:
+        """The signal to stop at before this step, in all processes; 0: go on."""
+        if self._alone:
+            return self.received
+        return (self.received or signal.SIGTERM) if stop_agreed(step) else 0
 
 
 class Best(NamedTuple):
@@ -95,33 +111,50 @@ def batches(source: BatchSource, begin: int, end: int) -> Iterator[Batch]:
     return iter(grain.MapDataset.range(begin, end).map(lambda step: source[int(step)]).to_iter_dataset(options))
 
 
-def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
+def assemble_again(config: Config, info: Any, saved: str | None) -> tuple[Assembly, str]:
+    """A run's parts, and the backend of its recurrences ("auto" where layers differ). A resumed run takes the backend
+    it had, so that its numbers stay the same to the last bit; where that is not to be had, another with a warning."""
+    model = config.model
+    if saved not in (None, "auto") and getattr(model, "backend", None) == "auto":
+        try:
+            return assemble_again(replace(config, model=replace(model, backend=saved)), info, None)
+        except UserError as error:
+            console.print(f"warning: this run used another backend until now. {error} Going on with what there is.")
+    with noting() as layers:
+        parts = assemble(config, info)
+    return parts, next(iter({*layers.values()})) if len({*layers.values()}) == 1 else "auto"
+
+
+def fit(config: Config, workdir: str | Path | None = None, profile: bool = False) -> dict[str, Any]:
     """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of `result.json`.
+
+    profile: trace a few steps into `workdir/profile` and print what takes longest.
 
     Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything saved.
     """
-    workdir = Path(workdir or Path("runs") / config.name)
-    config = open_workdir(workdir, replace(config, data=config.data.absolute()))
+    workdir, console.quiet = Path(workdir or Path("runs") / config.name), not is_first()
+    wanted = replace(config, data=config.data.absolute())
+    config = first_then_all(lambda: open_workdir(workdir, wanted, is_first()))
     train, task = config.train, config.task
-    result_path = workdir / RESULT_FILE
-    if result_path.exists():
-        result = read_result(result_path)
-        if result["steps"] >= train.steps or result["stopped_early"]:
-            console.print(f"{workdir}: this run is finished.")
-            report(result, workdir)
-            return result
-        result_path.replace(result_path.with_name(f"result.{result['steps']}.json"))  # a longer run begins
+    finished = first_then_all(lambda: finished_result(workdir / RESULT_FILE, train.steps))
+    if finished:
+        console.print(f"{workdir}: this run is finished.")
+        report(finished, workdir)
+        return finished
 
     began = time.monotonic()
     console.print(f"{config.name}: reading the data")
-    dataset = config.data.load(workdir / ASSETS)
+    dataset = first_then_all(lambda: config.data.load(workdir / ASSETS))
     info = dataset.info
-    mesh, steps = assemble(config, info)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, task.monitor.maximise)
-    log = MetricsLog(workdir / METRICS_FILE)
+    latest = checkpoints.latest()
+    saved_backend = None if latest is None else checkpoints.progress(latest).get("backend")
+    (mesh, steps), backend = assemble_again(config, info, saved_backend)
+    scratch = tempfile.TemporaryDirectory()  # for what all processes write but one of them keeps
+    folder = workdir if is_first() else Path(scratch.name)
+    log = MetricsLog(folder / METRICS_FILE)
     source = dataset.train(train.batch_size, config.seed)
 
-    latest = checkpoints.latest()
     progress: dict[str, Any] = {"seconds": 0.0, "sessions": 0, "best": list(Best()), "losses": []}
     if latest is None:
         state = steps.init()
@@ -150,12 +183,12 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         read(pending)  # so that what is not finite is never saved, and the log is whole up to here
         pending = None
         record = {"monitor": monitor, "best": list(best), "best_step": best.step, "losses": [*losses]}
-        checkpoints.save(state, {**record, "seconds": seconds(), "sessions": sessions})
+        checkpoints.save(state, {**record, "seconds": seconds(), "sessions": sessions, "backend": backend})
 
     def evaluated_params() -> Any:
         return state.params if state.ema is None else state.ema
 
-    board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def record(at: int, split: str, figures: dict[str, float]) -> None:
         log.append(at, split, figures, seconds())
@@ -202,6 +235,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
                 console.print(f"step {at}/{train.steps}  loss {mean:.4f}  {rate:,.0f} examples/s  {left:.0f} s left")
             losses, window = [], time.monotonic()
 
+    profiler, first = Profiler(folder / "profile"), step
     stopped_early = False
     with Signals() as signals:
         stream = batches(source, step, train.steps)
@@ -227,11 +261,13 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
                 stopped_early = bool(train.patience) and best.stale >= train.patience
                 if stopped_early or step >= train.steps:
                     break
-                if signals.received:
+                if number := signals.stop(step):
                     save()
                     checkpoints.close()
                     board.close()
-                    raise Stopped(signals.received, step, workdir)
+                    raise Stopped(number, step, workdir)
+                if profile and (told := profiler.at(step - first, state)):
+                    console.print(told, highlight=False, markup=False)
                 state, metrics = steps.train(state, put_batch(next(stream), mesh))
                 read(pending)  # of the step before: the device works on while the host reads
                 step += 1
@@ -270,13 +306,25 @@ def fit(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         },
         "versions": versions(),
         "device": device_name(),
-        "backend": config.model.backend,
+        "backend": backend,
     }
-    plot_curves(log.rows(), workdir / "plots" / "curves.png")
-    task.illustrate(dataset, lambda batch: steps.forward(params, None, batch)[1], workdir / "plots")
-    write_atomically(result_path, json.dumps(result, indent=1) + "\n")
+    plot_curves(log.rows(), folder / "plots" / "curves.png")
+    task.illustrate(dataset, lambda batch: steps.forward(params, None, batch)[1], folder / "plots")
+    write_atomically(folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
+    scratch.cleanup()
     report(result, workdir)
     return result
+
+
+def finished_result(path: Path, steps: int) -> dict[str, Any] | None:
+    """The content of `result.json` where no more steps are wanted. One of a shorter run is put aside."""
+    if not path.exists():
+        return None
+    result = read_result(path)
+    if result["steps"] >= steps or result["stopped_early"]:
+        return result
+    path.replace(path.with_name(f"result.{result['steps']}.json"))
+    return None
 
 
 def report(result: dict[str, Any], workdir: Path) -> None:

@@ -22,6 +22,7 @@ from flax_lstm.cells import CELLS, CellName
 from flax_lstm.errors import require
 from flax_lstm.layers import RNN, Bidirectional, Stack
 from flax_lstm.recurrence import BackendName
+from flax_lstm.sharding import named
 
 Array = jax.Array
 DTypeName = Literal["float32", "bfloat16"]
@@ -59,6 +60,17 @@ def max_pool(y_BTH: Array, lengths_B: Array) -> Array:
     lowest = jnp.finfo(y_BTH.dtype).min
     highest = jnp.max(jnp.where(valid_steps(y_BTH, lengths_B), y_BTH, lowest), axis=1)
     return jnp.where(lengths_B[:, None] > 0, highest, 0)
+
+
+def uniform_embedding(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """Uniform in (-0.05, 0.05)."""
+    return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
+
+
+def dense(width: int, rows: str | None, columns: str | None, **settings: Any) -> nn.Dense:
+    """`nn.Dense` whose kernel's axes have these names (see `sharding.RULES`)."""
+    kernel = named(nn.linear.default_kernel_init, rows, columns)
+    return nn.Dense(width, kernel_init=kernel, bias_init=named(nn.initializers.zeros, columns), **settings)
 
 
 class ConcatPool(nn.Module):
@@ -136,9 +148,11 @@ class SequenceModel(nn.Module):
             assert isinstance(self.embed, nn.Embed)
             if y.shape[-1] != self.embed.features:
                 y = nn.Dense(self.embed.features, dtype=self.dtype, name="to_embedding")(y)
-            bias = self.param("head_bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
+            zeros = named(nn.initializers.zeros, "vocabulary")
+            bias = self.param("head_bias", zeros, (self.outputs,), jnp.float32)
             return state, self.embed.attend(y).astype(jnp.float32) + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-        y = nn.Dense(self.outputs, dtype=self.dtype, name="head")(y)
+        outputs = "vocabulary" if self.pool is None else None
+        y = dense(self.outputs, "hidden", outputs, dtype=self.dtype, name="head")(y)
         return state, y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
 
@@ -236,7 +250,8 @@ class SegmentForecaster(nn.Module):
         repeated = jax.tree.map(lambda s: jnp.repeat(s, future, axis=0), state)
         _, y_R1H = self.rnn(query_BCMH.reshape(-1, 1, width), None, repeated, deterministic=deterministic)
         y_RH = nn.Dropout(self.dropout)(y_R1H[:, 0], deterministic=deterministic)
-        y = nn.Dense(size * self.per_value, dtype=self.dtype, name="head")(y_RH).astype(jnp.float32)
+        head = dense(size * self.per_value, "hidden", None, dtype=self.dtype, name="head")
+        y = head(y_RH).astype(jnp.float32)
         y_BCNQ = y.reshape(batch, channels, future * size, self.per_value)[:, :, : self.horizon]
         return state, y_BCNQ.swapaxes(1, 2) + last_BC[:, None, :, None]
 
@@ -314,7 +329,8 @@ class RecurrentModel:
             "concat": lambda: ConcatPool(last),
             "attention": AttentionPool,
         }
-        embed = nn.Embed(vocabulary_size, self.embed_size, dtype=dtype, embedding_init=nn.initializers.normal(0.05))
+        words = named(uniform_embedding, "vocabulary", "features")
+        embed = nn.Embed(vocabulary_size, self.embed_size, dtype=dtype, embedding_init=words)
         return SequenceModel(
             self.stack(),
             outputs,

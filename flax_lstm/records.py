@@ -18,15 +18,21 @@ import numpy as np
 from flax_lstm.config import CONFIG_FILE, Config, flatten, read_config, resume_config, save_config
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.inference import ASSETS, CHECKPOINTS
+from flax_lstm.sharding import on_host
 
 Figures = Mapping[str, float]
 PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def open_workdir(workdir: Path, config: Config) -> Config:
+def open_workdir(workdir: Path, config: Config, first: bool = True) -> Config:
     """Makes the folder and saves the config in it, or checks that the run there has the same settings; returns the
     config to train with, its schedule's length settled. A start that failed before its first checkpoint, say for a
-    wrong column, leaves nothing to resume: the corrected command takes its folder over."""
+    wrong column, leaves nothing to resume: the corrected command takes its folder over. Of several processes the first
+    prepares the folder for the others."""
+    if not first:
+        path = workdir / CONFIG_FILE
+        require(path.exists(), f"--workdir {workdir}: must lie on a file system that all processes share")
+        return resume_config(read_config(path), config, workdir)
     require(
         workdir.is_dir() or not os.path.lexists(workdir),
         f"--workdir {workdir}: a file of that name is in the way; name another folder",
@@ -135,7 +141,7 @@ def params_sha256(params: Any) -> str:
     in C order."""
     digest = hashlib.sha256()
     leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        jax.tree_util.keystr(path, simple=True, separator="/"): on_host(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     for name in sorted(leaves):

@@ -17,7 +17,14 @@ from jax.sharding import Mesh
 from flax_lstm.data.base import Batch
 from flax_lstm.metrics import Mean
 from flax_lstm.optim import Schedule, plateau_scale
-from flax_lstm.sharding import batch_sharding, replicated, state_sharding
+from flax_lstm.sharding import (
+    batch_sharding,
+    batch_shards,
+    on_mesh,
+    parameter_shardings,
+    replicated,
+    shard_like_params,
+)
 
 Array = jax.Array
 
@@ -69,6 +76,11 @@ def join(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
+def fill(tree: Any, rows: int) -> Any:
+    """[B, ...] -> [B + rows, ...], with zeros."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, rows), *[(0, 0)] * (x.ndim - 1))), tree)
+
+
 def make_steps(
     module: nn.Module,
     loss: Callable[[Array, Batch], Mean],
@@ -90,30 +102,46 @@ def make_steps(
     """
     root = jax.random.key(seed)
 
-    def init() -> TrainState:
+    def init() -> tuple[TrainState, Any]:
+        """The first state, and its parameters with the names of their axes."""
         inputs = jax.tree.map(jnp.asarray, (sample.inputs, sample.lengths, None, sample.covariates))
         (carry, _), variables = module.init_with_output(jax.random.fold_in(root, 0), *inputs)
-        params = variables["params"]
+        params = nn.meta.unbox(variables["params"])
         carry = jax.tree.map(jnp.zeros_like, carry) if sample.reset is not None else None
         averaged = jax.tree.map(jnp.copy, params) if ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), averaged, carry)
+        state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), averaged, carry)
+        return state, variables["params"]
+
+    place, everywhere = batch_sharding(mesh), replicated(mesh)
+    shapes, named_params = jax.eval_shape(on_mesh(init, mesh))
+    stored, used = parameter_shardings(named_params, mesh)
+    shardings: Any = TrainState(
+        step=everywhere,  # type: ignore[arg-type]
+        params=stored,
+        opt_state=shard_like_params(shapes.opt_state, shapes.params, stored, mesh),
+        ema=stored if ema else None,
+        carry=jax.tree.map(lambda _: place, shapes.carry),
+    )
 
     def total_loss(params: Any, carry: Any, part: Batch, key: Array) -> tuple[Array, tuple[Array, Any]]:
         carry, outputs = apply(module, params, carry, part, key)
         mean = loss(outputs, part)
         return mean.total, (mean.weight, carry)
 
-    gradient = jax.value_and_grad(total_loss, has_aux=True)
+    def gradient(*arguments: Any) -> tuple[Any, Any]:
+        result, grads = jax.value_and_grad(total_loss, has_aux=True)(*arguments)
+        return result, jax.lax.with_sharding_constraint(grads, stored)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(root, state.step + 1)
+        params = jax.lax.with_sharding_constraint(state.params, used)
         if accumulate == 1:
-            (total, (weight, carry)), grads = gradient(state.params, state.carry, batch, key)
+            (total, (weight, carry)), grads = gradient(params, state.carry, batch, key)
         else:
 
             def add(sums: Any, part: Any) -> tuple[Any, Any]:
                 carry, rows, n = part
-                (total, (weight, carry)), grads = gradient(state.params, carry, rows, jax.random.fold_in(key, n))
+                (total, (weight, carry)), grads = gradient(params, carry, rows, jax.random.fold_in(key, n))
                 return jax.tree.map(jnp.add, sums, (total, weight, grads)), carry
 
             zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -135,21 +163,23 @@ def make_steps(
         return TrainState(state.step + 1, params, opt_state, averaged, carry), metrics
 
     def evaluate(params: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
-        carry, outputs = apply(module, params, carry, batch)
+        carry, outputs = apply(module, jax.lax.with_sharding_constraint(params, used), carry, batch)
         return carry, measure(outputs, batch)
 
     def forward(params: Any, carry: Any, batch: Batch) -> tuple[Any, Array]:
-        return apply(module, params, carry, batch)
+        params = jax.lax.with_sharding_constraint(params, used)
+        rows = len(batch.lengths)
+        carry, batch = fill((carry, batch), -rows % batch_shards(mesh))
+        return jax.tree.map(lambda x: x[:rows], apply(module, params, carry, batch))
 
-    shapes = jax.eval_shape(init)
-    shardings = state_sharding(shapes, mesh)
-    place = batch_sharding(mesh)
-    everywhere = replicated(mesh)
+    def jit(function: Callable[..., Any], into: Any, out: Any, **settings: Any) -> Callable[..., Any]:
+        return jax.jit(on_mesh(function, mesh), in_shardings=into, out_shardings=out, **settings)
+
     return Steps(
-        init=jax.jit(init, out_shardings=shardings),
-        train=jax.jit(train, in_shardings=(shardings, place), out_shardings=(shardings, everywhere), donate_argnums=0),
-        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, place, place), out_shardings=(place, everywhere)),
-        # Predictions come in batches of any size, which need not divide over the devices: nothing is split.
-        forward=jax.jit(forward, in_shardings=(shardings.params, everywhere, everywhere), out_shardings=everywhere),
+        init=jit(lambda: init()[0], (), shardings),
+        train=jit(train, (shardings, place), (shardings, everywhere), donate_argnums=0),
+        evaluate=jit(evaluate, (stored, place, place), (place, everywhere)),
+        # Predictions come in batches of any size, which need not divide over the devices: every device gets all rows.
+        forward=jit(forward, (stored, everywhere, everywhere), everywhere),
         abstract=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings),
     )

@@ -9,16 +9,12 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 
+from flax_lstm.cache import cache_folder
+
 FILES_KEPT = 16  # the ones used last
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/flax_lstm, or ~/.cache/flax_lstm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_lstm"
 
 
 def fingerprint(parts: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from flax_lstm.data.cache import cache_folder
+from flax_lstm.cache import cache_folder
 from flax_lstm.data.download import RemoteFile, verify
 from flax_lstm.data.text import TextData, Texts, check_fraction, split_by_hash
 from flax_lstm.errors import UserError, require

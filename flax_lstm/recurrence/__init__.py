@@ -11,30 +11,62 @@ is recurrent dropout (None without it). Steps at or beyond a row's length leave 
 `reverse` reads each row from its last valid step to its first, outputs staying in their places.
 """
 
+import contextlib
+import contextvars
+import logging
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
+from flax_lstm.cells import LSTMCell
 from flax_lstm.errors import UserError
-from flax_lstm.recurrence import fused
+from flax_lstm.recurrence import cpu, fused
 
-BackendName = Literal["auto", "fused", "scan"]
+log = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"fused": fused}  # in the order in which `auto` tries them
+BackendName = Literal["auto", "cpu", "fused", "scan"]
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "fused": fused}  # in the order in which `auto` tries them
+
+_notes: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("notes", default=None)
 
 
-def resolve(name: BackendName, cell: Any, x_BTD: Any, mask_BJ: Any) -> ModuleType | None:
-    """The backend to run, or None for the scan itself. A backend asked for by name that does not support the case is a
-    `UserError` with its reason."""
-    if name == "scan":
-        return None
-    if name != "auto":
-        if reason := BACKENDS[name].supports(cell, x_BTD, mask_BJ):
-            raise UserError(f"model.backend {name} cannot run this layer: {reason}. Use auto or scan.")
-        return BACKENDS[name]
-    return next((b for b in BACKENDS.values() if b.supports(cell, x_BTD, mask_BJ) is None), None)
+@contextlib.contextmanager
+def noting() -> Iterator[dict[str, str]]:
+    """While a model is traced: which backend each layer resolves to, by the layer's path."""
+    notes: dict[str, str] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def resolve(name: BackendName, cell: Any, x_BTD: Any, mask_BJ: Any, layer: str = "") -> ModuleType | None:
+    """The backend to run a layer, or None for the scan itself. A backend asked for by name that does not support the
+    case is a `UserError` with its reason."""
+    reasons = {
+        other: module.supports(cell, x_BTD, mask_BJ) for other, module in BACKENDS.items() if name in ("auto", other)
+    }
+    chosen = next((other for other, reason in reasons.items() if reason is None), "scan")
+    if name not in ("auto", chosen):
+        raise UserError(f"model.backend {name} cannot run this layer: {reasons[name]}. Use auto or scan.")
+    notes = _notes.get()
+    if notes is not None and layer not in notes:
+        notes[layer] = chosen
+        passed_over = "; ".join(f"not {other}: {reason}" for other, reason in reasons.items() if reason)
+        log.info("%s: backend %s%s", layer or "recurrent layer", chosen, f" ({passed_over})" if passed_over else "")
+    return BACKENDS.get(chosen)
 
 
 def backends() -> dict[str, str]:
-    """The backends by name, in the order in which `auto` tries them, each with what it is."""
-    described = {name: (module.__doc__ or "").splitlines()[0] for name, module in BACKENDS.items()}
+    """The backends in the order in which `auto` tries them, each with what it is, and for those that cannot run a
+    float32 LSTM on this machine the reason why."""
+    described = {}
+    for name, module in BACKENDS.items():
+        reason = module.supports(LSTMCell(8), jnp.zeros((1, 1, 8)), None)
+        line = (module.__doc__ or "").splitlines()[0]
+        described[name] = f"{line} Not here: {reason}." if reason else line
     return {**described, "scan": "flax.linen.scan over the cell's step: the definition, for every cell."}

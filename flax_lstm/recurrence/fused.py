@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_lstm.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights, recurrent_matmul
+from flax_lstm.sharding import current_mesh
 
 Array = jax.Array
 State = tuple[Array, ...]  # (c, h) of an LSTM, (h,) of the others: h comes last
@@ -137,10 +138,21 @@ def run(
     return jax.tree.unflatten(structure, final), jnp.swapaxes(y_TBH, 0, 1)
 
 
+def gather(h: Array, whole: int) -> Array:
+    """All hidden units from those of this device, [..., H] -> [..., J]; as they are where all are here."""
+    return h if h.shape[-1] == whole else jax.lax.all_gather(h, "model", axis=h.ndim - 1, tiled=True)
+
+
+def scatter(h_BJ: Array, units: int) -> Array:
+    """Sums over the devices, each of which keeps its own hidden units, [B, J] -> [B, H]."""
+    return h_BJ if h_BJ.shape[1] == units else jax.lax.psum_scatter(h_BJ, "model", scatter_dimension=1, tiled=True)
+
+
 def merge(x_TB: Array) -> Array:
-    """[T, B, ...] as [T * B, ...] where there is one device: a matmul summing over one axis needs no transposed copy of
-    its operand. With more, the batch may be sharded, and merged into time it would have to be gathered."""
-    return x_TB.reshape(-1, *x_TB.shape[2:]) if jax.device_count() == 1 else x_TB
+    """[T, B, ...] as [T * B, ...] where these are the rows of one device: a matmul summing over one axis needs no
+    transposed copy of its operand. Otherwise the batch may be sharded, and merged into time it would be gathered."""
+    whole = jax.device_count() == 1 or current_mesh() is not None
+    return x_TB.reshape(-1, *x_TB.shape[2:]) if whole else x_TB
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -164,7 +176,7 @@ def forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, length
 
     def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, tuple[Array, Saved]]:
         x, t = inputs
-        rh = recurrent_matmul(state[-1], recurrent_JGH, mask_BJ)
+        rh = recurrent_matmul(gather(state[-1], len(recurrent_JGH)), recurrent_JGH, mask_BJ)
         new, saved = rule.forward(state, x, rh, bias_H)
         if lengths_B is not None:
             new = keep_where(t < lengths_B, new, state)
@@ -197,14 +209,15 @@ def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-unty
             da, dx = (a and keep_where(valid, a, (jnp.zeros_like(dh),) * shape[1]) for a in (da, dx))
         da, dx = (a and jnp.concatenate(a, 1).astype(dtype) for a in (da, dx))
         dh = through_matmul(da) if mask_BJ is None else through_matmul(da) * mask_BJ
-        return (*d_before[:-1], d_before[-1] + dh), (da, dx)
+        return (*d_before[:-1], d_before[-1] + scatter(dh, shape[2])), (da, dx)
 
     inputs = (jnp.arange(len(dh_TBH)), saved, h_TBH, dh_TBH)
     d_state, (da, dx) = jax.lax.scan(step, d_final, inputs, reverse=not reverse)
     dx_TBGH = (da if dx is None else dx).reshape(*h_TBH.shape[:2], *shape[1:])
 
     first_BH = state[-1][None]
-    before_TBJ = jnp.concatenate([h_TBH, first_BH])[1:] if reverse else jnp.concatenate([first_BH, h_TBH])[:-1]
+    before_TBH = jnp.concatenate([h_TBH, first_BH])[1:] if reverse else jnp.concatenate([first_BH, h_TBH])[:-1]
+    before_TBJ = gather(before_TBH, shape[0])
     h_TBJ = merge((before_TBJ if mask_BJ is None else before_TBJ * mask_BJ[None]).astype(dtype))
     steps = tuple(range(h_TBJ.ndim - 1))
     d_recurrent = jax.lax.dot_general(h_TBJ, merge(da), ((steps, steps), ((), ())), preferred_element_type=h_TBH.dtype)

@@ -1,0 +1,589 @@
+// SPDX-License-Identifier: Apache-2.0
+// LSTM, GRU and simple RNN over whole sequences on a CPU: forward, and backpropagation through time.
+//
+// Sizes: B rows of a batch, T time steps, D input features, G gates, H units (J: units of the previous step).
+// x[B,T,D], input weights[D,G,H], recurrent weights[J,G,H], bias[G,H], y[B,T,H]; gates in the order of cells.py.
+//
+// How it is made fast:
+// - A task owns some rows of the batch for the whole sequence, so that tasks never wait for each other within it. Rows are
+//   dealt out by length, longest first: at every step the rows that have not ended are the first few of a task, and
+//   padding costs nothing. A row read backwards just begins at its own last step.
+// - Everything is a product with a panel: COLS columns of a matrix, stored together. A tile of rows x COLS stays in
+//   registers while the depth is summed. The panel of a step's gates begins as the input projection of some steps at once
+//   (a chunk: enough rows for a product that runs at full speed), gets the recurrent product added, and is activated while
+//   it is in the nearest cache.
+// - Backwards, a chunk's gate gradients stay in cache until their products with the inputs and the previous outputs are
+//   added to the weights' gradients. No gradient of a gate is ever written to memory.
+// - A column of ones behind the inputs makes the bias one more row of the input weights, its gradient included.
+//
+// The vectors are those of the compiler (GCC, Clang); LANES floats each, TILE rows in a tile, both set by the build.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+namespace flax_lstm {
+
+constexpr long COLS = 2 * LANES;     // columns of a panel
+constexpr long CHUNK_ROWS = 96;      // rows of a product over several steps: enough to run at full speed
+constexpr long ALIGNMENT = 64;       // bytes: a cache line
+
+using Vec = float __attribute__((vector_size(4 * LANES)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline Vec load(const float* p, long n) {  // the first n, then zeros
+  if (n >= LANES) return load(p);
+  float part[LANES] = {};
+  for (long i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+inline void store(float* p, Vec v, long n) {
+  if (n >= LANES) return store(p, v);
+  float part[LANES];
+  store(part, v);
+  for (long i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// tanh by a quotient of polynomials; the coefficients are those of Eigen's generic_fast_tanh_float, which XLA uses too.
+inline Vec tanh(Vec x) {
+  const Vec most = Vec{} + 7.99881172180175781f;
+  x = x > most ? most : x;  // NaN stays NaN: both comparisons are false
+  x = x < -most ? -most : x;
+  const Vec s = x * x;
+  Vec p = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
+  p = p * s + -8.60467152213735e-11f;
+  p = p * s + 5.12229709037114e-08f;
+  p = p * s + 1.48572235717979e-05f;
+  p = p * s + 6.37261928875436e-04f;
+  p = p * s + 4.89352455891786e-03f;
+  Vec q = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
+  q = q * s + 2.26843463243900e-03f;
+  q = q * s + 4.89352518554385e-03f;
+  return x * p / q;
+}
+inline Vec sigmoid(Vec x) { return 0.5f + 0.5f * tanh(0.5f * x); }
+
+// ---------------------------------------------------------------------------------------------------- the three cells
+// forward: gates hold their arguments and become their values; q is the recurrent part of the GRU's candidate; carry is
+// what goes from step to step (c of the LSTM, h of the others); kept is saved beside the gates.
+// backward: d is the gradient of what follows, from h and (LSTM) from c; gates become the gradients of their arguments,
+// and dq that of q; the result is the gradient of the previous h but for its way through the recurrent weights.
+
+struct Lstm {
+  static constexpr long GATES = 4;
+  static constexpr bool HAS_CELL = true, HAS_Q = false;
+  static Vec forward(Vec* gates, Vec, Vec& carry, Vec& kept) {
+    const Vec i = sigmoid(gates[0]), f = sigmoid(gates[1]), g = tanh(gates[2]), o = sigmoid(gates[3]);
+    gates[0] = i, gates[1] = f, gates[2] = g, gates[3] = o;
+    kept = carry = f * carry + i * g;
+    return o * tanh(carry);
+  }
+  static Vec backward(Vec* gates, Vec kept, Vec before, Vec, Vec dh, Vec& dc, Vec&) {
+    const Vec i = gates[0], f = gates[1], g = gates[2], o = gates[3], tanh_c = tanh(kept);
+    dc += dh * o * (1.0f - tanh_c * tanh_c);
+    gates[0] = dc * g * i * (1.0f - i);
+    gates[1] = dc * before * f * (1.0f - f);
+    gates[2] = dc * i * (1.0f - g * g);
+    gates[3] = dh * tanh_c * o * (1.0f - o);
+    dc *= f;
+    return Vec{};
+  }
+};
+
+struct Gru {
+  static constexpr long GATES = 3;
+  static constexpr bool HAS_CELL = false, HAS_Q = true;
+  static Vec forward(Vec* gates, Vec q, Vec& carry, Vec& kept) {
+    const Vec r = sigmoid(gates[0]), z = sigmoid(gates[1]), n = tanh(gates[2] + r * q);
+    gates[0] = r, gates[1] = z, gates[2] = n;
+    kept = q;
+    return carry = n + z * (carry - n);
+  }
+  static Vec backward(Vec* gates, Vec q, Vec, Vec h, Vec dh, Vec&, Vec& dq) {
+    const Vec r = gates[0], z = gates[1], n = gates[2];
+    const Vec da = dh * (1.0f - z) * (1.0f - n * n);
+    gates[0] = da * q * r * (1.0f - r);
+    gates[1] = dh * (h - n) * z * (1.0f - z);
+    gates[2] = da;
+    dq = da * r;
+    return dh * z;
+  }
+};
+
+struct Rnn {
+  static constexpr long GATES = 1;
+  static constexpr bool HAS_CELL = false, HAS_Q = false;
+  static Vec forward(Vec* gates, Vec, Vec& carry, Vec&) { return carry = gates[0] = tanh(gates[0]); }
+  static Vec backward(Vec* gates, Vec, Vec, Vec, Vec dh, Vec&, Vec&) {
+    gates[0] = dh * (1.0f - gates[0] * gates[0]);
+    return Vec{};
+  }
+};
+
+// --------------------------------------------------------------------------------------------------------- products
+// c[ROWS][COLS] = (add ? c : 0) + a b, with b a panel [depth][COLS]; a[row][depth], or a[depth][row] if TRANSPOSED.
+template <int ROWS, int VECS, bool TRANSPOSED>
+void tile(const float* a, long lda, const float* b, long depth, bool add, float* c) {
+  Vec sum[ROWS][VECS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) sum[r][v] = add ? load(c + r * COLS + v * LANES) : Vec{};
+  for (long k = 0; k < depth; ++k) {
+    Vec w[VECS];
+    for (int v = 0; v < VECS; ++v) w[v] = load(b + k * COLS + v * LANES);
+    for (int r = 0; r < ROWS; ++r) {
+      const float s = TRANSPOSED ? a[k * lda + r] : a[r * lda + k];
+      for (int v = 0; v < VECS; ++v) sum[r][v] += s * w[v];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECS; ++v) store(c + r * COLS + v * LANES, sum[r][v]);
+}
+
+template <int VECS, bool TRANSPOSED, int ROWS = TILE>
+void tile_of(long rows, const float* a, long lda, const float* b, long depth, bool add, float* c) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return tile_of<VECS, TRANSPOSED, ROWS - 1>(rows, a, lda, b, depth, add, c);
+  tile<ROWS, VECS, TRANSPOSED>(a, lda, b, depth, add, c);
+}
+
+// The same for any number of rows, in tiles of nearly equal size. `width` columns of the panel are in use.
+template <bool TRANSPOSED>
+void product(long rows, long width, const float* a, long lda, const float* b, long depth, bool add, float* c) {
+  const long tiles = (rows + TILE - 1) / TILE;
+  for (long i = 0; i < tiles; ++i) {
+    const long begin = rows * i / tiles, n = rows * (i + 1) / tiles - begin;
+    const float* from = a + (TRANSPOSED ? begin : begin * lda);
+    if (width <= LANES)
+      tile_of<1, TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
+    else
+      tile_of<2, TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- memory
+class Memory {  // floats for one task, taken piece by piece
+ public:
+  explicit Memory(long floats)
+      : data_(static_cast<float*>(std::aligned_alloc(ALIGNMENT, rounded(floats) * sizeof(float)))), next_(data_.get()) {}
+  float* take(long floats) {
+    float* piece = next_;
+    next_ += rounded(floats);
+    return piece;
+  }
+  static long rounded(long floats) { return (floats + 15) / 16 * 16; }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+  float* next_;
+};
+
+struct Sizes {
+  long batch, time, inputs, units;
+  long blocks() const { return (units + COLS - 1) / COLS; }  // panels over the units
+  long input_blocks() const { return (inputs + COLS - 1) / COLS; }
+  long width(long block) const { return std::min(COLS, units - block * COLS); }
+};
+
+// Rows [depth][G][H] as panels [block][gate][depth_all][COLS], zeros beyond H; `at` is where the rows begin.
+inline void pack(const float* rows, long depth, long gates, const Sizes& z, long at, long depth_all, float* out) {
+  for (long block = 0; block < z.blocks(); ++block)
+    for (long gate = 0; gate < gates; ++gate) {
+      float* panel = out + ((block * gates + gate) * depth_all + at) * COLS;
+      const float* from = rows + gate * z.units + block * COLS;
+      const long width = z.width(block);
+      for (long k = 0; k < depth; ++k, panel += COLS, from += gates * z.units) {
+        for (long i = 0; i < width; ++i) panel[i] = from[i];
+        for (long i = width; i < COLS; ++i) panel[i] = 0;
+      }
+    }
+}
+
+// Rows [count][depth] transposed, as panels [block][depth][COLS], zeros beyond `count`.
+inline void pack_transposed(const float* rows, long count, long depth, float* out) {
+  for (long begin = 0; begin < count; begin += COLS, out += depth * COLS) {
+    const long width = std::min(COLS, count - begin);
+    if (width < COLS) std::fill(out, out + depth * COLS, 0.0f);
+    for (long i = 0; i < width; ++i)
+      for (long k = 0; k < depth; ++k) out[k * COLS + i] = rows[(begin + i) * depth + k];
+  }
+}
+
+// The sum over tasks of panels as `pack` makes them, back in rows [depth][G][H].
+inline void unpack_sum(const std::vector<const float*>& parts, long depth, long gates, const Sizes& z, long at,
+                       long depth_all, float* rows) {
+  for (long block = 0; block < z.blocks(); ++block)
+    for (long gate = 0; gate < gates; ++gate) {
+      const long offset = ((block * gates + gate) * depth_all + at) * COLS, width = z.width(block);
+      float* to = rows + gate * z.units + block * COLS;
+      for (long k = 0; k < depth; ++k, to += gates * z.units)
+        for (long i = 0; i < width; ++i) {
+          float sum = 0;
+          for (const float* part : parts) sum += part[offset + k * COLS + i];
+          to[i] = sum;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ tasks
+struct Rows {  // of one task, longest first
+  std::vector<long> row, length;
+  long steps() const { return row.empty() ? 0 : length[0]; }
+  long active(long step) const {  // rows with more steps than that
+    return std::partition_point(length.begin(), length.end(), [&](long l) { return l > step; }) - length.begin();
+  }
+  long time(long r, long step, bool reverse) const { return reverse ? length[r] - 1 - step : step; }
+};
+
+inline std::vector<Rows> deal(const int* lengths, const Sizes& z, long tasks) {
+  std::vector<long> order(z.batch);
+  std::iota(order.begin(), order.end(), 0);
+  const auto length = [&](long b) { return std::clamp<long>(lengths[b], 0, z.time); };
+  std::stable_sort(order.begin(), order.end(), [&](long a, long b) { return length(a) > length(b); });
+  std::vector<Rows> dealt(std::max<long>(1, std::min(tasks, z.batch)));
+  const long n = dealt.size();
+  for (long i = 0; i < z.batch; ++i) {
+    const long turn = i % (2 * n), to = turn < n ? turn : 2 * n - 1 - turn;  // there and back, so that work is even
+    dealt[to].row.push_back(order[i]);
+    dealt[to].length.push_back(length(order[i]));
+  }
+  return dealt;
+}
+
+// Runs task(0) ... task(count - 1), on this thread and on the pool's. Whoever is free takes the next, and this thread waits
+// only for tasks that some thread has begun: so a pool that is busy, or has no threads at all, cannot block it.
+template <class Pool, class Task>
+void parallel(Pool& pool, long count, const Task& task) {
+  struct Shared {
+    std::atomic<long> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable changed;
+  };
+  auto shared = std::make_shared<Shared>();
+  const auto work = [shared, count, &task] {  // `task` is not touched once all of them are taken
+    for (long i; (i = shared->next.fetch_add(1)) < count;) {
+      task(i);
+      if (shared->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(shared->mutex);
+        shared->changed.notify_all();
+      }
+    }
+  };
+  for (long i = 1; i < count; ++i) pool.Schedule(std::decay_t<decltype(work)>(work));
+  work();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->changed.wait(lock, [&] { return shared->done.load() == count; });
+}
+
+struct Chunk {  // steps [begin, end) of a task, their active rows put together: row r of step s is at offset[s - begin] + r
+  long begin, end, rows = 0;
+  std::vector<long> offset;
+};
+
+// Steps from `begin` on (or, backwards, those that end there) with about CHUNK_ROWS active rows altogether.
+inline Chunk chunk(const Rows& mine, long edge, bool backwards) {
+  Chunk c{edge, edge};
+  const auto fits = [&](long step) { return c.rows == 0 || c.rows + mine.active(step) <= CHUNK_ROWS; };
+  if (backwards)
+    while (c.begin > 0 && fits(c.begin - 1)) c.rows += mine.active(--c.begin);
+  else
+    while (c.end < mine.steps() && fits(c.end)) c.rows += mine.active(c.end++);
+  long at = 0;
+  for (long s = c.begin; s < c.end; at += mine.active(s++)) c.offset.push_back(at);
+  return c;
+}
+
+inline long chunk_rows(const Rows& mine) { return std::max<long>(CHUNK_ROWS, mine.row.size()); }
+
+// The inputs of a chunk's rows with a one behind them, [rows][D + 1].
+inline void gather(const float* x, const Rows& mine, const Chunk& c, const Sizes& z, bool reverse, float* out) {
+  for (long s = c.begin; s < c.end; ++s)
+    for (long r = 0, n = mine.active(s); r < n; ++r, out += z.inputs + 1) {
+      const float* from = x + (mine.row[r] * z.time + mine.time(r, s, reverse)) * z.inputs;
+      std::copy(from, from + z.inputs, out);
+      out[z.inputs] = 1;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- forward
+struct Forward {
+  Sizes size;
+  bool reverse;
+  const float *x, *input, *recurrent, *bias, *recurrent_bias;  // recurrent_bias: GRU only
+  const float *c0, *h0;                                        // c0: LSTM only
+  const float* mask;                                           // [B,J] or null
+  const int* lengths;
+  float *y, *c, *h;      // outputs and final state
+  float *gates, *kept;   // [B,T,G,H] and [B,T,H] for the backward pass, or null
+};
+
+template <class Cell>
+void forward_task(const Forward& f, const Rows& mine) {
+  constexpr long G = Cell::GATES;
+  const Sizes& z = f.size;
+  const long H = z.units, blocks = z.blocks(), rows = mine.row.size(), m = chunk_rows(mine), stride = blocks * COLS;
+  const long input_depth = z.inputs + 1, depth = H + Cell::HAS_Q;  // a one behind h: the GRU's recurrent bias
+  const auto sizes = {blocks * G * input_depth * COLS, blocks * G * depth * COLS, blocks * G * m * COLS, m * input_depth,
+                      rows * (stride + 1), rows * (stride + 1), rows * stride, rows * stride, rows * COLS};
+  long total = 0;
+  for (long s : sizes) total += Memory::rounded(s);
+  Memory memory(total);
+  auto next = sizes.begin();
+  const auto take = [&] { return memory.take(*next++); };
+  float *input = take(), *recurrent = take(), *panels = take(), *x = take();
+  float *h_in = take(), *h_next = take(), *carry = take(), *h_last = take(), *q = take();
+  const long ldh = stride + 1;
+
+  pack(f.input, z.inputs, G, z, 0, input_depth, input);
+  pack(f.bias, 1, G, z, z.inputs, input_depth, input);
+  pack(f.recurrent, H, G, z, 0, depth, recurrent);
+  if constexpr (Cell::HAS_Q)
+    for (long block = 0; block < blocks; ++block)
+      for (long gate = 0; gate < G; ++gate)
+        for (long i = 0; i < COLS; ++i)
+          recurrent[((block * G + gate) * depth + H) * COLS + i] =
+              gate == 2 && i < z.width(block) ? f.recurrent_bias[block * COLS + i] : 0.0f;
+
+  std::fill(carry, carry + rows * stride, 0.0f);
+  std::fill(h_last, h_last + rows * stride, 0.0f);
+  for (long r = 0; r < rows; ++r) {
+    const long b = mine.row[r];
+    std::copy(f.h0 + b * H, f.h0 + (b + 1) * H, h_last + r * stride);
+    const float* begin = Cell::HAS_CELL ? f.c0 : f.h0;
+    std::copy(begin + b * H, begin + (b + 1) * H, carry + r * stride);
+    for (long i = 0; i < H; ++i) h_in[r * ldh + i] = f.h0[b * H + i] * (f.mask ? f.mask[b * H + i] : 1.0f);
+    h_in[r * ldh + H] = 1;
+    float* end = f.y + b * z.time * H;
+    std::fill(end + mine.length[r] * H, end + z.time * H, 0.0f);
+  }
+
+  for (long edge = 0; edge < mine.steps();) {
+    const Chunk c = chunk(mine, edge, false);
+    edge = c.end;
+    gather(f.x, mine, c, z, f.reverse, x);
+    for (long p = 0; p < blocks * G; ++p)
+      product<false>(c.rows, z.width(p / G), x, input_depth, input + p * input_depth * COLS, input_depth, false,
+                     panels + p * m * COLS);
+    for (long s = c.begin; s < c.end; ++s) {
+      const long n = mine.active(s), at = c.offset[s - c.begin];
+      for (long block = 0; block < blocks; ++block) {
+        const long width = z.width(block);
+        float* gate_panel[G];
+        for (long g = 0; g < G; ++g) {
+          const long p = block * G + g;
+          gate_panel[g] = panels + (p * m + at) * COLS;
+          const bool apart = Cell::HAS_Q && g == 2;
+          product<false>(n, width, h_in, ldh, recurrent + p * depth * COLS, depth, !apart, apart ? q : gate_panel[g]);
+        }
+        for (long r = 0; r < n; ++r) {
+          const long b = mine.row[r], place = b * z.time + mine.time(r, s, f.reverse);
+          for (long i = 0; i < width; i += LANES) {
+            const long unit = block * COLS + i, left = H - unit;
+            Vec gates[G], kept{};
+            for (long g = 0; g < G; ++g) gates[g] = load(gate_panel[g] + r * COLS + i);
+            Vec state = load(carry + r * stride + unit);
+            const Vec h = Cell::forward(gates, Cell::HAS_Q ? load(q + r * COLS + i) : Vec{}, state, kept);
+            store(carry + r * stride + unit, state);
+            store(h_last + r * stride + unit, h);
+            store(h_next + r * ldh + unit, f.mask ? h * load(f.mask + b * H + unit, left) : h, left);
+            store(f.y + place * H + unit, h, left);
+            if (f.gates) {
+              for (long g = 0; g < G; ++g) store(f.gates + (place * G + g) * H + unit, gates[g], left);
+              if (Cell::HAS_CELL || Cell::HAS_Q) store(f.kept + place * H + unit, kept, left);
+            }
+          }
+        }
+      }
+      for (long r = 0; r < n; ++r) h_next[r * ldh + H] = 1;
+      std::swap(h_in, h_next);
+    }
+  }
+  for (long r = 0; r < rows; ++r) {
+    const long b = mine.row[r];
+    std::copy(h_last + r * stride, h_last + r * stride + H, f.h + b * H);
+    if (Cell::HAS_CELL) std::copy(carry + r * stride, carry + r * stride + H, f.c + b * H);
+  }
+}
+
+template <class Cell, class Pool>
+void forward(Pool& pool, long threads, const Forward& f) {
+  const auto dealt = deal(f.lengths, f.size, threads);
+  parallel(pool, dealt.size(), [&](long i) { forward_task<Cell>(f, dealt[i]); });
+}
+
+// --------------------------------------------------------------------------------------------------------- backward
+struct Backward {
+  Sizes size;
+  bool reverse;
+  const float *x, *input, *recurrent;
+  const float *c0, *h0, *mask;
+  const int* lengths;
+  const float *y, *gates, *kept;  // of the forward pass
+  const float *dy, *dc, *dh;      // gradients of its outputs; dc: LSTM only
+  float *dx, *dinput, *drecurrent, *dbias, *drecurrent_bias, *dc0, *dh0, *dmask;
+};
+
+// One task's part of the weights' gradients: panels [block][gate][D + 1 or J][COLS].
+template <class Cell>
+struct Gradients {
+  static constexpr long G = Cell::GATES;
+  long input_depth, depth;
+  Memory memory;
+  float *input, *recurrent;
+  explicit Gradients(const Sizes& z)
+      : input_depth(z.inputs + 1),
+        depth(z.units + Cell::HAS_Q),
+        memory(Memory::rounded(z.blocks() * G * input_depth * COLS) + Memory::rounded(z.blocks() * G * depth * COLS)),
+        input(memory.take(z.blocks() * G * input_depth * COLS)),
+        recurrent(memory.take(z.blocks() * G * depth * COLS)) {
+    std::fill(input, input + z.blocks() * G * input_depth * COLS, 0.0f);
+    std::fill(recurrent, recurrent + z.blocks() * G * depth * COLS, 0.0f);
+  }
+};
+
+template <class Cell>
+void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
+  constexpr long G = Cell::GATES, P = G + Cell::HAS_Q;  // the GRU has one more panel: the gradients of q
+  const Sizes& z = f.size;
+  const long H = z.units, D = z.inputs, blocks = z.blocks(), rows = mine.row.size(), m = chunk_rows(mine);
+  const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth;
+  const auto sizes = {z.input_blocks() * G * H * COLS, blocks * G * H * COLS, m * input_depth, m * depth,
+                      blocks * P * m * COLS, m * G * H, Cell::HAS_Q ? rows * G * H : 0, m * COLS,
+                      rows * stride, rows * stride, blocks * rows * COLS};
+  long total = 0;
+  for (long s : sizes) total += Memory::rounded(s);
+  Memory memory(total);
+  auto next = sizes.begin();
+  const auto take = [&] { return memory.take(*next++); };
+  float *input = take(), *recurrent = take(), *x = take(), *h_before = take(), *panels = take(), *da = take();
+  float *da_recurrent = take(), *dx = take(), *direct = take(), *dcell = take(), *through = take();
+
+  pack_transposed(f.input, D, G * H, input);
+  pack_transposed(f.recurrent, H, G * H, recurrent);
+  std::fill(direct, direct + rows * stride, 0.0f);
+  std::fill(dcell, dcell + rows * stride, 0.0f);
+  std::fill(through, through + blocks * rows * COLS, 0.0f);
+  for (long r = 0; r < rows; ++r) {
+    const long b = mine.row[r];
+    std::copy(f.dh + b * H, f.dh + (b + 1) * H, direct + r * stride);
+    if (f.mask) std::fill(f.dmask + b * H, f.dmask + (b + 1) * H, 0.0f);
+    if (Cell::HAS_CELL) std::copy(f.dc + b * H, f.dc + (b + 1) * H, dcell + r * stride);
+    float* end = f.dx + b * z.time * D;
+    std::fill(end + mine.length[r] * D, end + z.time * D, 0.0f);
+  }
+  // The gradient of the state h before the step that was handled last: directly, and through the recurrent weights.
+  const auto incoming = [&](long r, const float* h, long unit) {
+    const long b = mine.row[r], left = H - unit;
+    Vec t = load(through + (unit / COLS * rows + r) * COLS + unit % COLS);
+    if (f.mask) {
+      float* dmask = f.dmask + b * H + unit;
+      store(dmask, load(dmask, left) + t * load(h + unit, left), left);
+      t *= load(f.mask + b * H + unit, left);
+    }
+    return load(direct + r * stride + unit) + t;
+  };
+
+  for (long edge = mine.steps(); edge > 0;) {
+    const Chunk c = chunk(mine, edge, true);
+    edge = c.begin;
+    gather(f.x, mine, c, z, f.reverse, x);
+    for (long s = c.end - 1; s >= c.begin; --s) {
+      const long n = mine.active(s), at = c.offset[s - c.begin];
+      for (long r = 0; r < n; ++r) {
+        const long b = mine.row[r], place = b * z.time + mine.time(r, s, f.reverse);
+        const long place_before = place + (f.reverse ? 1 : -1);
+        const float* h_old = s ? f.y + place_before * H : f.h0 + b * H;
+        const float* c_old = !Cell::HAS_CELL ? nullptr : s ? f.kept + place_before * H : f.c0 + b * H;
+        float *in = da + (at + r) * G * H, *rec = Cell::HAS_Q ? da_recurrent + r * G * H : nullptr;
+        float* before = h_before + (at + r) * depth;
+        for (long unit = 0; unit < H; unit += LANES) {
+          const long left = H - unit, block = unit / COLS, column = unit % COLS;
+          Vec gates[G], dq{}, dc = load(dcell + r * stride + unit);
+          for (long g = 0; g < G; ++g) gates[g] = load(f.gates + (place * G + g) * H + unit, left);
+          const Vec h = load(h_old + unit, left);
+          const Vec kept = Cell::HAS_CELL || Cell::HAS_Q ? load(f.kept + place * H + unit, left) : Vec{};
+          const Vec cell = Cell::HAS_CELL ? load(c_old + unit, left) : Vec{};
+          const Vec dh = incoming(r, f.y + place * H, unit) + load(f.dy + place * H + unit, left);
+          store(direct + r * stride + unit, Cell::backward(gates, kept, cell, h, dh, dc, dq));
+          store(dcell + r * stride + unit, dc);
+          store(before + unit, f.mask ? h * load(f.mask + b * H + unit, left) : h, left);
+          for (long g = 0; g < G; ++g) {
+            store(panels + ((block * P + g) * m + at + r) * COLS + column, gates[g]);
+            store(in + g * H + unit, gates[g], left);
+          }
+          if constexpr (Cell::HAS_Q) {
+            store(panels + ((block * P + G) * m + at + r) * COLS + column, dq);
+            for (long g = 0; g < G; ++g) store(rec + g * H + unit, g == 2 ? dq : gates[g], left);
+          }
+        }
+        if (Cell::HAS_Q) before[H] = 1;
+      }
+      const float* a = Cell::HAS_Q ? da_recurrent : da + at * G * H;
+      for (long block = 0; block < blocks; ++block)
+        product<false>(n, z.width(block), a, G * H, recurrent + block * G * H * COLS, G * H, false,
+                       through + block * rows * COLS);
+    }
+    for (long p = 0; p < blocks * G; ++p) {
+      const long block = p / G, g = p % G, width = z.width(block);
+      const float* in = panels + (block * P + g) * m * COLS;
+      const float* rec = Cell::HAS_Q && g == 2 ? panels + (block * P + G) * m * COLS : in;
+      product<true>(input_depth, width, x, input_depth, in, c.rows, true, sums.input + p * input_depth * COLS);
+      product<true>(depth, width, h_before, depth, rec, c.rows, true, sums.recurrent + p * depth * COLS);
+    }
+    for (long begin = 0; begin < D; begin += COLS) {
+      const long width = std::min(COLS, D - begin);
+      product<false>(c.rows, width, da, G * H, input + begin * G * H, G * H, false, dx);
+      for (long s = c.begin; s < c.end; ++s)
+        for (long r = 0, n = mine.active(s); r < n; ++r) {
+          const float* from = dx + (c.offset[s - c.begin] + r) * COLS;
+          std::copy(from, from + width, f.dx + (mine.row[r] * z.time + mine.time(r, s, f.reverse)) * D + begin);
+        }
+    }
+  }
+  for (long r = 0; r < rows; ++r)
+    for (long unit = 0; unit < H; unit += LANES) {
+      const long b = mine.row[r], left = H - unit;
+      store(f.dh0 + b * H + unit, incoming(r, f.h0 + b * H, unit), left);
+      if (Cell::HAS_CELL) store(f.dc0 + b * H + unit, load(dcell + r * stride + unit), left);
+    }
+}
+
+template <class Cell, class Pool>
+void backward(Pool& pool, long threads, const Backward& f) {
+  constexpr long G = Cell::GATES;
+  const Sizes& z = f.size;
+  const auto dealt = deal(f.lengths, z, threads);
+  std::vector<std::unique_ptr<Gradients<Cell>>> sums(dealt.size());
+  parallel(pool, dealt.size(), [&](long i) {
+    sums[i] = std::make_unique<Gradients<Cell>>(z);
+    backward_task<Cell>(f, dealt[i], *sums[i]);
+  });
+  std::vector<const float*> inputs, recurrents;
+  for (const auto& part : sums) inputs.push_back(part->input), recurrents.push_back(part->recurrent);
+  const long input_depth = sums[0]->input_depth, depth = sums[0]->depth;
+  unpack_sum(inputs, z.inputs, G, z, 0, input_depth, f.dinput);
+  unpack_sum(inputs, 1, G, z, z.inputs, input_depth, f.dbias);
+  unpack_sum(recurrents, z.units, G, z, 0, depth, f.drecurrent);
+  if constexpr (Cell::HAS_Q) {
+    std::vector<float> all(G * z.units);
+    unpack_sum(recurrents, 1, G, z, z.units, depth, all.data());
+    std::copy(all.end() - z.units, all.end(), f.drecurrent_bias);
+  }
+}
+
+}  // namespace flax_lstm
