@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--list", action="store_true", help="print the names of workloads and implementations")
     options = parser.parse_args()
+    os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="2")
     peers = all_peers()
     if options.list:
         print(f"workloads: {' '.join(WORKLOADS)}\ngroups: {' '.join(GROUPS)}\nimplementations: {' '.join(peers)}")

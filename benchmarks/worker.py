@@ -21,7 +21,6 @@ def serve(pipe: Connection, module: str, options: dict[str, Any], tuned: bool, w
     memory, and the end.
     """
     os.dup2(2, 1)  # whatever libraries print: the table alone goes to standard output
-    os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="2")
     try:
         if tuned and not load_malloc().tune_malloc():
             raise Unsupported("malloc can be tuned with glibc only")
