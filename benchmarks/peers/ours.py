@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flax_lstm: the training step of `flax_lstm.steps`, as `train.py` runs it."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from workloads import Work
+
+from flax_lstm import Classification, RecurrentModel, SequenceRegression
+from flax_lstm.data.base import Batch
+from flax_lstm.optim import learning_rate, make_optimizer
+from flax_lstm.sharding import make_mesh, put_batch
+from flax_lstm.steps import TrainState, make_steps
+
+
+def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
+    w, weights, mesh = work.workload, work.weights, make_mesh(1)
+    model = RecurrentModel(
+        cell=w.cell,
+        hidden_size=w.hidden,
+        bidirectional=w.bidirectional,
+        embed_size=w.features,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    info = SimpleNamespace(labels=range(w.outputs), vocabulary_size=w.vocabulary, outputs=w.outputs)
+    task = Classification() if w.vocabulary else SequenceRegression()
+    batches = [Batch(*batch, np.ones(w.batch, np.float32)) for batch in work.batches]
+    schedule = learning_rate("constant", 1e-3, 0, 1)
+    optimizer = make_optimizer("adamw", schedule, weight_decay=0.0, clip=0.0)
+    steps = make_steps(
+        task.build(model, info),
+        task.loss,
+        lambda outputs, batch: task.measure(outputs, batch, info),
+        optimizer,
+        schedule,
+        mesh,
+        batches[0],
+    )
+    kernel, bias = weights.head
+    params = {"recurrent": weights.stack, "head": {"kernel": kernel, "bias": bias}}
+    if weights.embedding is not None:
+        params["embed"] = {"embedding": weights.embedding}
+    params = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, steps.abstract.params)
+    placed = [put_batch(batch, mesh) for batch in batches]
+    if not w.train:
+        return lambda n: np.asarray(steps.forward(params, None, placed[n])[1])
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), None, None)
+    state = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), state, steps.abstract)
+
+    def step(n: int) -> float:
+        nonlocal state
+        state, metrics = steps.train(state, placed[n])
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return step

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speed benchmark from end to end on a tiny workload, with the implementations that are always there."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+from commands import ROOT
+
+FIGURES = ("ms", "first_step_s", "before_mb", "memory_mb", "times_best_peer", "times_best_default_peer", "times_linen")
+
+
+def test_tiny_workload_with_one_peer_missing(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('none here', name='torch')")
+    command = (
+        f"benchmarks/run.py --workloads tiny --rounds 2 --seconds 0.01 --malloc default --json {tmp_path / 'f.json'}"
+    )
+    peers = ("ours-scan", "ours-fused", "linen", "torch", "floor-numpy")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    run = subprocess.run(
+        [sys.executable, *command.split(), "--peers", *peers],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert {"date", "machine", "load_average", "versions", "seed", "workloads"} <= figures.keys()
+    rows = {row["implementation"]: row for row in figures["rows"]}
+    assert rows.keys() == set(peers)
+
+    assert rows.pop("torch")["status"] == "missing"
+    assert "- torch: missing (tiny): none here" in run.stdout
+    floor = rows.pop("floor-numpy")
+    assert all(row["status"] == "ok" for row in rows.values()), rows
+    for name, row in rows.items():
+        assert all(row[field] > 0 for field in FIGURES), row
+        assert math.isclose(row["over_floor"], row["ms"] / floor["ms"]) and len(row["ms_rounds"]) == 2
+        for loss, other in zip(row["losses"], rows["linen"]["losses"], strict=True):
+            assert math.isclose(loss, other, rel_tol=1e-4), name
+        assert f"| tiny | {name} |" in run.stdout
+    assert floor["over_floor"] == 1 and floor["times_linen"] is None
+    assert rows["linen"]["losses"][-1] < rows["linen"]["losses"][0]  # it learns
+    assert rows["linen"]["times_linen"] == rows["linen"]["times_best_peer"] == 1
+
+
+def test_other_losses_are_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import run
+    from workloads import WORKLOADS, make_work, reference_loss
+
+    work = make_work(WORKLOADS["tiny"], seed=0)
+    right = reference_loss(work)
+
+    class Entrant:
+        is_floor = False
+
+        def __init__(self, *losses):
+            self.report, self.trouble = {"losses": losses}, {}
+
+        def fail(self, why):
+            self.trouble = {"failed": why}
+
+    fine, fine_too = Entrant(right, right - 0.02), Entrant(right * 1.00001, right - 0.022)
+    other_weights, no_updates = Entrant(right * 1.001, right - 0.02), Entrant(right, right)
+    run.check_losses(work, [fine, fine_too, other_weights, no_updates])
+    assert [bool(e.trouble) for e in (fine, fine_too, other_weights, no_updates)] == [False, False, True, True]
