@@ -132,7 +132,9 @@ class Cell(nn.RNNCellBase):
         gates, hidden, dtype = self.gates, self.features, self.param_dtype
         return Weights(
             self.param("input", named(input_initializer, None, None, "hidden"), (input_size, gates, hidden), dtype),
-            self.param("recurrent", named(self.recurrent_initializer, None, None, "hidden"), (hidden, gates, hidden), dtype),
+            self.param(
+                "recurrent", named(self.recurrent_initializer, None, None, "hidden"), (hidden, gates, hidden), dtype
+            ),
             self.param("bias", named(self.bias_initializer, None, "hidden"), (gates, hidden), dtype),
             self.recurrent_bias(),
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_lstm.cells import CELLS, LSTMCell, LSTMState, gru_step
+from flax_lstm.cells import CELLS, LSTMCell, LSTMState, gru_step, orthogonal_per_gate
 from flax_lstm.layers import RNN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -96,7 +96,10 @@ def test_weights_begin_as_said(name: str) -> None:
     )
     weights = variables["params"]
     gates = GATES[name]
-    blocks = [weights["recurrent"][:, gate] for gate in range(gates)]
+    rows = weights["recurrent"].reshape(64, gates * 64)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(64), atol=1e-5)
+    per_gate = orthogonal_per_gate(jax.random.key(0), (64, gates, 64))
+    blocks = [per_gate[:, gate] for gate in range(gates)]
     for block in blocks:
         np.testing.assert_allclose(block @ block.T, np.eye(64), atol=1e-5)
     for one, other in pairwise(blocks):
@@ -109,7 +112,7 @@ def test_weights_begin_as_said(name: str) -> None:
     if name == "gru":
         np.testing.assert_array_equal(weights["recurrent_bias"], np.zeros(64))
 
-    limit = np.sqrt(6 / (32 + 64))  # Glorot, of one gate
+    limit = np.sqrt(6 / (32 + gates * 64))  # Glorot, of all gates together
     assert 0.95 * limit < np.abs(weights["input"]).max() <= limit
     np.testing.assert_allclose(np.std(weights["input"]), limit / np.sqrt(3), rtol=0.05)
     assert len(weights) == 3 + (name == "gru")

@@ -226,9 +226,10 @@ def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, 
 
     def entering(h: Array) -> Array | None:
         """h as it enters the matmul, or None for h itself. Made at the end of a step, it is not a kernel of its own."""
-        whole = gather(h, len(recurrent_JGH))
-        entering = (whole if mask_BJ is None else whole * mask_BJ).astype(dtype)
-        return None if entering is h else entering
+        if mask_BJ is None and h.dtype == dtype and h.shape[-1] == len(recurrent_JGH):
+            return None
+        h_BJ = gather(h, len(recurrent_JGH))
+        return (h_BJ if mask_BJ is None else h_BJ * mask_BJ).astype(dtype)
 
     def step(carry: Any, inputs: tuple[Array, Array]) -> Any:
         (state, h_in), (x, t) = carry, inputs
