@@ -201,7 +201,7 @@ def train(folder, tables, kind="text", processes=2, devices=1, arguments=(), **m
         command += ["--local-processes", str(processes)]
     folder.mkdir(exist_ok=True)
     return subprocess.run(
-        command, cwd=folder, env=environment(kind, tables, devices, **more), capture_output=True, text=True, timeout=300
+        command, cwd=folder, env=environment(kind, tables, devices, **more), capture_output=True, text=True, timeout=900
     )
 
 

@@ -131,7 +131,7 @@ def both(commands, folder):
         subprocess.Popen(command, cwd=folder, env={**os.environ, **mine}, stderr=subprocess.PIPE, text=True)
         for command, mine in commands
     ]
-    said = [child.communicate(timeout=300)[1] for child in children]
+    said = [child.communicate(timeout=900)[1] for child in children]
     assert [child.returncode for child in children] == [0] * len(children), said
     assert_trained(folder, "".join(said))
 
@@ -169,7 +169,7 @@ def run_script(script, launcher, folder, monkeypatch, *arguments):
         if name in ("SLURM_JOB_ID", "SLURM_JOB_NAME"):
             monkeypatch.setenv(name, value)
     command = ["bash", LAUNCH / script, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("script", ["slurm_node.sbatch", pytest.param("slurm_gpu.sbatch", marks=pytest.mark.slow)])
