@@ -8,15 +8,17 @@ from jax.sharding import Mesh
 
 from flax_lstm.config import Config
 from flax_lstm.optim import learning_rate, make_optimizer
+from flax_lstm.recurrence import noting
 from flax_lstm.sharding import check_batch_size, make_mesh
 from flax_lstm.steps import Steps, make_steps
 
 
 class Assembly(NamedTuple):
-    """A run's mesh and steps."""
+    """A run's mesh and steps, and the backend of its recurrences: "auto" where layers differ, or there are none."""
 
     mesh: Mesh
     steps: Steps
+    backend: str
 
 
 def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) -> Assembly:
@@ -30,16 +32,18 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
     schedule = learning_rate(train.schedule, train.learning_rate, train.warmup_steps, length)
     plateau_steps = max(length // 50, 1) if train.schedule == "plateau" else 0
     optimizer = make_optimizer(train.optimizer, schedule, train.weight_decay, train.clip, plateau_steps)
-    steps = make_steps(
-        task.build(config.model, info),
-        task.loss,
-        lambda outputs, batch: task.measure(outputs, batch, info),
-        optimizer,
-        schedule,
-        mesh,
-        info.sample(train.batch_size),
-        seed=config.seed,
-        accumulate=train.accumulate,
-        ema=train.ema,
-    )
-    return Assembly(mesh, steps)
+    with noting() as layers:
+        steps = make_steps(
+            task.build(config.model, info),
+            task.loss,
+            lambda outputs, batch: task.measure(outputs, batch, info),
+            optimizer,
+            schedule,
+            mesh,
+            info.sample(train.batch_size),
+            seed=config.seed,
+            accumulate=train.accumulate,
+            ema=train.ema,
+        )
+    names = {*layers.values()}
+    return Assembly(mesh, steps, names.pop() if len(names) == 1 else "auto")

@@ -39,7 +39,6 @@ from flax_lstm.records import (
     versions,
     write_atomically,
 )
-from flax_lstm.recurrence import noting
 from flax_lstm.sharding import put_batch
 
 RESULT_FILE, METRICS_FILE = "result.json", "metrics.jsonl"
@@ -111,18 +110,16 @@ def batches(source: BatchSource, begin: int, end: int) -> Iterator[Batch]:
     return iter(grain.MapDataset.range(begin, end).map(lambda step: source[int(step)]).to_iter_dataset(options))
 
 
-def assemble_again(config: Config, info: Any, saved: str | None) -> tuple[Assembly, str]:
-    """A run's parts, and the backend of its recurrences ("auto" where layers differ). A resumed run takes the backend
-    it had, so that its numbers stay the same to the last bit; where that is not to be had, another with a warning."""
+def assemble_again(config: Config, info: Any, backend: str | None) -> Assembly:
+    """A run's parts. A resumed run takes the backend it had, so that its numbers stay the same to the last bit; where
+    that is not to be had, another with a warning."""
     model = config.model
-    if saved not in (None, "auto") and getattr(model, "backend", None) == "auto":
+    if backend not in (None, "auto") and getattr(model, "backend", None) == "auto":
         try:
-            return assemble_again(replace(config, model=replace(model, backend=saved)), info, None)
+            return assemble(replace(config, model=replace(model, backend=backend)), info)
         except UserError as error:
             console.print(f"warning: this run used another backend until now. {error} Going on with what there is.")
-    with noting() as layers:
-        parts = assemble(config, info)
-    return parts, next(iter({*layers.values()})) if len({*layers.values()}) == 1 else "auto"
+    return assemble(config, info)
 
 
 def fit(config: Config, workdir: str | Path | None = None, profile: bool = False) -> dict[str, Any]:
@@ -146,10 +143,11 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
     console.print(f"{config.name}: reading the data")
     dataset = first_then_all(lambda: config.data.load(workdir / ASSETS))
     info = dataset.info
+    mesh, steps, backend = assemble(config, info)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, task.monitor.maximise)
     latest = checkpoints.latest()
-    saved_backend = None if latest is None else checkpoints.progress(latest).get("backend")
-    (mesh, steps), backend = assemble_again(config, info, saved_backend)
+    if latest is not None and backend != (before := checkpoints.progress(latest).get("backend")):
+        mesh, steps, backend = assemble_again(config, info, before)
     scratch = tempfile.TemporaryDirectory()  # for what all processes write but one of them keeps
     folder = workdir if is_first() else Path(scratch.name)
     log = MetricsLog(folder / METRICS_FILE)

@@ -11,6 +11,7 @@ from flax_lstm import __main__ as command_line
 
 ROOT = Path(__file__).parent.parent
 
+KEEP = ["--no-tuned-malloc", "--no-compilation-cache"]  # what would last for the whole process
 SMALL = (
     "--mesh.data 1 --model.hidden-size 4 --train.steps 4 --train.batch-size 8 --train.eval-every 2 --train.log-every 2"
 )
@@ -29,7 +30,7 @@ def call(capsys, command: str, *arguments: object) -> Outcome:
     """`python -m flax_lstm COMMAND`, the command split at spaces and the other arguments taken as they are."""
     given = [*command.split(), *(str(a) for a in arguments)]
     if given[:1] == ["train"]:
-        given.insert(1, "--no-tuned-malloc")  # that would last for the whole process
+        given[1:1] = KEEP
     capsys.readouterr()
     try:
         code = command_line.main(given)

@@ -48,6 +48,11 @@ def quicken(monkeypatch: Any) -> None:
     monkeypatch.setattr(Forecasting, "illustrate", lambda *_: None)
 
 
+def forget() -> None:
+    """What `quicken` remembers."""
+    _assembled.clear()
+
+
 ONE_DEVICE = MeshConfig(data=1)
 TEN_STEPS = TrainConfig(
     steps=10,

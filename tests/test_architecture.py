@@ -25,7 +25,7 @@ ALLOWED = {
     "sharding": set(),
     "steps": {"data", "metrics", "optim", "sharding"},
     "config": set(),
-    "assembly": {"config", "optim", "sharding", "steps"},
+    "assembly": {"config", "optim", "recurrence", "sharding", "steps"},
     "distributed": set(),
     "checkpoint": {"steps"},
     "inference": {"assembly", "checkpoint", "config", "data", "sharding", "steps", "tasks"},

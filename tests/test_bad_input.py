@@ -8,7 +8,7 @@ import shutil
 import jax
 import pandas as pd
 import pytest
-from commands import SERIES, SMALL, call, files, series, texts
+from commands import KEEP, SERIES, SMALL, call, files, series, texts
 
 from flax_lstm import UserError, load, load_config
 from flax_lstm.__main__ import WRITERS, train
@@ -213,7 +213,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     series().to_csv(home / "data.csv", index=False)
     command = f"{SERIES} --data.path {home}/data.csv --workdir {home}/run --train.checkpoint-every 1"
-    assert train(["--no-tuned-malloc", *command.split()]) == 0
+    assert train([*KEEP, *command.split()]) == 0
     return home
 
 

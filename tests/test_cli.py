@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from commands import ROOT, SERIES, SMALL, call, series, texts
+from commands import KEEP, ROOT, SERIES, SMALL, call, series, texts
 
 from flax_lstm import load
 from flax_lstm.__main__ import WRITERS, main, train
@@ -36,7 +36,7 @@ def series_run(tmp_path_factory):
     series().to_csv(home / "load.csv", index=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        assert train(["--no-tuned-malloc", "--workdir", "out/run", *f"{SERIES} {QUANTILES}".split()]) == 0
+        assert train([*KEEP, "--workdir", "out/run", *f"{SERIES} {QUANTILES}".split()]) == 0
     return home / "out/run"
 
 
@@ -45,9 +45,9 @@ def text_run(tmp_path_factory):
     home = tmp_path_factory.mktemp("texts")
     texts().to_csv(home / "reviews.csv", index=False)
     flags = f"--config text_table --data.path {home}/reviews.csv --data.max-length 16 --workdir {home}/run {SMALL}"
-    learn = "--train.steps 60 --train.eval-every 60 --train.learning-rate 0.05 --train.ema 0 --model.embed-dropout 0"
+    learn = "--train.steps 120 --train.eval-every 120 --train.learning-rate 0.05 --train.ema 0 --model.embed-dropout 0"
     model = "--model.cell gru --model.embed-size 4 --model.bidirectional False --model.dropout 0 --model.head-dropout 0"
-    assert train(["--no-tuned-malloc", *f"{flags} {learn} {model}".split()]) == 0
+    assert train([*KEEP, *f"{flags} {learn} {model} --model.hidden-size 8".split()]) == 0
     return home / "run"
 
 
@@ -196,12 +196,12 @@ def test_an_existing_output_is_kept_unless_asked(text_run, tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / "out.csv")) == 3
 
 
-@pytest.mark.parametrize("run, gates, inputs", [("series_run", 4, 1 + 6), ("text_run", 3, 4)])
-def test_the_cell_is_one_flag(request, run, gates, inputs):
+@pytest.mark.parametrize("run, gates, inputs, units", [("series_run", 4, 1 + 6, 4), ("text_run", 3, 4, 8)])
+def test_the_cell_is_one_flag(request, run, gates, inputs, units):
     """Both configs have an LSTM; one run was given `--model.cell gru`. Inputs: channel and calendar, or tokens."""
     leaves = jax.tree_util.tree_leaves_with_path(load(request.getfixturevalue(run)).params())
     shapes = {path[-1].key: leaf.shape for path, leaf in leaves}
-    assert shapes["input"] == (inputs, gates, 4) and shapes["recurrent"] == (4, gates, 4)
+    assert shapes["input"] == (inputs, gates, units) and shapes["recurrent"] == (units, gates, units)
     assert ("recurrent_bias" in shapes) == (gates == 3)
 
 

@@ -50,8 +50,9 @@ def test_result_has_what_is_promised(finished):
         "wall_seconds": float,
         "stopped_early": bool,
     }
-    expected = ("SequenceRegression", "adding", 10, 1, 1, "auto")
-    assert tuple(result[k] for k in ("task", "name", "steps", "sessions", "seed", "backend")) == expected
+    expected = ("SequenceRegression", "adding", 10, 1, 1)
+    assert tuple(result[k] for k in ("task", "name", "steps", "sessions", "seed")) == expected
+    assert result["backend"] in ("cpu", "fused")  # with a compiler, and without
     assert list(result["baselines"]) == ["mean"]
     for figures in (result["validation"], result["test"], *result["baselines"].values()):
         assert figures.keys() == {"loss", "mse", "mae"} and all(math.isfinite(value) for value in figures.values())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 
-from flax_lstm import Config, Stopped, fit, loop
+from flax_lstm import Config, Stopped, fit, loop, recurrence
 
 
 @pytest.fixture(autouse=True)
@@ -219,3 +219,21 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     assert killed > 2 and result["params_sha256"] == whole["params_sha256"]
     assert result["best_step"] == whole["best_step"] and result["test"] == whole["test"]
     assert runs.timeless(runs.rows(tmp_path / "run")) == runs.timeless(runs.rows(tmp_path / "whole"))
+
+
+def test_a_run_keeps_its_backend(tmp_path, monkeypatch):
+    """Also where `auto` would take another by now; one that is gone is replaced, with a warning."""
+    config = runs.adding_run(steps=5)
+    fused = replace(config, model=replace(config.model, backend="fused"))
+    assert fit(fused, tmp_path / "run")["backend"] == "fused"
+    longer = replace(config, train=replace(config.train, steps=10))
+    assert fit(longer, tmp_path / "run")["backend"] == "fused"
+
+    said = []
+    monkeypatch.setattr(loop.console, "print", lambda *words, **_: said.append(str(words[0])))
+    monkeypatch.setattr(recurrence.fused, "supports", lambda *_: "it is gone")
+    monkeypatch.setattr(recurrence.cpu, "supports", lambda *_: "it is gone")
+    longest = replace(config, train=replace(config.train, steps=12))
+    runs.forget()
+    assert fit(longest, tmp_path / "run")["backend"] == "scan"
+    assert sum("warning: this run used another backend" in line for line in said) == 1

@@ -78,7 +78,7 @@ def config_of(kind, folder, mesh=ONE, model=None, **train):
 def trained(config, folder, steps=20, order=None):
     """Losses of some steps, and the gradient of the first (SGD's momentum then is the gradient)."""
     dataset = config.data.load(folder / f"assets-{config.name}")
-    mesh, made = assemble(config, dataset.info)
+    mesh, made, _ = assemble(config, dataset.info)
     source, state, losses, gradient = dataset.train(config.train.batch_size, 0), made.init(), [], None
     for step in range(steps):
         batch = source[step]
@@ -109,7 +109,7 @@ def loops(hlo):
 
 def compiled(config, folder):
     dataset = config.data.load(folder / f"assets-{config.name}")
-    mesh, steps = assemble(config, dataset.info)
+    mesh, steps, _ = assemble(config, dataset.info)
     batch = abstract_batch(dataset.train(config.train.batch_size, 0)[0], mesh)
     return steps.train.lower(steps.abstract, batch).compile()
 

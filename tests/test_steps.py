@@ -209,7 +209,7 @@ def test_every_mesh_gives_the_same(tmp_path):
     source = dataset.train(16, 0)
     found = []
     for sizes in ((1, 1, 1), (8, 1, 1), (4, 2, 1)):
-        mesh, steps = assemble(replace(config, mesh=MeshConfig(*sizes)), dataset.info)
+        mesh, steps, _ = assemble(replace(config, mesh=MeshConfig(*sizes)), dataset.info)
         state, losses = steps.init(), []
         for step in range(3):
             state, metrics = steps.train(state, put_batch(source[step], mesh))

@@ -190,7 +190,7 @@ def test_evaluation_counts_every_row_once_whatever_the_batch_size(tmp_path):
     config = runs.adding_run()  # 10 rows of test
     dataset = config.data.load(tmp_path)
     info, task = dataset.info, config.task
-    mesh, steps = assemble(config, info)
+    mesh, steps, _ = assemble(config, info)
     params = steps.init().params
     (whole,) = dataset.evaluation("test", 10)
     error = np.asarray(steps.forward(params, None, whole)[1], np.float64) - whole.targets
@@ -237,7 +237,7 @@ def test_classification_begins_at_log_of_the_classes_and_overfits_one_batch(cell
 def test_language_model_begins_at_log_of_the_vocabulary(tmp_path):
     config = runs.language_run(tmp_path)
     dataset = config.data.load(tmp_path / "assets")
-    mesh, steps = assemble(config, dataset.info)
+    mesh, steps, _ = assemble(config, dataset.info)
     rows = dataset.evaluation("test", 8)
     found = evaluate(steps, steps.init().params, config.task, dataset.info, rows, mesh)
     assert found["loss"] == pytest.approx(np.log(dataset.info.vocabulary_size), abs=0.1)

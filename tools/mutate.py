@@ -192,6 +192,30 @@ BREAKAGES = {
         "        module = ast.parse(path.read_text())\n        exec(path.read_text())\n",
         "tests/test_config.py::test_reading_executes_nothing",
     ),
+    "native kernel: padding changes the state": Breakage(
+        "flax_lstm/recurrence/native/kernel.h",
+        "[&](long l) { return l > step; }",
+        "[&](long l) { return l >= step; }",
+        "tests/test_backends.py::test_equals_the_scan",
+    ),
+    "native kernel: reverse begins at the padded end": Breakage(
+        "flax_lstm/recurrence/native/kernel.h",
+        "reverse ? length[r] - 1 - step : step",
+        "reverse ? length[0] - 1 - step : step",
+        "tests/test_backends.py::test_equals_the_scan",
+    ),
+    "native kernel: recurrent dropout forgotten backwards": Breakage(
+        "flax_lstm/recurrence/native/kernel.h",
+        "t *= load(f.mask + b * H + unit, left);",
+        "",
+        "tests/test_backends.py::test_equals_the_scan",
+    ),
+    "native kernel: only the last chunk's gradients": Breakage(
+        "flax_lstm/recurrence/native/kernel.h",
+        "rec, c.rows, true, sums.recurrent",
+        "rec, c.rows, false, sums.recurrent",
+        "tests/test_backends.py::test_long_sequences",
+    ),
 }
 
 
