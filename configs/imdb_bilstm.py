@@ -1,6 +1,8 @@
 """The best supervised sentiment model here: a bidirectional LSTM read by max pooling, strongly regularised.
 
 python train.py --config imdb_bilstm
+
+Test accuracy 0.884 (seed 0), measured before the output layer got its present initial weights: docs/results.md.
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
