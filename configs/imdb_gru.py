@@ -28,6 +28,7 @@ def get_config() -> Config:
             steps=10 * EPOCH,
             batch_size=32,
             learning_rate=1e-3,
+            epsilon=1e-7,  # as Keras has it
             clip=0.0,
             patience=3,
             eval_every=EPOCH,

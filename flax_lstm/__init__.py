@@ -6,9 +6,11 @@ from flax_lstm.config import Config, MeshConfig, TrainConfig, load_config
 from flax_lstm.errors import UserError
 from flax_lstm.inference import Run, load
 from flax_lstm.layers import RNN, Bidirectional, Stack
-from flax_lstm.loop import Stopped, fit
-from flax_lstm.models import RecurrentModel, SegmentModel, SequenceModel
+from flax_lstm.loop import fit
+from flax_lstm.models import RecurrentModel, SequenceModel
 from flax_lstm.recurrence import backends
+from flax_lstm.segments import SegmentModel
+from flax_lstm.signals import Stopped
 from flax_lstm.tasks import Classification, Forecasting, LanguageModeling, SequenceRegression
 
 __all__ = [

@@ -24,6 +24,8 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--no-tuned-malloc", action="store_true")
     parser.add_argument("--no-compilation-cache", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--no-test", action="store_true")
+    parser.add_argument("--no-report", action="store_true")
     parser.add_argument("--local-processes", type=int)
     parser.add_argument("--coordinator")
     parser.add_argument("--num-processes", type=int)
@@ -49,7 +51,8 @@ def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> 
         use_compilation_cache()
     from flax_lstm.config import load_config, override, shipped_configs
     from flax_lstm.distributed import init_distributed, is_first, leave, process_count
-    from flax_lstm.loop import Stopped, fit
+    from flax_lstm.loop import fit
+    from flax_lstm.signals import Stopped
 
     config = override(
         load_config(options.config),
@@ -58,7 +61,8 @@ def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> 
         f"Trains the config {options.config}; the same command again resumes. --config FILE or one of "
         f"{listing(shipped_configs())}; --workdir DIR (default runs/NAME); --no-tuned-malloc keeps the C library's "
         "memory allocation as it is; --no-compilation-cache compiles anew what an earlier run has compiled; --profile "
-        "traces a few steps and prints what takes longest. "
+        "traces a few steps and prints what takes longest; --no-test leaves the test split unread at the end, for "
+        "choosing settings; --no-report draws no plots. "
         "--local-processes N trains in N processes of this machine. On several machines, "
         "what SLURM, Open MPI, Kubernetes, SkyPilot or a TPU pod says of the processes is understood; otherwise say "
         "--coordinator HOST:PORT --num-processes N --process-id I. They have --connect-seconds S (default 300) to find "
@@ -66,7 +70,7 @@ def train(arguments: Sequence[str], prog: str = "python -m flax_lstm train") -> 
     )
     init_distributed(options.coordinator, options.num_processes, options.process_id, options.connect_seconds)
     try:
-        fit(config, options.workdir, options.profile)
+        fit(config, options.workdir, options.profile, not options.no_test, not options.no_report)
     except Stopped as stopped:
         if is_first():
             print(stopped, file=sys.stderr)

@@ -31,7 +31,7 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
     length = train.schedule_steps or train.steps
     schedule = learning_rate(train.schedule, train.learning_rate, train.warmup_steps, length)
     plateau_steps = max(length // 50, 1) if train.schedule == "plateau" else 0
-    optimizer = make_optimizer(train.optimizer, schedule, train.weight_decay, train.clip, plateau_steps)
+    optimizer = make_optimizer(train.optimizer, schedule, train.weight_decay, train.clip, plateau_steps, train.epsilon)
     with noting() as layers:
         steps = make_steps(
             task.build(config.model, info),

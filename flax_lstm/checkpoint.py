@@ -23,29 +23,24 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 Progress = dict[str, Any]
 
 
-def _best_figure(progress: Progress) -> float:
-    return progress["monitor"]
-
-
 class Checkpoints:
     """The checkpoints in a folder.
 
-    maximise: whether the best has the largest `progress["monitor"]`, or the smallest. Checkpoints saved between
-    evaluations carry None there and can be the latest but never the best.
+    maximise: whether the best has the largest `progress["monitor"]`, or the smallest; the earliest of equal ones.
+    Checkpoints saved between evaluations carry None there and can be the latest but never the best.
     """
 
     def __init__(self, folder: Path, maximise: bool = False):
         self.folder = folder
-        best = policies.BestN(
-            n=1,
-            get_metric_fn=_best_figure,
-            reverse=not maximise,
-            keep_checkpoints_without_metrics=False,
-        )
+        sign = 1 if maximise else -1
+
+        def rank(metrics: dict[str, float]) -> tuple[float, float]:
+            return sign * metrics["monitor"], -metrics["step"]
+
+        best = policies.BestN(n=1, get_metric_fn=rank, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
-            best_fn=_best_figure,
-            best_mode="max" if maximise else "min",
+            best_fn=rank,  # type: ignore[arg-type]  # anything that can be compared
             step_prefix=None,
             create=True,
         )
@@ -80,7 +75,7 @@ class Checkpoints:
             rest=ocp.args.StandardSave(state._replace(params=None)),
             progress=ocp.args.JsonSave(progress),
         )
-        metrics = {"monitor": progress["monitor"]} if progress["monitor"] is not None else None
+        metrics = {"monitor": progress["monitor"], "step": step} if progress["monitor"] is not None else None
         self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Progress]:

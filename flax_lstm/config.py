@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A config: frozen dataclasses, loaded from a Python file, overridden by flags, saved and reloaded as data.
+"""A config: frozen dataclasses, loaded from a Python file, which is executed, and overridden by flags.
 
-`--config` executes the user's own file. The `config.py` in a work directory is read as data: a tree of calls of known
-classes with literal arguments, never executed.
+How a run keeps its config, and what may differ when it is resumed: `saved_config.py`.
 """
 
-import ast
 import importlib
 import importlib.util
 import math
-import pprint
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +30,7 @@ class TrainConfig:
     accumulate: int = 1  # parts a batch is computed in, one after the other, to save memory
     optimizer: Optimizer = "adamw"  # adamw, sgd (momentum 0.9) or adafactor
     learning_rate: float = 1e-3  # peak learning rate
+    epsilon: float = 1e-8  # of AdamW: added to the root of the mean squared gradient
     weight_decay: float = 0.0  # decoupled weight decay, on matrices only
     clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     warmup_steps: int = 0  # steps of linear warm-up
@@ -54,6 +52,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"train.{name.replace('_', '-')} {value}: must be finite and not negative")
         require(0 < self.learning_rate < math.inf, f"train.learning-rate {self.learning_rate}: must be positive")
+        require(0 < self.epsilon < math.inf, f"train.epsilon {self.epsilon}: must be positive")
         require(0 <= self.ema < 1, f"train.ema {self.ema}: must be at least 0 and below 1")
         divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
         require(
@@ -89,10 +88,6 @@ class Config:
         if self.train.schedule_steps:
             return self
         return replace(self, train=replace(self.train, schedule_steps=self.train.steps))
-
-
-CONFIG_FILE = "config.py"  # in a work directory
-MAY_DIFFER = ("mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every", "model.backend")
 
 
 def config_folder() -> Path:
@@ -155,94 +150,3 @@ def override(config: Config, arguments: Sequence[str], prog: str, description: s
         description=description,
     )
     return Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Writes a Python file whose `get_config()` returns an equal config."""
-    classes = sorted({(type(v).__module__, type(v).__name__) for v in _tree(config)})
-    imports = "\n".join(f"from {module} import {name}" for module, name in classes)
-    body = pprint.pformat(config, width=100, sort_dicts=False).replace("\n", "\n    ")
-    draft = path.with_name(f"{path.name}.part")  # a run cannot be resumed with half a config
-    draft.write_text(f"{imports}\n\n\ndef get_config():\n    return {body}\n")
-    draft.replace(path)
-
-
-def _tree(value: Any) -> Iterator[Any]:
-    yield value
-    for f in fields(value):
-        if is_dataclass(getattr(value, f.name)):
-            yield from _tree(getattr(value, f.name))
-
-
-def read_config(path: Path) -> Config:
-    """The config that `save_config` wrote, read as data: nothing in the file is executed."""
-    try:
-        module = ast.parse(path.read_text())
-        known = {}
-        for node in module.body:
-            if isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    known[alias.name] = _known_class(node.module or "", alias.name)
-        (function,) = (node for node in module.body if isinstance(node, ast.FunctionDef))
-        (statement,) = function.body
-        if not (isinstance(statement, ast.Return) and statement.value is not None):
-            raise ValueError("get_config() must be a single return")
-        config = _build(statement.value, known)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (OSError, SyntaxError, ImportError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a config that flax_lstm saved ({error})") from error
-    require(isinstance(config, Config), f"{path}: does not return a Config")
-    return config
-
-
-def _known_class(module: str, name: str) -> type:
-    # Only flax_lstm's own modules are imported here; others must be there already, so that reading runs no code.
-    if module.split(".")[0] == "flax_lstm":
-        importlib.import_module(module)
-    require(
-        module in sys.modules and is_dataclass(getattr(sys.modules[module], name, None)),
-        f"the run uses the class {name} of the module {module}, which is not loaded; "
-        f"import it first, or train with the config file that defines it",
-    )
-    return getattr(sys.modules[module], name)
-
-
-def _build(node: ast.expr, known: dict[str, type]) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        return known[node.func.id](**{str(k.arg): _build(k.value, known) for k in node.keywords})
-    return ast.literal_eval(node)
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"model.hidden_size": 128, ...}`, with the type of each section under its own name."""
-    flat: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            flat[prefix + f.name] = type(value).__name__
-            flat |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            flat[prefix + f.name] = value
-    return flat
-
-
-def resume_config(saved: Config, wanted: Config, workdir: Path) -> Config:
-    """The wanted config where it may resume the saved run; the schedule keeps its first length."""
-    if not wanted.train.schedule_steps:  # not asked for: the first run's
-        wanted = replace(wanted, train=replace(wanted.train, schedule_steps=saved.train.schedule_steps))
-    before, now = flatten(saved), flatten(wanted)
-    differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    refused = [name for name in differ if not name.startswith(MAY_DIFFER) and name != "train.steps"]
-    lines = "\n".join(f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in refused)
-    require(
-        not refused,
-        f"{workdir} holds a run with other settings:\n{lines}\n"
-        "Give the same settings to resume it, or another --workdir to begin a new run.",
-    )
-    require(
-        wanted.train.steps >= saved.train.steps,
-        f"train.steps {wanted.train.steps}: the run in {workdir} was begun for {saved.train.steps}; "
-        "it can be made longer, not shorter.",
-    )
-    return wanted

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from flax_lstm.assembly import assemble
 from flax_lstm.checkpoint import Checkpoints
-from flax_lstm.config import CONFIG_FILE, Config, read_config
+from flax_lstm.config import Config
 from flax_lstm.data.base import Batch
 from flax_lstm.errors import UserError, listing, require
+from flax_lstm.saved_config import CONFIG_FILE, read_config
 from flax_lstm.sharding import put_batch, replicated
 from flax_lstm.steps import Steps
 from flax_lstm.tasks import Baseline, Task

@@ -3,14 +3,12 @@
 
 import json
 import math
-import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import grain
@@ -22,9 +20,9 @@ from tensorboardX import SummaryWriter
 
 from flax_lstm.assembly import Assembly, assemble
 from flax_lstm.checkpoint import Checkpoints
-from flax_lstm.config import CONFIG_FILE, Config
+from flax_lstm.config import Config
 from flax_lstm.data.base import Batch, BatchSource
-from flax_lstm.distributed import first_then_all, is_first, process_count, stop_agreed
+from flax_lstm.distributed import first_then_all, is_first
 from flax_lstm.errors import UserError
 from flax_lstm.inference import ASSETS, CHECKPOINTS, evaluate, evaluate_baselines
 from flax_lstm.plots import plot_curves
@@ -39,68 +37,23 @@ from flax_lstm.records import (
     versions,
     write_atomically,
 )
+from flax_lstm.saved_config import CONFIG_FILE
 from flax_lstm.sharding import put_batch
+from flax_lstm.signals import Signals, Stopped
 
 RESULT_FILE, METRICS_FILE = "result.json", "metrics.jsonl"
 console = Console(stderr=True)
 
 
-class Stopped(Exception):
-    """Training ended early at a signal, with everything saved. `code` is the exit status: 75 after SIGTERM, 130 after
-    Ctrl-C."""
-
-    def __init__(self, number: int, step: int, workdir: Path):
-        self.code = 75 if number == signal.SIGTERM else 130
-        super().__init__(
-            f"Stopped at step {step}; everything is saved. The same command goes on from there ({workdir})."
-        )
-
-
-class Signals:
-    """Notes SIGTERM and Ctrl-C while training, so that a step is finished and saved first. A second acts at once.
-
-    Among several processes SIGTERM is JAX's to notice, which tells the others; Ctrl-C is turned into it."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._alone = process_count() == 1
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: whoever runs us there handles signals
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.__exit__()
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def stop(self, step: int) -> int:
-        """The signal to stop at before this step, in all processes; 0: go on."""
-        if self._alone:
-            return self.received
-        return (self.received or signal.SIGTERM) if stop_agreed(step) else 0
-
-
 class Best(NamedTuple):
-    """The best validation figure so far."""
+    """The best validation figure so far; the earliest of equal ones."""
 
     value: float | None = None
     step: int | None = None
     stale: int = 0  # evaluations since
 
     def after(self, value: float, step: int, maximise: bool) -> "Best":
-        better = self.value is None or (value >= self.value if maximise else value <= self.value)
+        better = self.value is None or (value > self.value if maximise else value < self.value)
         return Best(value, step) if better else self._replace(stale=self.stale + 1)
 
 
@@ -122,13 +75,26 @@ def assemble_again(config: Config, info: Any, backend: str | None) -> Assembly:
     return assemble(config, info)
 
 
-def fit(config: Config, workdir: str | Path | None = None, profile: bool = False) -> dict[str, Any]:
+def fit(
+    config: Config, workdir: str | Path | None = None, profile: bool = False, test: bool = True, plots: bool = True
+) -> dict[str, Any]:
     """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of `result.json`.
 
     profile: trace a few steps into `workdir/profile` and print what takes longest.
+    test: at the end, evaluate the best checkpoint and the baselines on the test split. Without it that split is not
+        read, the baselines are those on validation, and `result["test"]` is None: for choosing settings.
+    plots: draw the curves, and what the task has to show.
 
     Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything saved.
     """
+    with Signals() as signals:
+        return run(config, workdir, profile, test, plots, signals)
+
+
+def run(
+    config: Config, workdir: str | Path | None, profile: bool, test: bool, plots: bool, signals: Signals
+) -> dict[str, Any]:
+    """See `fit`."""
     workdir, console.quiet = Path(workdir or Path("runs") / config.name), not is_first()
     wanted = replace(config, data=config.data.absolute())
     config = first_then_all(lambda: open_workdir(workdir, wanted, is_first()))
@@ -235,41 +201,40 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
 
     profiler, first = Profiler(folder / "profile"), step
     stopped_early = False
-    with Signals() as signals:
-        stream = batches(source, step, train.steps)
-        with bar:
-            while True:
-                due = step % train.eval_every == 0 or step == train.steps
-                if due and step > evaluated:
-                    read(pending)
-                    pending, pause = None, time.monotonic()
-                    rows = dataset.evaluation("validation", train.batch_size)
-                    figures = evaluate(steps, evaluated_params(), task, info, rows, mesh)
-                    evaluated, value = step, figures[task.monitor.figure]
-                    if not math.isfinite(value):
-                        raise diverged(f"the validation {task.monitor.figure} is {value} at step {step}")
-                    best = best.after(value, step, task.monitor.maximise)
-                    record(step, "validation", figures)
-                    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-                    console.print(f"step {step}  validation  {shown}{'  (best)' if best.step == step else ''}")
-                    save(value)
-                    window += time.monotonic() - pause
-                elif step % train.checkpoint_every == 0 and step > 0:
-                    save()
-                stopped_early = bool(train.patience) and best.stale >= train.patience
-                if stopped_early or step >= train.steps:
-                    break
-                if number := signals.stop(step):
-                    save()
-                    checkpoints.close()
-                    board.close()
-                    raise Stopped(number, step, workdir)
-                if profile and (told := profiler.at(step - first, state)):
-                    console.print(told, highlight=False, markup=False)
-                state, metrics = steps.train(state, put_batch(next(stream), mesh))
-                read(pending)  # of the step before: the device works on while the host reads
-                step += 1
-                pending = (step, metrics)
+    stream = batches(source, step, train.steps)
+    with bar:
+        while True:
+            due = step % train.eval_every == 0 or step == train.steps
+            if due and step > evaluated:
+                read(pending)
+                pending, pause = None, time.monotonic()
+                rows = dataset.evaluation("validation", train.batch_size)
+                figures = evaluate(steps, evaluated_params(), task, info, rows, mesh)
+                evaluated, value = step, figures[task.monitor.figure]
+                if not math.isfinite(value):
+                    raise diverged(f"the validation {task.monitor.figure} is {value} at step {step}")
+                best = best.after(value, step, task.monitor.maximise)
+                record(step, "validation", figures)
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                console.print(f"step {step}  validation  {shown}{'  (best)' if best.step == step else ''}")
+                save(value)
+                window += time.monotonic() - pause
+            elif step % train.checkpoint_every == 0 and step > 0:
+                save()
+            stopped_early = bool(train.patience) and best.stale >= train.patience
+            if stopped_early or step >= train.steps:
+                break
+            if number := signals.stop(step):
+                save()
+                checkpoints.close()
+                board.close()
+                raise Stopped(number, step, workdir)
+            if profile and (told := profiler.at(step - first, state)):
+                console.print(told, highlight=False, markup=False)
+            state, metrics = steps.train(state, put_batch(next(stream), mesh))
+            read(pending)  # of the step before: the device works on while the host reads
+            step += 1
+            pending = (step, metrics)
 
     if stopped_early:
         console.print(f"no better validation {task.monitor.figure} in {train.patience} evaluations: training ends")
@@ -277,11 +242,15 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
     checkpoints.wait()
     assert best.step is not None
     params = checkpoints.restore_params(best.step, steps.abstract)
+    last = "test" if test else "validation"
+    rows_of = partial(dataset.evaluation, batch_size=train.batch_size)
     figures_of = {
-        split: evaluate(steps, params, task, info, dataset.evaluation(split, train.batch_size), mesh)
-        for split in ("validation", "test")
+        split: evaluate(steps, params, task, info, rows_of(split), mesh)
+        for split in dict.fromkeys(("validation", last))
     }
-    record(best.step, "test", figures_of["test"])
+    baselines = evaluate_baselines(task, info, lambda: rows_of(last), mesh)
+    if test:
+        record(best.step, "test", figures_of["test"])
     checkpoints.close()
     board.close()
     result = {
@@ -295,19 +264,17 @@ def fit(config: Config, workdir: str | Path | None = None, profile: bool = False
         "sessions": sessions,
         "seed": config.seed,
         "stopped_early": stopped_early,
-        **{split: finite(figures) for split, figures in figures_of.items()},
-        "baselines": {
-            name: finite(figures)
-            for name, figures in evaluate_baselines(
-                task, info, lambda: dataset.evaluation("test", train.batch_size), mesh
-            ).items()
-        },
+        "validation": finite(figures_of["validation"]),
+        "test": finite(figures_of["test"]) if test else None,
+        "baselines": {name: finite(figures) for name, figures in baselines.items()},
         "versions": versions(),
         "device": device_name(),
         "backend": backend,
     }
-    plot_curves(log.rows(), folder / "plots" / "curves.png")
-    task.illustrate(dataset, lambda batch: steps.forward(params, None, batch)[1], folder / "plots")
+    if plots:
+        plot_curves(log.rows(), folder / "plots" / "curves.png")
+    if plots and test:
+        task.illustrate(dataset, lambda batch: steps.forward(params, None, batch)[1], folder / "plots")
     write_atomically(folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     scratch.cleanup()
     report(result, workdir)
@@ -326,12 +293,14 @@ def finished_result(path: Path, steps: int) -> dict[str, Any] | None:
 
 
 def report(result: dict[str, Any], workdir: Path) -> None:
-    """Prints the test figures beside those of the baselines, and where everything is."""
-    columns = {"model": result["test"], **result["baselines"]}
-    table = Table(title=f"{result['name']}: test, best step {result['best_step']} of {result['steps']}")
+    """Prints the test figures beside those of the baselines, or the validation figures where the test split was not
+    read, and where everything is."""
+    split = "test" if result["test"] else "validation"
+    columns = {"model": result[split], **result["baselines"]}
+    table = Table(title=f"{result['name']}: {split}, best step {result['best_step']} of {result['steps']}")
     for heading in ("", *columns):
         table.add_column(heading, justify="right" if heading else "left")
-    for name in result["test"]:
+    for name in result[split]:
         values = [figures.get(name) for figures in columns.values()]
         table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
     console.print(table)

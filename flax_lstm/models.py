@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models: embed -> recurrent stack -> pooling -> head, and the segment-wise forecaster.
+"""Models: embed -> recurrent stack -> pooling -> head.
 
-`RecurrentModel` and `SegmentModel` are the settings of the `model` section of a config; their methods build the Flax
-modules. The modules (`SequenceModel`, `Forecaster`, `SegmentForecaster`) can be used without any config.
+`RecurrentModel` is the settings of the `model` section of a config; its methods build the Flax modules. The modules
+(`SequenceModel`, `Forecaster`) can be used without any config. The segment-wise forecaster is in `segments.py`.
 
 Axes: B batch, T time, D input features, H hidden units, O outputs, N horizon, C target channels, K covariates,
-Q outputs per forecast value (1, or the number of quantiles), M segments of S steps.
+Q outputs per forecast value (1, or the number of quantiles).
 Every module maps `(inputs, lengths_B, state, covariates, deterministic)` to `(state, outputs)`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,8 +66,8 @@ def uniform_embedding(key: Array, shape: tuple[int, int], dtype: Any = jnp.float
     return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
 
 
-def dense(width: int, rows: str | None, columns: str | None, **settings: Any) -> nn.Dense:
-    """`nn.Dense` whose kernel's axes have these names (see `sharding.RULES`)."""
+def dense(width: int, rows: str | None = None, columns: str | None = None, **settings: Any) -> nn.Dense:
+    """`nn.Dense` with Glorot's initial weights, whose kernel's axes have these names (see `sharding.RULES`)."""
     kernel = named(nn.initializers.glorot_uniform(), rows, columns)
     return nn.Dense(width, kernel_init=kernel, bias_init=named(nn.initializers.zeros, columns), **settings)
 
@@ -87,8 +86,8 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, y_BTH: Array, lengths_B: Array) -> Array:
-        u_BTH = nn.tanh(nn.Dense(y_BTH.shape[-1], dtype=y_BTH.dtype)(y_BTH))
-        score_BT1 = nn.Dense(1, use_bias=False, dtype=jnp.float32)(u_BTH)
+        u_BTH = nn.tanh(dense(y_BTH.shape[-1], dtype=y_BTH.dtype)(y_BTH))
+        score_BT1 = dense(1, use_bias=False, dtype=jnp.float32)(u_BTH)
         valid_BT1 = valid_steps(y_BTH, lengths_B)
         share_BT1 = nn.softmax(jnp.where(valid_BT1, score_BT1, -1e30), axis=1) * valid_BT1
         return jnp.sum(share_BT1.astype(y_BTH.dtype) * y_BTH, axis=1)
@@ -142,12 +141,12 @@ class SequenceModel(nn.Module):
         if context_BK is not None:
             y = jnp.concatenate([y, context_BK.astype(y.dtype)], axis=-1)
         if self.dense:
-            y = nn.relu(nn.Dense(self.dense, dtype=self.dtype, name="dense")(y))
+            y = nn.relu(dense(self.dense, dtype=self.dtype, name="dense")(y))
         y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
         if self.tied:
             assert isinstance(self.embed, nn.Embed)
             if y.shape[-1] != self.embed.features:
-                y = nn.Dense(self.embed.features, dtype=self.dtype, name="to_embedding")(y)
+                y = dense(self.embed.features, dtype=self.dtype, name="to_embedding")(y)
             zeros = named(nn.initializers.zeros, "vocabulary")
             bias = self.param("head_bias", zeros, (self.outputs,), jnp.float32)
             return state, self.embed.attend(y).astype(jnp.float32) + bias.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -188,72 +187,6 @@ class Forecaster(nn.Module):
             context = covariates[:, steps:].reshape(batch, -1)
         state, y = self.model(x_BTD, lengths_B, state, context, deterministic=deterministic)
         return state, y.reshape(batch, self.horizon, self.channels, -1) + last_BC[:, None, :, None]
-
-
-class SegmentForecaster(nn.Module):
-    """The segment-wise recurrent forecaster of SegRNN (Lin et al. 2023), channels read independently by one network.
-
-    Each channel, relative to its last value, is cut into segments of S steps, each embedded; the recurrence runs over
-    the M segments instead of the T steps. From its final state all future segments are decoded at once, each by one
-    step of the same cell whose input tells the segment's position and the channel. A look-back that is no multiple of S
-    loses its oldest steps; a horizon that is none is decoded to the next multiple and cut. Known covariates, if any,
-    are embedded per segment and added to both. Outputs [B, N, C, Q].
-    """
-
-    rnn: RNN
-    width: int
-    segment: int
-    horizon: int
-    channels: int
-    per_value: int = 1
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Array,
-        lengths_B: Array | None = None,
-        state: Any = None,
-        covariates: Array | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> tuple[Any, Array]:
-        batch, steps, _ = x_BTD.shape
-        size, channels, width = self.segment, self.channels, self.width
-        past, future = steps // size, math.ceil(self.horizon / size)
-        last_BC = x_BTD[:, -1, :channels]
-        x_BTC = x_BTD[:, steps - past * size :, :channels] - last_BC[:, None]
-        x_RMS = x_BTC.swapaxes(1, 2).reshape(batch * channels, past, size)  # a row R is one channel of one example
-        x_RMH = nn.relu(nn.Dense(width, dtype=self.dtype, name="embed")(x_RMS))
-
-        position_MH = self.param("position", nn.initializers.normal(1.0), (future, width // 2))
-        channel_CH = self.param("channel", nn.initializers.normal(1.0), (channels, width - width // 2))
-        query_CMH = jnp.concatenate(
-            [
-                jnp.broadcast_to(position_MH, (channels, *position_MH.shape)),
-                jnp.broadcast_to(channel_CH[:, None], (channels, future, channel_CH.shape[1])),
-            ],
-            axis=-1,
-        )
-        query_BCMH = jnp.broadcast_to(query_CMH, (batch, *query_CMH.shape))
-        if covariates is not None:
-            begin, end = steps - past * size, steps + future * size
-            pad = ((0, 0), (0, end - covariates.shape[1]), (0, 0))  # beyond a horizon that is cut, nothing is known
-            known = jnp.pad(covariates, pad)[:, begin:].reshape(batch, 1, past + future, -1)
-            known_B1MH = nn.Dense(width, dtype=self.dtype, name="covariates")(known)
-            past_BCMH = jnp.broadcast_to(known_B1MH[:, :, :past], (batch, channels, past, width))
-            x_RMH = x_RMH + past_BCMH.reshape(x_RMH.shape)
-            query_BCMH = query_BCMH + known_B1MH[:, :, past:]
-
-        state, _ = self.rnn(x_RMH, None, state, deterministic=deterministic)
-        repeated = jax.tree.map(lambda s: jnp.repeat(s, future, axis=0), state)
-        _, y_R1H = self.rnn(query_BCMH.reshape(-1, 1, width), None, repeated, deterministic=deterministic)
-        y_RH = nn.Dropout(self.dropout)(y_R1H[:, 0], deterministic=deterministic)
-        head = dense(size * self.per_value, "hidden", None, dtype=self.dtype, name="head")
-        y = head(y_RH).astype(jnp.float32)
-        y_BCNQ = y.reshape(batch, channels, future * size, self.per_value)[:, :, : self.horizon]
-        return state, y_BCNQ.swapaxes(1, 2) + last_BC[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -346,38 +279,3 @@ class RecurrentModel:
     def forecaster(self, lookback: int, horizon: int, channels: int, per_value: int) -> Forecaster:
         """A module that forecasts `per_value` numbers for each of `horizon` steps of `channels` channels."""
         return Forecaster(self.sequence(horizon * channels * per_value), horizon, channels, self.subtract_last)
-
-
-@dataclass(frozen=True)
-class SegmentModel:
-    """The segment-wise forecaster of SegRNN: long look-backs and horizons in few recurrent steps."""
-
-    cell: CellName = "gru"  # the recurrence over segments
-    hidden_size: int = 512  # units, and the size of a segment's embedding
-    segment: int = 24  # steps of a segment
-    dropout: float = 0.5  # before the head
-    dtype: DTypeName = "float32"  # what is computed in; weights and state stay float32
-    backend: BackendName = "auto"  # how the recurrence is run
-
-    def __post_init__(self) -> None:
-        require(self.hidden_size > 1, f"model.hidden-size {self.hidden_size}: must be at least 2")
-        require(self.segment > 0, f"model.segment {self.segment}: must be at least 1")
-        require(0 <= self.dropout < 1, f"model.dropout {self.dropout}: must be at least 0 and below 1")
-
-    def forecaster(self, lookback: int, horizon: int, channels: int, per_value: int) -> SegmentForecaster:
-        """A module that forecasts `per_value` numbers for each of `horizon` steps of `channels` channels."""
-        require(
-            lookback >= self.segment,
-            f"model.segment {self.segment} is longer than data.lookback {lookback}; choose a shorter segment",
-        )
-        dtype = DTYPES[self.dtype]
-        return SegmentForecaster(
-            RNN(CELLS[self.cell](self.hidden_size, dtype=dtype), backend=self.backend),
-            self.hidden_size,
-            self.segment,
-            horizon,
-            channels,
-            per_value,
-            self.dropout,
-            dtype,
-        )

@@ -28,16 +28,22 @@ def decayed(params: Any) -> Any:
 
 
 def make_optimizer(
-    name: str, schedule: Schedule, weight_decay: float, clip: float, plateau_steps: int = 0
+    name: str,
+    schedule: Schedule,
+    weight_decay: float,
+    clip: float,
+    plateau_steps: int = 0,
+    epsilon: float = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov & Hutter 2019), SGD with momentum 0.9, or Adafactor (Shazeer & Stern 2018), after clipping by
     the global norm. With `plateau_steps`, the step is halved whenever the mean loss over that many steps has not
-    improved three times running."""
+    improved three times running. `epsilon` is AdamW's: added to the root of the mean squared gradient, it keeps
+    gradients much smaller than itself from being scaled up, such as those of words far from the end of a sequence."""
     parts: list[optax.GradientTransformation] = []
     if clip:
         parts.append(optax.clip_by_global_norm(clip))
     if name == "adamw":
-        parts.append(optax.adamw(schedule, weight_decay=weight_decay, mask=decayed))
+        parts.append(optax.adamw(schedule, eps=epsilon, weight_decay=weight_decay, mask=decayed))
     elif name == "sgd":
         parts += [optax.add_decayed_weights(weight_decay, mask=decayed), optax.sgd(schedule, momentum=0.9)]
     else:

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_lstm.config import CONFIG_FILE, Config, flatten, read_config, resume_config, save_config
+from flax_lstm.config import Config
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.inference import ASSETS, CHECKPOINTS
+from flax_lstm.saved_config import CONFIG_FILE, flatten, read_config, resume_config, save_config
 from flax_lstm.sharding import on_host
 
 Figures = Mapping[str, float]

@@ -16,6 +16,7 @@ ALLOWED = {
     "recurrence": {"cache", "cells", "recurrence", "sharding"},
     "layers": {"cells", "recurrence", "sharding"},
     "models": {"cells", "layers", "recurrence", "sharding"},
+    "segments": {"cells", "layers", "models", "recurrence"},
     "metrics": set(),
     "data": {"cache", "data"},
     "plots": set(),
@@ -25,11 +26,13 @@ ALLOWED = {
     "sharding": set(),
     "steps": {"data", "metrics", "optim", "sharding"},
     "config": set(),
+    "saved_config": {"config"},
     "assembly": {"config", "optim", "recurrence", "sharding", "steps"},
     "distributed": set(),
+    "signals": {"distributed"},
     "checkpoint": {"steps"},
-    "inference": {"assembly", "checkpoint", "config", "data", "sharding", "steps", "tasks"},
-    "records": {"config", "inference", "sharding"},
+    "inference": {"assembly", "checkpoint", "config", "data", "saved_config", "sharding", "steps", "tasks"},
+    "records": {"config", "inference", "saved_config", "sharding"},
     "convert": {"cells", "layers", "models"},
     "malloc": set(),
     "errors": set(),
@@ -90,4 +93,4 @@ def test_the_path_through_the_code_is_an_afternoon():
     """Lines that are not blank: docstrings and comments want to be read, too."""
     lines = {name: sum(map(bool, map(str.strip, (ROOT / name).read_text().splitlines()))) for name in AFTERNOON}
     print(lines, "together", sum(lines.values()))
-    assert sum(lines.values()) < 1600, lines
+    assert sum(lines.values()) < 1400, lines

@@ -12,8 +12,8 @@ from commands import KEEP, SERIES, SMALL, call, files, series, texts
 
 from flax_lstm import UserError, load, load_config
 from flax_lstm.__main__ import WRITERS, train
-from flax_lstm.config import read_config, save_config
 from flax_lstm.records import open_workdir
+from flax_lstm.saved_config import read_config, save_config
 
 TEXTS = f"--config text_table {SMALL}"
 

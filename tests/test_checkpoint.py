@@ -69,8 +69,8 @@ def test_another_process_restores_the_same(tmp_path, carry):
         ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.1}, False, [4]),
         ({1: 0.9, 2: 0.3, 3: None, 4: None}, False, [2, 4]),  # between evaluations: the latest, never the best
         ({1: None, 2: None}, False, [2]),
-        ({1: 0.5, 2: 0.3, 3: 0.3, 4: 0.6}, False, [3, 4]),  # of equals the later, as `Best` has it
-        ({1: 0.5, 2: 0.8, 3: 0.8, 4: 0.6}, True, [3, 4]),
+        ({1: 0.5, 2: 0.3, 3: 0.3, 4: 0.6}, False, [2, 4]),  # of equals the earliest, as `Best` has it
+        ({1: 0.5, 2: 0.8, 3: 0.8, 4: 0.6}, True, [2, 4]),
     ],
 )
 def test_keeps_the_latest_and_the_best(tmp_path, monitors, maximise, kept):

@@ -12,17 +12,11 @@ import runs
 
 from flax_lstm import Config, UserError, load_config
 from flax_lstm.__main__ import guarded
-from flax_lstm.config import (
-    TrainConfig,
-    flatten,
-    override,
-    read_config,
-    resume_config,
-    save_config,
-    shipped_configs,
-)
-from flax_lstm.models import RecurrentModel, SegmentModel
+from flax_lstm.config import TrainConfig, override, shipped_configs
+from flax_lstm.models import RecurrentModel
 from flax_lstm.records import open_workdir
+from flax_lstm.saved_config import flatten, read_config, resume_config, save_config
+from flax_lstm.segments import SegmentModel
 from flax_lstm.tasks import Forecasting
 
 TRAIN_PY = Path(__file__).parent.parent / "train.py"

@@ -15,8 +15,9 @@ import runs
 
 from flax_lstm import UserError, fit, load, loop
 from flax_lstm.inference import CHECKPOINTS
-from flax_lstm.loop import Best, Signals, batches
+from flax_lstm.loop import Best, batches
 from flax_lstm.records import MetricsLog, params_sha256
+from flax_lstm.signals import Signals
 
 
 @pytest.fixture(autouse=True)
@@ -182,20 +183,55 @@ def test_batches_are_those_of_the_steps_in_their_order():
     assert list(batches(source, 5, 5)) == []
 
 
-def test_best_prefers_the_later_of_equals_and_counts_what_is_stale():
+def test_best_keeps_the_earliest_of_equals_and_counts_what_is_stale():
     best = Best()
     for step, value in enumerate([3.0, 2.0, 2.5, 2.0, 4.0, 5.0], 1):
         best = best.after(value, step, maximise=False)
-    assert best == Best(2.0, 4, stale=2)
+    assert best == Best(2.0, 2, stale=4)
     assert Best(2.0, 1).after(3.0, 2, maximise=True) == Best(3.0, 2)
+    assert Best(2.0, 1, 3).after(2.0, 2, maximise=True) == Best(2.0, 1, 4)
     assert Best(2.0, 1, 3).after(1.0, 2, maximise=True) == Best(2.0, 1, 4)
 
 
-def test_a_second_signal_acts_at_once():
+def test_without_test_that_split_is_never_read(tmp_path, monkeypatch, capsys):
+    config = runs.adding_run()
+    load_data = type(config.data).load
+
+    def guarded(*arguments):
+        dataset = load_data(*arguments)
+        evaluation = dataset.evaluation
+
+        def only_validation(split, batch_size):
+            assert split == "validation"
+            return evaluation(split, batch_size)
+
+        monkeypatch.setattr(dataset, "evaluation", only_validation)
+        return dataset
+
+    monkeypatch.setattr(type(config.data), "load", guarded)
+    result = fit(config, tmp_path, test=False)
+    assert result["test"] is None and math.isfinite(result["validation"]["mse"])
+    assert {row["split"] for row in runs.rows(tmp_path)} == {"train", "validation"}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "adding: validation, best step" in said and f"{result['baselines']['mean']['mse']:.4g}" in said
+
+
+@pytest.mark.parametrize("plots", [True, False])
+def test_plots_are_drawn_unless_they_are_not_wanted(tmp_path, monkeypatch, plots):
+    drawn = []
+    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: drawn.append(path.name))
+    config = runs.adding_run()
+    monkeypatch.setattr(type(config.task), "illustrate", lambda *_: drawn.append("illustrated"))
+    fit(config, tmp_path, plots=plots)
+    assert drawn == (["curves.png", "illustrated"] if plots else [])
+
+
+def test_a_second_signal_acts_at_once(capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
+        assert "once more: at once" in capfd.readouterr().err
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second signal was held back")
     with Signals() as signals:

@@ -13,12 +13,12 @@ from flax_lstm.models import (
     AttentionPool,
     ConcatPool,
     RecurrentModel,
-    SegmentModel,
     ends_pool,
     last_pool,
     max_pool,
     mean_pool,
 )
+from flax_lstm.segments import SegmentModel
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -76,6 +76,24 @@ def test_ten_steps_are_four_a_signal_and_six(kind, number, code, tables, tmp_pat
     assert_same_end(config, tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_signal_while_the_data_are_read_is_not_lost(tmp_path, monkeypatch):
+    config = runs.adding_run()
+    load = type(config.data).load
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(config.data), "load", interrupted)
+        with pytest.raises(Stopped, match="step 0; everything is saved") as stopped:
+            fit(config, tmp_path / "parts")
+    assert stopped.value.code == 75
+    fit(config, tmp_path / "parts")
+    fit(config, tmp_path / "whole")
+    assert_same_end(config, tmp_path / "whole", tmp_path / "parts")
+
+
 def test_ten_steps_are_five_and_five_more(tmp_path):
     config = runs.adding_run()
     whole = fit(config, tmp_path / "whole")

@@ -289,6 +289,12 @@ def test_constant_channel(tmp_path, caplog):
     assert info.std[1] == 1 and info.naive_scale[1] == 1 and "constant in the training split" in caplog.text
 
 
+def test_a_season_that_repeats_but_for_rounding_scales_nothing(tmp_path):
+    path = write(tmp_path, hourly(48, a=1e3 + np.sin(np.arange(48) * np.pi / 3)))
+    info = load(SeriesTable(path=path, lookback=2, horizon=2, season=6), tmp_path).info
+    assert info.naive_scale == (1.0,)
+
+
 def test_text_columns_are_left_out_aloud(tmp_path, caplog):
     path = write(tmp_path, hourly(30, a=np.arange(30), place=["x"] * 30))
     assert load(SeriesTable(path=path, lookback=2, horizon=2, season=2), tmp_path).info.targets == ("a",)

@@ -40,7 +40,9 @@ class SeriesInfo:
     season: int  # steps
     mean: tuple[float, ...]  # of each input channel, targets first
     std: tuple[float, ...]  # likewise; 1 for a constant channel
-    naive_scale: tuple[float, ...]  # of each target: mean |x[t] - x[t - season]|, scaled; 1 where that would be 0
+    naive_scale: tuple[
+        float, ...
+    ]  # of each target: mean |x[t] - x[t - season]|, scaled; 1 where that is 0 but for rounding
     frequency: str  # as pandas names it: "h", "D", "B" (business days), "15min"
     step_seconds: float  # median time between rows
     cycles: tuple[str, ...]  # of the calendar; each gives two covariates, sine and cosine
@@ -218,7 +220,7 @@ class SeriesTable:
             season=self.season,
             mean=tuple(train_RD.mean(axis=0).tolist()),
             std=tuple(std.tolist()),
-            naive_scale=tuple(np.where(naive > 0, naive, 1.0)[: len(targets)].tolist()),
+            naive_scale=tuple(np.where(naive > 1e-6, naive, 1.0)[: len(targets)].tolist()),
             frequency=frequency(times, self.path),
             step_seconds=step,
             cycles=tuple(name for name, length in CYCLES.items() if step <= length / 2) if self.calendar else (),
