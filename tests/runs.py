@@ -2,6 +2,7 @@
 """Runs small enough to be trained in a test."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+import pytest
 
 from flax_lstm import (
     Classification,
@@ -23,6 +25,7 @@ from flax_lstm import (
 )
 from flax_lstm.assembly import Assembly, assemble
 from flax_lstm.checkpoint import Checkpoints
+from flax_lstm.data.imdb import FOLDER, Imdb
 from flax_lstm.data.language import LanguageTable
 from flax_lstm.data.series import SeriesTable
 from flax_lstm.data.synthetic import AddingProblem
@@ -114,6 +117,21 @@ def language_run(folder: Path, **train: Any) -> Config:
     model = RecurrentModel(hidden_size=4, embed_size=4, tied=True, dropout=0.1)
     settings = replace(TEN_STEPS, **{"accumulate": 2, **train})
     return Config("language", data, LanguageModeling(), model, settings, ONE_DEVICE)
+
+
+def imdb_run(folder: Path, **train: Any) -> Config:
+    """The real reviews, of which a test must make sure with `real_reviews`."""
+    data = Imdb(vocabulary_size=1000, max_length=40)
+    model = RecurrentModel(hidden_size=8, embed_size=8, dropout=0.2, recurrent_dropout=0.2)
+    settings = replace(TEN_STEPS, **{"batch_size": 64, **train})
+    return Config("reviews", data, Classification(), model, settings, ONE_DEVICE)
+
+
+def real_reviews() -> None:
+    """Skips a test where they are not prepared."""
+    folder = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    if not (folder / FOLDER).exists():
+        pytest.skip("imdb_reviews is not prepared in TFDS_DATA_DIR")
 
 
 def saved(config: Config, workdir: Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

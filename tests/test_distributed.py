@@ -239,8 +239,10 @@ def test_two_processes_are_one_run(tables, tmp_path, quick_compile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(2, 1), (2, 2), (4, 1)])
-@pytest.mark.parametrize("kind", ["text", "series", "language"])
+@pytest.mark.parametrize("kind", ["text", "series", "language", "imdb"])
 def test_processes_and_devices_make_no_difference(kind, processes, devices, tables, tmp_path):
+    if kind == "imdb":
+        runs.real_reviews()
     mesh = ("--mesh.fsdp", "2") if devices == 2 else ()
     outcome = train(tmp_path / "many", tables, kind, processes, devices, mesh)
     assert outcome.returncode == 0, outcome.stderr
@@ -251,9 +253,11 @@ def test_processes_and_devices_make_no_difference(kind, processes, devices, tabl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", "language"])
+@pytest.mark.parametrize("kind", ["text", "language", "imdb"])
 def test_stopped_together_and_resumed_by_any_number(kind, tables, tmp_path):
     """SIGTERM to process 1 in its 4th step. Bit-equal where the processes are as many as before."""
+    if kind == "imdb":
+        runs.real_reviews()
     whole = tmp_path / "whole"
     assert train(whole, tables, kind).returncode == 0
     for processes in (2, 1, 4):

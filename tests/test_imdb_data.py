@@ -4,7 +4,6 @@
 import hashlib
 import http.server
 import io
-import os
 import shutil
 import sys
 import tarfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 
 from flax_lstm.data import download as downloading
 from flax_lstm.data import imdb
@@ -270,9 +270,7 @@ def test_paths_are_made_absolute(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_reviews(tmp_path):
-    folder = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    if not (folder / imdb.FOLDER).exists():
-        pytest.skip("imdb_reviews is not prepared in TFDS_DATA_DIR")
+    runs.real_reviews()
     dataset = Imdb().load(tmp_path)
     assert dataset.size("train") + dataset.size("validation") == 25_000 and dataset.size("test") == 25_000
     labels = np.concatenate([batch.targets[batch.weights > 0] for batch in dataset.evaluation("test", 256)])
