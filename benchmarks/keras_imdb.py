@@ -6,6 +6,9 @@
 Embedding 128, LSTM 128 (dropout .2, recurrent dropout .2), dense 64, dropout .5, Adam 1e-3, batch 32, at most 10 epochs
 (three without a better validation accuracy end it), the last 200 tokens of a review, padded on the left as Keras does.
 The weights of the best epoch on the validation split are tested once. One JSON line a seed.
+
+Keras draws a dropout mask of its own for each gate; flax_lstm has one for all gates of a sequence (the tied masks of
+Gal & Ghahramani 2016). `--tied` gives Keras' cell such masks, so that the two train the same model.
 """
 
 import argparse
@@ -33,13 +36,21 @@ def arrays(dataset, split: str, length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(inputs), np.asarray(labels, np.float32)
 
 
-def build(vocabulary_size: int, length: int) -> keras.Model:
-    layers = keras.layers
+class TiedCell(keras.layers.LSTMCell):
+    """One dropout mask for all gates."""
+
+    def _create_dropout_mask(self, step_input, dropout_rate):
+        ones = keras.ops.ones_like(step_input)
+        return [keras.random.dropout(ones, dropout_rate, seed=self.seed_generator)] * 4
+
+
+def build(vocabulary_size: int, length: int, tied: bool) -> keras.Model:
+    layers, rates = keras.layers, {"dropout": 0.2, "recurrent_dropout": 0.2}
     model = keras.Sequential(
         [
             keras.Input((length,), dtype="int32"),
             layers.Embedding(vocabulary_size, 128),
-            layers.LSTM(128, dropout=0.2, recurrent_dropout=0.2),
+            layers.RNN(TiedCell(128, **rates)) if tied else layers.LSTM(128, **rates),
             layers.Dense(64, activation="relu"),
             layers.Dropout(0.5),
             layers.Dense(1, activation="sigmoid"),
@@ -53,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--tied", action="store_true")
     options = parser.parse_args()
     data = Imdb(max_length=200, vocabulary_size=20_000)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +72,10 @@ def main() -> None:
         splits = {split: arrays(dataset, split, data.max_length) for split in ("train", "validation", "test")}
         for seed in options.seeds:
             keras.utils.set_random_seed(seed)
-            model, best = build(dataset.info.vocabulary.size, data.max_length), Path(folder) / "best.weights.h5"
+            model, best = (
+                build(dataset.info.vocabulary.size, data.max_length, options.tied),
+                Path(folder) / "best.weights.h5",
+            )
             keep = keras.callbacks.ModelCheckpoint(
                 str(best), monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
             )
@@ -79,6 +94,7 @@ def main() -> None:
             loss, accuracy = model.evaluate(*splits["test"], batch_size=256, verbose=0)
             row = {
                 "seed": seed,
+                "tied": options.tied,
                 "validation": [round(a, 4) for a in history["val_accuracy"]],
                 "test_accuracy": round(accuracy, 4),
                 "test_loss": round(loss, 4),
