@@ -83,18 +83,21 @@ def rnn_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None 
     return jnp.tanh(x_BGH[:, 0] + recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)[:, 0])
 
 
+def draw_orthogonal(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
+    """In float32 at least: there is no factorisation into Q and R in bfloat16."""
+    return nn.initializers.orthogonal()(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+
 def orthogonal(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
     """An orthogonal matrix (Saxe, McClelland & Ganguli 2014) over all gates: [J, G * H] with orthonormal rows, as Keras
     begins; docs/results.md says why it was taken. `orthogonal_per_gate` is the other way."""
-    return nn.initializers.orthogonal()(key, (shape[0], shape[1] * shape[2]), dtype).reshape(shape)
+    return draw_orthogonal(key, (shape[0], shape[1] * shape[2]), dtype).reshape(shape)
 
 
 def orthogonal_per_gate(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
     """An orthogonal matrix [J, H] for each gate, drawn independently, as Flax begins."""
     rows, gates, columns = shape
-    draw = nn.initializers.orthogonal()
-    keys = jax.random.split(key, gates)
-    return jnp.stack([draw(k, (rows, columns), dtype) for k in keys], axis=1)
+    return jnp.stack([draw_orthogonal(k, (rows, columns), dtype) for k in jax.random.split(key, gates)], axis=1)
 
 
 def forget_bias_one(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
