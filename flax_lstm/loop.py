@@ -25,6 +25,7 @@ from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.distributed import first_then_all, is_first
 from flax_lstm.errors import UserError
 from flax_lstm.inference import ASSETS, CHECKPOINTS, evaluate, evaluate_baselines
+from flax_lstm.malloc import trim_malloc
 from flax_lstm.plots import plot_curves
 from flax_lstm.profiling import Profiler
 from flax_lstm.records import (
@@ -235,6 +236,8 @@ def run(
             read(pending)  # of the step before: the device works on while the host reads
             step += 1
             pending = (step, metrics)
+            if (step - first).bit_count() == 1:  # after 1, 2, 4, ... steps: shapes are compiled as they come
+                trim_malloc()
 
     if stopped_early:
         console.print(f"no better validation {task.monitor.figure} in {train.patience} evaluations: training ends")

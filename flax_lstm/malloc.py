@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""glibc's malloc set so that the large temporaries of a training step are kept, not given back to the kernel each step.
+"""glibc's malloc: the large temporaries of a step are kept, what compiling has left behind is given back.
 
-Only `train.py` asks for it; importing the library changes nothing.
+Only `train.py` sets malloc; importing the library changes nothing.
 """
 
 import ctypes
 import sys
+from typing import Any
 
 # Parameters of mallopt(3) and their values: never map large blocks, keep what is freed, grow in large steps, one arena.
 TUNED = {
@@ -18,7 +19,16 @@ TUNED = {
 
 def tune_malloc() -> bool:
     """Sets them for this process; call it before JAX runs anything. False where the C library is not glibc."""
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = glibc("mallopt")
     return mallopt is not None and all(mallopt(parameter, value) == 1 for parameter, value in TUNED.values())
+
+
+def trim_malloc() -> None:
+    """Gives memory that is free back to the system. Compiling a step takes more than running it, and malloc keeps that."""
+    if malloc_trim := glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def glibc(name: str) -> Any:
+    """A function of the C library; None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

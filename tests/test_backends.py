@@ -5,6 +5,7 @@ A backend added to `flax_lstm.recurrence.BACKENDS` is tested here at once. A cas
 with that reason.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -33,16 +34,16 @@ def random_like(seed: int, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
 
 
-def problem(name: str, dtype: Any, time: int = T, mask: bool = False) -> tuple[Cell, Any]:
+def problem(name: str, dtype: Any, time: int = T, mask: bool = False, batch: int = B) -> tuple[Cell, Any]:
     """A cell and random (weights, x, state, mask)."""
     cell = CELLS[name](H, dtype=dtype, param_dtype=dtype)
-    x_BTD = jax.ShapeDtypeStruct((B, time, D), dtype)
+    x_BTD = jax.ShapeDtypeStruct((batch, time, D), dtype)
     weights = jax.eval_shape(lambda: nn.init(lambda cell: cell.weights(D), cell)(jax.random.key(0)))["params"]
     state_dtype = jnp.promote_types(dtype, jnp.float32)
-    state = jax.eval_shape(lambda: cell.initial_state(B, state_dtype))
+    state = jax.eval_shape(lambda: cell.initial_state(batch, state_dtype))
     weights, x_BTD, state = random_like(0, (weights, x_BTD, state))
     weights["recurrent"] = weights["recurrent"] / 2
-    mask_BJ = jnp.asarray(np.random.default_rng(1).integers(0, 2, (B, H)) * 2, state_dtype) if mask else None
+    mask_BJ = jnp.asarray(np.random.default_rng(1).integers(0, 2, (batch, H)) * 2, state_dtype) if mask else None
     return cell, (weights, x_BTD, state, mask_BJ)
 
 
@@ -98,6 +99,16 @@ def compare(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: An
 def test_equals_the_scan(backend: str, name: str, reverse: bool, ragged: bool, mask: bool) -> None:
     cell, primals = problem(name, jnp.float32, mask=mask)
     compare(backend, cell, LENGTHS if ragged else None, reverse, primals, rtol=1e-4, atol=2e-6)
+
+
+@each_backend
+@each_cell
+@quick
+def test_rows_of_all_lengths_on_every_thread(backend: str, name: str) -> None:
+    """XLA has as many threads as devices or processors: fewer rows might get one each."""
+    lengths_B = np.tile(LENGTHS, max(jax.device_count(), os.cpu_count() or 1))
+    cell, primals = problem(name, jnp.float32, mask=True, batch=len(lengths_B))
+    compare(backend, cell, lengths_B, True, primals, rtol=1e-4, atol=1e-5)
 
 
 @each_backend

@@ -111,9 +111,25 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert "could not be compiled into" in log
 
 
+# A compiler that leaves half a library where the whole one goes, until three have come so far.
+SLOW = """#!/bin/sh
+case "$*" in *--version*) exec {compiler} --version;; esac
+for last; do :; done
+echo half > "$last"
+: > "{begun}/$$"
+tries=0
+while [ $(ls "{begun}" | wc -l) -lt 3 ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1)); done
+exec {compiler} "$@"
+"""
+
+
 @needs_compiler
 def test_processes_that_begin_together_share_one_library(tmp_path: Path) -> None:
-    processes = [start_probe(tmp_path) for _ in range(3)]
+    begun, slow = tmp_path / "begun", tmp_path / "slow"
+    begun.mkdir()
+    slow.write_text(SLOW.format(compiler=native.compiler(), begun=begun))
+    slow.chmod(0o755)
+    processes = [start_probe(tmp_path, CXX=str(slow)) for _ in range(3)]
     outputs = [process.communicate(timeout=500) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
     assert all(out.startswith("cpu ") for out, _ in outputs)

@@ -196,13 +196,13 @@ BREAKAGES = {
         "flax_lstm/recurrence/native/kernel.h",
         "[&](long l) { return l > step; }",
         "[&](long l) { return l >= step; }",
-        "tests/test_backends.py::test_equals_the_scan",
+        "tests/test_backends.py::test_rows_of_all_lengths_on_every_thread",
     ),
     "native kernel: reverse begins at the padded end": Breakage(
         "flax_lstm/recurrence/native/kernel.h",
         "reverse ? length[r] - 1 - step : step",
         "reverse ? length[0] - 1 - step : step",
-        "tests/test_backends.py::test_equals_the_scan",
+        "tests/test_backends.py::test_rows_of_all_lengths_on_every_thread",
     ),
     "native kernel: recurrent dropout forgotten backwards": Breakage(
         "flax_lstm/recurrence/native/kernel.h",

@@ -11,6 +11,7 @@ from workloads import Work
 
 from flax_lstm import Classification, RecurrentModel, SequenceRegression
 from flax_lstm.data.base import Batch
+from flax_lstm.malloc import trim_malloc
 from flax_lstm.optim import learning_rate, make_optimizer
 from flax_lstm.sharding import make_mesh, put_batch
 from flax_lstm.steps import TrainState, make_steps
@@ -54,6 +55,8 @@ def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
         nonlocal state
         state, metrics = steps.train(state, placed[n])
         jax.block_until_ready(state)
+        if int(state.step).bit_count() == 1:  # as `fit` does it
+            trim_malloc()
         return float(metrics["loss"])
 
     return step
