@@ -24,7 +24,7 @@ def tune_malloc() -> bool:
 
 
 def trim_malloc() -> None:
-    """Gives memory that is free back to the system. Compiling a step takes more than running it, and malloc keeps that."""
+    """Gives free memory back to the system: compiling a step takes more than running it, and malloc keeps that."""
     if malloc_trim := glibc("malloc_trim"):
         malloc_trim(0)
 
