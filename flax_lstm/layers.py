@@ -90,8 +90,6 @@ class RNN(nn.Module):
         reverse: read each row from its last valid step to its first; outputs stay in their places.
         deterministic: no dropout; otherwise the caller gives an rng named "dropout".
         """
-        if x_BTD.ndim != 3:
-            raise ValueError(f"RNN takes inputs [batch, time, features]; these have shape {x_BTD.shape}")
         cell, backend = self.cell, self.resolve(x_BTD)
         weights, state, x_BTD, mask_BJ = self.prepare(x_BTD, state, deterministic)
         if not isinstance(cell, Cell):
@@ -112,6 +110,8 @@ class RNN(nn.Module):
 
     def resolve(self, x_BTD: Any) -> ModuleType | None:
         """The backend for these inputs; None: the scan. Foreign cells have no other."""
+        if x_BTD.ndim != 3:
+            raise ValueError(f"RNN takes inputs [batch, time, features]; these have shape {x_BTD.shape}")
         if not isinstance(self.cell, Cell):
             return None
         return recurrence.resolve(self.backend, self.cell, x_BTD, self.recurrent_dropout > 0, "/".join(self.path))
@@ -206,8 +206,9 @@ def run_together(
         return None
     stack = [layer.directions() for layer in layers]
     rnns = [rnn for layer in stack for rnn in layer]
-    backend = rnns[0].resolve(x_BTD)
-    if not hasattr(backend, "run_stack") or any(rnn.resolve(x_BTD) is not backend for rnn in rnns):
+    backends = [rnn.resolve(x_BTD) for rnn in rnns]
+    backend: Any = backends[0] if rnns else None
+    if not hasattr(backend, "run_stack") or any(other is not backend for other in backends):
         return None
     cells = {(type(rnn.cell), rnn.cell.features, rnn.cell.compute_dtype(x_BTD)) for rnn in rnns}
     dropped = not deterministic and any(rnn.dropout for rnn in rnns)
