@@ -152,10 +152,11 @@ class Cell(nn.RNNCellBase):
         return jnp.promote_types(self.compute_dtype(x), jnp.float32)
 
     def project(self, weights: Weights, x: Array) -> Array:
-        """Wx + b for inputs [..., D] -> [..., G, H]."""
-        dtype = self.compute_dtype(x)
+        """Wx + b for inputs [..., D] -> [..., G, H]. The bias is added in the dtype of the state, in which its gradient
+        then adds up over all rows and steps."""
+        dtype, wide = self.compute_dtype(x), self.state_dtype(x)
         x = jnp.einsum("...d,dgh->...gh", x.astype(dtype), weights.input_DGH.astype(dtype))
-        return x + jnp.broadcast_to(weights.bias_GH.astype(dtype), x.shape)
+        return (x.astype(wide) + jnp.broadcast_to(weights.bias_GH.astype(wide), x.shape)).astype(dtype)
 
     def step(self, weights: Weights, state: Any, x_BGH: Array, mask_BJ: Array | None = None) -> Any:
         """The next state, from the projected input of one step."""

@@ -7,6 +7,7 @@ state untouched and outputs zero, so the final state is that after each row's la
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -73,7 +74,6 @@ class RNN(nn.Module):
     weight_dropout: float = 0.0
     backend: recurrence.BackendName = "auto"
 
-    @nn.compact
     def __call__(
         self,
         x_BTD: Array,
@@ -90,15 +90,46 @@ class RNN(nn.Module):
         reverse: read each row from its last valid step to its first; outputs stay in their places.
         deterministic: no dropout; otherwise the caller gives an rng named "dropout".
         """
+        cell, backend = self.cell, self.resolve(x_BTD)
+        weights, state, x_BTD, mask_BJ = self.prepare(x_BTD, state, deterministic)
+        if not isinstance(cell, Cell):
+            return scan(lambda cell, state, x: cell(state, x), cell, state, x_BTD, lengths_B, reverse)
+
+        def run(weights: Any, state: Any, x_BTD: Array, lengths_B: Any, mask_BJ: Any) -> tuple[Any, Array]:
+            if backend is not None:
+                return backend.run(cell, cell.cast(weights, x_BTD), x_BTD, lengths_B, state, mask_BJ, reverse)
+
+            def advance(cell: Any, state: Any, x_BGH: Array) -> tuple[Any, Array]:
+                # Cast at every step, so that the gradients of all steps add up in the dtype of the weights themselves.
+                state = cell.step(cell.cast(weights, x_BTD), state, x_BGH, mask_BJ)
+                return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
+
+            return scan(advance, cell, state, cell.project(weights, x_BTD), lengths_B, reverse)
+
+        return on_each_device(run, partitioned=backend is None)(weights, state, x_BTD, lengths_B, mask_BJ)
+
+    def resolve(self, x_BTD: Any) -> ModuleType | None:
+        """The backend for these inputs; None: the scan. Foreign cells have no other."""
         if x_BTD.ndim != 3:
             raise ValueError(f"RNN takes inputs [batch, time, features]; these have shape {x_BTD.shape}")
+        if not isinstance(self.cell, Cell):
+            return None
+        return recurrence.resolve(self.backend, self.cell, x_BTD, self.recurrent_dropout > 0, "/".join(self.path))
+
+    @nn.compact
+    def prepare(self, x_BTD: Any, state: Any, deterministic: bool) -> tuple[Any, Any, Any, Array | None]:
+        """Weights as they are kept, state, inputs and mask of recurrent dropout; dropout applied to each."""
         if self.dropout:
             x_BTD = nn.Dropout(self.dropout, broadcast_dims=(1,))(x_BTD, deterministic=deterministic)
         cell = self.cell
         if not isinstance(cell, Cell):
-            return self._scan_foreign(cell, x_BTD, lengths_B, state, reverse)
+            if self.recurrent_dropout or self.weight_dropout:
+                raise ValueError("recurrent_dropout and weight_dropout work with flax_lstm's cells only")
+            if state is None:
+                state = cell.initialize_carry(jax.random.key(0), x_BTD[:, 0].shape)
+            return None, state, x_BTD, None
 
-        weights = cell.cast(cell.weights(x_BTD.shape[-1]), x_BTD)
+        weights = cell.weights(x_BTD.shape[-1])
         if self.weight_dropout:
             drop = nn.Dropout(self.weight_dropout)
             weights = weights._replace(recurrent_JGH=drop(weights.recurrent_JGH, deterministic=deterministic))
@@ -110,27 +141,10 @@ class RNN(nn.Module):
         if self.recurrent_dropout and not deterministic:
             ones = jnp.ones((batch, cell.features), dtype)
             mask_BJ = nn.Dropout(self.recurrent_dropout, deterministic=False)(ones)
+        return weights, state, x_BTD, mask_BJ
 
-        backend = recurrence.resolve(self.backend, cell, x_BTD, mask_BJ, "/".join(self.path))
-
-        def run(weights: Any, state: Any, x_BTD: Array, lengths_B: Any, mask_BJ: Any) -> tuple[Any, Array]:
-            if backend is not None:
-                return backend.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
-
-            def advance(cell: Any, state: Any, x_BGH: Array) -> tuple[Any, Array]:
-                state = cell.step(weights, state, x_BGH, mask_BJ)
-                return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
-
-            return scan(advance, cell, state, cell.project(weights, x_BTD), lengths_B, reverse)
-
-        return on_each_device(run, partitioned=backend is None)(weights, state, x_BTD, lengths_B, mask_BJ)
-
-    def _scan_foreign(self, cell: Any, x_BTD: Array, lengths_B: Array | None, state: Any, reverse: bool) -> Any:
-        if self.recurrent_dropout or self.weight_dropout:
-            raise ValueError("recurrent_dropout and weight_dropout work with flax_lstm's cells only")
-        if state is None:
-            state = cell.initialize_carry(jax.random.key(0), x_BTD[:, 0].shape)
-        return scan(lambda cell, state, x: cell(state, x), cell, state, x_BTD, lengths_B, reverse)
+    def directions(self) -> tuple["RNN", ...]:
+        return (self,)
 
 
 class Bidirectional(nn.Module):
@@ -145,10 +159,17 @@ class Bidirectional(nn.Module):
     def __call__(
         self, x_BTD: Array, lengths_B: Array | None = None, state: Any = None, *, deterministic: bool = True
     ) -> tuple[Any, Array]:
+        together = run_together([self], x_BTD, lengths_B, (state,), deterministic)
+        if together is not None:
+            (state,), y_BTH = together
+            return state, y_BTH
         first, second = (None, None) if state is None else state
         first, y_BTH = self.forward(x_BTD, lengths_B, first, deterministic=deterministic)
         second, z_BTH = self.backward(x_BTD, lengths_B, second, reverse=True, deterministic=deterministic)
         return (first, second), jnp.concatenate([y_BTH, z_BTH], axis=-1)
+
+    def directions(self) -> tuple[RNN, ...]:
+        return self.forward, self.backward
 
 
 class Stack(nn.Module):
@@ -164,9 +185,47 @@ class Stack(nn.Module):
         self, x_BTD: Array, lengths_B: Array | None = None, state: Any = None, *, deterministic: bool = True
     ) -> tuple[Any, Array]:
         before = state if state is not None else (None,) * len(self.layers)
+        if not self.residual:
+            together = run_together(self.layers, x_BTD, lengths_B, before, deterministic)
+            if together is not None:
+                return together
         after = []
         for layer, begin in zip(self.layers, before, strict=True):
             end, y_BTH = layer(x_BTD, lengths_B, begin, deterministic=deterministic)
             x_BTD = x_BTD + y_BTH if self.residual and x_BTD.shape == y_BTH.shape else y_BTH
             after.append(end)
         return tuple(after), x_BTD
+
+
+def run_together(
+    layers: Sequence[Any], x_BTD: Array, lengths_B: Array | None, states: Sequence[Any], deterministic: bool
+) -> tuple[Any, Array] | None:
+    """Layers on each other by one call of their backend. None where it has no such call, and where the layers differ or
+    some of their inputs are dropped: then they run one after the other."""
+    if not all(isinstance(layer, RNN | Bidirectional) for layer in layers):
+        return None
+    stack = [layer.directions() for layer in layers]
+    rnns = [rnn for layer in stack for rnn in layer]
+    backends = [rnn.resolve(x_BTD) for rnn in rnns]
+    backend: Any = backends[0] if rnns else None
+    if not hasattr(backend, "run_stack") or any(other is not backend for other in backends):
+        return None
+    cells = {(type(rnn.cell), rnn.cell.features, rnn.cell.compute_dtype(x_BTD)) for rnn in rnns}
+    dropped = not deterministic and any(rnn.dropout for rnn in rnns)
+    if len(cells) > 1 or len({*map(len, stack)}) > 1 or dropped:
+        return None
+
+    cell, weights, begin = rnns[0].cell, [], []
+    inputs: Any = x_BTD
+    for layer, state in zip(stack, states, strict=True):
+        given = (state,) if len(layer) == 1 else state or (None,) * 2
+        both = [rnn.prepare(inputs, s, deterministic) for rnn, s in zip(layer, given, strict=True)]
+        weights.append([one[0] for one in both])
+        begin.append([one[1] for one in both])
+        inputs = jax.ShapeDtypeStruct((*x_BTD.shape[:2], len(layer) * cell.features), cell.compute_dtype(x_BTD))
+
+    def run(weights: Any, states: Any, x_BTD: Array, lengths_B: Any) -> tuple[Any, Array]:
+        return backend.run_stack(cell, cell.cast(weights, x_BTD), x_BTD, lengths_B, states)
+
+    ends, y_BTH = on_each_device(run)(weights, begin, x_BTD, lengths_B)
+    return tuple(end if len(end) == 2 else end[0] for end in ends), y_BTH

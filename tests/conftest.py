@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
+from cudnn_stand_in import cudnn  # noqa: F401
 
 
 def pytest_configure(config: pytest.Config) -> None:

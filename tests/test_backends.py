@@ -2,7 +2,8 @@
 """Every backend equals the scan: outputs, final states and all gradients, under random cotangents on both.
 
 A backend added to `flax_lstm.recurrence.BACKENDS` is tested here at once. A case that its `supports` refuses is skipped
-with that reason.
+with that reason. `cudnn` has a stand-in where there is no GPU; `JAX_PLATFORMS=cuda pytest tests/test_backends.py` calls
+cuDNN itself.
 """
 
 import os
@@ -26,6 +27,7 @@ LENGTHS = np.array([7, 3, 0, 1, 5, 7])
 each_backend = pytest.mark.parametrize("backend", recurrence.BACKENDS)
 quick = pytest.mark.usefixtures("quick_compile")
 each_cell = pytest.mark.parametrize("name", CELLS)
+pytestmark = pytest.mark.usefixtures("cudnn")
 
 
 def random_like(seed: int, tree: Any) -> Any:
@@ -76,7 +78,7 @@ def outcome(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: An
 
 
 def compare(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any, rtol: float, atol: float) -> None:
-    if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], primals[3]):
+    if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], primals[3] is not None):
         pytest.skip(f"{backend}: {reason}")
     ours = outcome(backend, cell, lengths_B, reverse, primals)
     scans = outcome("scan", cell, lengths_B, reverse, primals)
@@ -153,7 +155,7 @@ def test_layer_with_backend_has_the_tree_and_result_of_the_scan(backend: str, na
     dropouts = {"dropout": 0.3, "recurrent_dropout": 0.4, "weight_dropout": 0.2}
     x_BTD = random_like(3, jax.ShapeDtypeStruct((B, T, D), jnp.float32))
     layers = [RNN(CELLS[name](H), backend=b, **dropouts) for b in (backend, "scan")]
-    if backend != "scan" and recurrence.BACKENDS[backend].supports(layers[0].cell, x_BTD, jnp.ones((B, H))):
+    if backend != "scan" and recurrence.BACKENDS[backend].supports(layers[0].cell, x_BTD, True):
         pytest.skip(f"{backend} does not run this layer")
 
     def result(layer: RNN) -> Any:
@@ -175,7 +177,7 @@ def test_layer_with_backend_has_the_tree_and_result_of_the_scan(backend: str, na
 def test_over_a_sharded_batch(backend: str) -> None:
     """Eight devices, each with its rows, give what one gives."""
     cell, primals = problem("lstm", jnp.float32)
-    if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], None):
+    if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], False):
         pytest.skip(f"{backend}: {reason}")
     weights, x_BTD, state, _ = primals
     x_BTD, state = jax.tree.map(lambda a: jnp.concatenate([a] * 4), (x_BTD, state))
@@ -199,7 +201,7 @@ class OtherCell(Cell):
 def test_auto_falls_back_to_the_scan() -> None:
     x_BTD = random_like(3, jax.ShapeDtypeStruct((B, T, D), jnp.float32))
     layer = RNN(OtherCell(H))
-    assert recurrence.resolve("auto", layer.cell, x_BTD, None) is None
+    assert recurrence.resolve("auto", layer.cell, x_BTD) is None
     variables = layer.init(jax.random.key(0), x_BTD)
     (_, y), (_, z) = (RNN(OtherCell(H), backend=b).apply(variables, x_BTD, LENGTHS) for b in ("auto", "scan"))
     np.testing.assert_array_equal(y, z)
@@ -208,7 +210,7 @@ def test_auto_falls_back_to_the_scan() -> None:
 @each_backend
 def test_a_backend_asked_for_by_name_says_why_not(backend: str) -> None:
     with pytest.raises(UserError, match=f"{backend} cannot run.*Use auto or scan"):
-        recurrence.resolve(backend, OtherCell(H), jnp.zeros((B, T, D)), None)
+        recurrence.resolve(backend, OtherCell(H), jnp.zeros((B, T, D)))
 
 
 def test_backends_are_described() -> None:

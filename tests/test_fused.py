@@ -85,13 +85,13 @@ def test_gradients_of_everything_in_float64(name, reverse, devices, gpu, keep, x
 @pytest.mark.parametrize("name", CELL_NAMES)
 def test_auto_takes_it(name):
     cell, _, x_BTD, *_ = example(name)
-    assert recurrence.resolve("fused", cell, x_BTD, None) is fused
-    assert recurrence.resolve("auto", cell, x_BTD, None) is not None
+    assert recurrence.resolve("fused", cell, x_BTD) is fused
+    assert recurrence.resolve("auto", cell, x_BTD) is not None
 
 
 def test_a_cell_with_other_equations_is_scanned():
     x_BTD = jnp.ones((B, T, D))
-    assert "LeakyCell" in fused.supports(LeakyCell(H), x_BTD, None)
+    assert "LeakyCell" in fused.supports(LeakyCell(H), x_BTD, False)
     with pytest.raises(UserError, match=r"model\.backend fused .*LeakyCell"):
         RNN(LeakyCell(H), backend="fused").init(jax.random.key(0), x_BTD)
     leaky, plain = RNN(LeakyCell(H)), RNN(LSTMCell(H))

@@ -192,6 +192,36 @@ BREAKAGES = {
         "        module = ast.parse(path.read_text())\n        exec(path.read_text())\n",
         "tests/test_config.py::test_reading_executes_nothing",
     ),
+    "cuDNN: empty rows are handed over": Breakage(
+        "flax_lstm/recurrence/cudnn.py",
+        "jnp.clip(lengths_B, 1, time)",
+        "jnp.clip(lengths_B, 0, time)",
+        "tests/test_backends.py::test_one_step_and_all_rows_empty",
+    ),
+    "cuDNN: padding reversed with its row": Breakage(
+        "flax_lstm/recurrence/cudnn.py",
+        "jnp.where(t < ends, ends - 1 - t, t)",
+        "jnp.where(t < ends, len(t[0]) - 1 - t, t)",
+        "tests/test_backends.py::test_equals_the_scan",
+    ),
+    "cuDNN: dropout between layers forgotten": Breakage(
+        "flax_lstm/layers.py",
+        "dropped = not deterministic and any(rnn.dropout for rnn in rnns)",
+        "dropped = False",
+        "tests/test_cudnn.py::test_one_call_where_there_is_nothing_in_between",
+    ),
+    "bfloat16: gradients of all steps add up in it": Breakage(
+        "flax_lstm/layers.py",
+        "weights = cell.weights(x_BTD.shape[-1])\n",
+        "weights = cell.cast(cell.weights(x_BTD.shape[-1]), x_BTD)\n",
+        "tests/test_bfloat16.py::test_gradients_add_up_in_float32",
+    ),
+    "bfloat16: gradients multiplied in float32": Breakage(
+        "flax_lstm/recurrence/fused.py",
+        "(jnp.concatenate(a, 1).astype(dtype) for a in (da, dx) if a)",
+        "(jnp.concatenate(a, 1).astype(state_dtype) for a in (da, dx) if a)",
+        "tests/test_bfloat16.py::test_matmuls_are_bfloat16",
+    ),
     "native kernel: padding changes the state": Breakage(
         "flax_lstm/recurrence/native/kernel.h",
         "[&](long l) { return l > step; }",

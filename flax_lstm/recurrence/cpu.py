@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     mask_BJ: Array
 
 
-def supports(cell: Any, x_BTD: Any, mask_BJ: Any) -> str | None:
+def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool) -> str | None:
     """None, or why not. Subclasses may have equations of their own, so only the three cells themselves are taken."""
     if type(cell) not in CELLS:
         return f"{type(cell).__name__} is none of {', '.join(c.__name__ for c in CELLS)}"

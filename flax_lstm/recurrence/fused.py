@@ -138,7 +138,7 @@ RULES: dict[type[Cell], Rule] = {
 }
 
 
-def supports(cell: Any, x_BTD: Any, mask_BJ: Any) -> str | None:
+def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool) -> str | None:
     """None, or why not. Subclasses may have equations of their own, so only the three cells themselves are taken."""
     return None if type(cell) in RULES else f"{type(cell).__name__} is none of LSTMCell, GRUCell and SimpleRNNCell"
 
