@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_lstm.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights
-from flax_lstm.sharding import current_mesh
+from flax_lstm.sharding import current_mesh, platform
 
 Array = jax.Array
 State = tuple[Array, ...]  # (c, h) of an LSTM, (h,) of the others: h comes last
@@ -52,7 +52,7 @@ barrier = jax.lax.optimization_barrier
 def on_gpu() -> bool:
     """Whether the time of a step is that of launching its kernels. Every array that is written for later is a kernel of
     its own, and whatever is left to the compiler to merge is none: a step then keeps one array, and has no barriers."""
-    return jax.default_backend() == "gpu"
+    return platform() == "gpu"
 
 
 # XLA:CPU evaluates a merged group of operations with vector instructions only where each index into memory is plain.
