@@ -17,11 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from flax_lstm.config import Config, MeshConfig
-from flax_lstm.errors import UserError, require
+from flax_lstm.errors import UserError, listing, require
 from flax_lstm.plan.chips import GIB, Chip, Topology
 from flax_lstm.sharding import mesh_sizes
 
@@ -212,13 +213,13 @@ def exchanges(found: Found, chip: Chip) -> Iterator[tuple[str, ...]]:
 
 def report(name: str, plans: list[Found], topology: Topology) -> None:
     """Prints a plan."""
-    console, chip, found = Console(highlight=False, width=max(Console().width, 110)), topology.chip, plans[0]
+    console, chip, found = Console(highlight=False, width=max(Console().width, 115)), topology.chip, plans[0]
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
         f"[bold]{name} on {topology.name}[/bold]: mesh {mesh}; batch {found['batch_size']} of {found['longest']} steps; "
         f"{found['parameters']:,} parameters, {found['dtype']}, backend {found['backend']}. Data: {found['data']}."
     )
-    table = Table("bytes a device", *(row["topology"] for row in plans))
+    table = Table("bytes a device", *(row["topology"] for row in plans), box=SIMPLE)
     names = ("parameters", "optimizer", "other_inputs", "activations", "outputs", "program", "total")
     for part in names:
         table.add_row(part.replace("_", " "), *(amount(row["bytes"].get(part)) for row in plans))
@@ -228,7 +229,8 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
     for row in plans:
         if "too_large" in row:
             console.print(f"{row['topology']}: {row['too_large']}")
-    console.print(f"Whole on every device: {', '.join(found['whole']) or 'no parameter or moment of the optimiser'}.")
+    if found["mesh"]["fsdp"] * found["mesh"]["model"] > 1:
+        console.print(f"Whole on every device: {listing(found['whole'], 6) or 'no parameter, no moment of the optimiser'}.")
     flops = found["flops"]
     total = sum(flops.values())
     console.print(
@@ -236,7 +238,7 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
         f"{total / found['chips']:.4g} a chip."
     )
     if "collectives" in found:
-        table = Table("exchange", "devices", "where", "how many", "bytes", "ms")
+        table = Table("exchange", "devices", "where", "how many", "bytes", "ms", box=SIMPLE)
         for line in exchanges(found, chip):
             table.add_row(*line)
         console.print(table)
@@ -245,7 +247,7 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
         return
     unit = "tokens" if found["tokens"] else "examples"
     heads = ("chips", "mesh", "batch", "arithmetic", "memory", "operations", "exchange", "roofline", "compiler")
-    table = Table(*heads, f"{unit}/s", "efficiency", title="predicted, ms a step")
+    table = Table(*heads, f"{unit}/s", "efficiency", title="predicted, ms a step", box=SIMPLE)
     for row in rows:
         p = row["predicted"]
         times = [f"{1e3 * p[part]:.3g}" if part in p else "-" for part in heads[3:]]

@@ -118,7 +118,7 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
         "dtype": getattr(model, "dtype", "float32"),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "bytes": {"parameters": held(state.params), "optimizer": held((state.opt_state, state.ema))},
-        "whole": whole((state.params, state.opt_state, state.ema)) if mesh.shape["fsdp"] * mesh.shape["model"] > 1 else [],
+        "whole": whole({"parameters": state.params, "optimizer": state.opt_state, "averaged": state.ema}),
         "flops": {"outside": flops[False], "in_loops": flops[True]},
     }
     try:

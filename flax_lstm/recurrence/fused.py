@@ -148,7 +148,8 @@ def run(
 ) -> tuple[Any, Array]:
     """See `flax_lstm.recurrence`."""
     batch, time, _ = x_BTD.shape
-    kept = time * batch * cell.features * (cell.gates + 2) * cell.state_dtype(x_BTD).itemsize
+    units = weights.recurrent_JGH.shape[-1]  # that are this device's
+    kept = time * batch * units * (cell.gates + 2) * cell.state_dtype(x_BTD).itemsize
     if kept <= KEEP * (jax.device_count() if current_mesh() is None else 1):
         return run_chunk(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
     # In the dtype of the state, so that the gradients of all chunks add up in it.
