@@ -1,4 +1,4 @@
-"""A language model of IMDB reviews that no small accelerator holds: two LSTM layers of 8192 units, 0.9 billion parameters.
+"""A language model of IMDB reviews for many chips: two LSTM layers of 8192 units, 0.9 billion parameters.
 
     python train.py --config imdb_lm_large --mesh.fsdp 4 --mesh.model 8
 

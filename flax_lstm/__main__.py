@@ -185,9 +185,10 @@ def plan(arguments: Sequence[str]) -> int:
         load_config(options.config),
         rest,
         prog,
-        "Says what training would take on chips that are not there. --config FILE or name; --topology KIND:SIZE, for example v5e:16x16, v5p:4x4x4, v6e:8x8, h200:64, "
-        "cpu:8 (default; virtual devices, without any predicted speed); --no-scaling leaves out the smaller sizes; "
-        "--json prints one JSON array. Every other flag overrides a field of the config, --mesh.* above all:",
+        "Says what training would take on chips that are not there. --config FILE or name; --topology KIND:SIZE, for "
+        "example v5e:16x16, v5p:4x4x4, v6e:8x8, h200:64, cpu:8 (default; virtual devices, without predicted speeds); "
+        "--no-scaling leaves out the smaller sizes; --json prints one JSON array. Every other flag overrides a field "
+        "of the config, --mesh.* above all:",
     )
     topology = parse_topology(options.topology)
     plans = plan(config, topology, (options.config, rest), not options.no_scaling)

@@ -147,7 +147,8 @@ class SequenceModel(nn.Module):
         if self.tied:
             assert isinstance(self.embed, nn.Embed)
             if y.shape[-1] != self.embed.features:
-                y = nn.Dense(self.embed.features, dtype=self.dtype, name="to_embedding")(y)
+                kernel = named(nn.initializers.lecun_normal(), "hidden", None)
+                y = nn.Dense(self.embed.features, dtype=self.dtype, kernel_init=kernel, name="to_embedding")(y)
             zeros = named(nn.initializers.zeros, "vocabulary")
             bias = self.param("head_bias", zeros, (self.outputs,), jnp.float32)
             return state, self.embed.attend(y).astype(jnp.float32) + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -48,8 +48,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
     total = int(np.prod(shape))
     require(
         total == len(devices) or jax.process_count() == 1,
-        f"mesh {dict(zip(AXES, shape, strict=True))} takes {total} of {len(devices)} devices; with several processes it "
-        "must take them all",
+        f"mesh {dict(zip(AXES, shape, strict=True))} takes {total} of {len(devices)} devices; with several processes "
+        "it must take them all",
     )
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices[:total])
 
@@ -205,8 +205,8 @@ def current_mesh() -> Any:
 
 
 def platform() -> str:
-    """What the steps that are being traced are for, "cpu", "gpu" or "tpu": the devices of their mesh, which may exist in
-    description only; elsewhere, where arrays are put by default."""
+    """What the steps that are being traced are for, "cpu", "gpu" or "tpu": the devices of their mesh, which may exist
+    in description only; elsewhere, where arrays are put by default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 

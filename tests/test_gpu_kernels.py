@@ -13,7 +13,7 @@ from flax_lstm.plan import environment
 from flax_lstm.plan.chips import parse_topology
 
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the GPU compiler (jax-cuda13-plugin) is not installed"
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax-cuda13-plugin, the GPU compiler, is not there"
 )
 
 

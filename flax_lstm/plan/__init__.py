@@ -8,6 +8,7 @@ predictions, from it and from the makers' figures (`chips.py`): nothing was run,
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,11 +31,11 @@ Found = dict[str, Any]  # what the compiler's process says, and what is predicte
 
 ASSUMPTIONS = (
     "Predictions, not measurements: the makers' peak figures, which no program reaches.",
-    "Roofline: within the loops and outside, the longest of arithmetic, memory traffic and the least time of an "
-    "operation; then all exchanges, none of them hidden behind arithmetic.",
+    "Roofline: within the loops and outside, the longest of compute (matrix products), memory traffic and launches "
+    "(the least time of every operation; GPU); then all exchanges, none of them hidden behind the others.",
     "An exchange: bytes over the rate of one ring, or the latency, whichever is longer.",
     "Compiler (TPU): the cycles that it estimates for every operation, as often as it runs, then the exchanges.",
-    "Efficiency: per chip, against the smallest size that fits; every chip has the same share of the batch.",
+    "Efficiency (eff.): per chip, against the smallest size that fits; every chip has the same share of the batch.",
 )
 
 
@@ -86,7 +87,7 @@ def compile_for(topology: Topology, config: str, overrides: Sequence[str]) -> Fo
 
 
 def scaled(config: Config, topology: Topology, smaller: Topology) -> Config | None:
-    """The config for fewer chips: each has the same share of the batch; first `data` shrinks, then `fsdp`, then `model`.
+    """The config for fewer chips, each with its share of the batch; first `data` shrinks, then `fsdp`, then `model`.
     None where it does not divide."""
     data, fsdp, model = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.model, topology.chips)
     require(
@@ -136,8 +137,9 @@ def plan(config: Config, topology: Topology, arguments: tuple[str, Sequence[str]
         if not found["fits"]:
             break
     fitting = [found["predicted"] for found in plans if "predicted" in found]
+    rate = "examples_per_second_and_chip"
     for predicted in fitting:
-        predicted["efficiency"] = predicted["examples_per_second_and_chip"] / fitting[-1]["examples_per_second_and_chip"]
+        predicted["efficiency"] = predicted[rate] / fitting[-1][rate]
     return plans
 
 
@@ -160,9 +162,9 @@ def predict(found: Found, chip: Chip) -> dict[str, float]:
     peak = chip.bfloat16 if found["dtype"] == "bfloat16" else chip.float32
     parts = {
         where: {
-            "arithmetic": found["flops"][where] / found["chips"] / peak,
+            "compute": found["flops"][where] / found["chips"] / peak,
             "memory": found["traffic"][where] / chip.bandwidth,
-            "operations": found["kernels"][where] * chip.kernel,
+            "launches": found["kernels"][where] * chip.kernel,
         }
         for where in ("outside", "in_loops")
     }
@@ -171,7 +173,7 @@ def predict(found: Found, chip: Chip) -> dict[str, float]:
     cycles = sum(found["cycles"].values())
     compiler = cycles / chip.clock + exchange if cycles else None
     step = max(roofline, compiler or 0.0)
-    sums = {name: sum(part[name] for part in parts.values()) for name in ("arithmetic", "memory", "operations")}
+    sums = {name: sum(part[name] for part in parts.values()) for name in ("compute", "memory", "launches")}
     return {
         **sums,
         "in_loops": max(parts["in_loops"].values()),
@@ -182,7 +184,7 @@ def predict(found: Found, chip: Chip) -> dict[str, float]:
         "examples_per_second": found["batch_size"] / step,
         "examples_per_second_and_chip": found["batch_size"] / step / found["chips"],
         **({"tokens_per_second": found["tokens"] / step} if found["tokens"] else {}),
-        "peak_share": sums["arithmetic"] / step,
+        "peak_share": sums["compute"] / step,
     }
 
 
@@ -208,7 +210,8 @@ def exchanges(found: Found, chip: Chip) -> Iterator[tuple[str, ...]]:
         total = sum(one["bytes"] * times for one in ones)
         where = "once a step" if outside else f"in a loop, {times} times"
         seconds = sum(exchange_seconds(one, chip) for one in ones)
-        yield kind, str(devices), where, str(len(ones)), amount(total), "" if seconds != seconds else f"{1e3 * seconds:.3g}"
+        milliseconds = "" if math.isnan(seconds) else f"{1e3 * seconds:.3g}"
+        yield kind, str(devices), where, str(len(ones)), amount(total), milliseconds
 
 
 def report(name: str, plans: list[Found], topology: Topology) -> None:
@@ -216,7 +219,7 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
     console, chip, found = Console(highlight=False, width=max(Console().width, 115)), topology.chip, plans[0]
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
-        f"[bold]{name} on {topology.name}[/bold]: mesh {mesh}; batch {found['batch_size']} of {found['longest']} steps; "
+        f"{name} on {topology.name}: mesh {mesh}; batch {found['batch_size']} of {found['longest']} steps; "
         f"{found['parameters']:,} parameters, {found['dtype']}, backend {found['backend']}. Data: {found['data']}."
     )
     table = Table("bytes a device", *(row["topology"] for row in plans), box=SIMPLE)
@@ -230,7 +233,8 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
         if "too_large" in row:
             console.print(f"{row['topology']}: {row['too_large']}")
     if found["mesh"]["fsdp"] * found["mesh"]["model"] > 1:
-        console.print(f"Whole on every device: {listing(found['whole'], 6) or 'no parameter, no moment of the optimiser'}.")
+        arrays = listing(found["whole"], 6) or "no parameter, no moment of the optimiser"
+        console.print(f"Whole on every device: {arrays}.")
     flops = found["flops"]
     total = sum(flops.values())
     console.print(
@@ -246,8 +250,8 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
     if not rows:
         return
     unit = "tokens" if found["tokens"] else "examples"
-    heads = ("chips", "mesh", "batch", "arithmetic", "memory", "operations", "exchange", "roofline", "compiler")
-    table = Table(*heads, f"{unit}/s", "efficiency", title="predicted, ms a step", box=SIMPLE)
+    heads = ("chips", "mesh", "batch", "compute", "memory", "launches", "exchange", "roofline", "compiler")
+    table = Table(*heads, f"{unit}/s", "eff.", title="predicted, ms a step", box=SIMPLE)
     for row in rows:
         p = row["predicted"]
         times = [f"{1e3 * p[part]:.3g}" if part in p else "-" for part in heads[3:]]
@@ -255,5 +259,5 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
         rate = f"{p[f'{unit}_per_second']:,.0f}"
         table.add_row(str(row["chips"]), sizes, str(row["batch_size"]), *times, rate, f"{p['efficiency']:.0%}")
     console.print(table)
-    for line in (*ASSUMPTIONS, f"Figures of {topology.kind}: {chip.sources}."):
-        console.print(f"- {line}")
+    for assumption in (*ASSUMPTIONS, f"Figures of {topology.kind}: {chip.sources}."):
+        console.print(f"- {assumption}")

@@ -25,7 +25,7 @@ class Chip(NamedTuple):
     bandwidth: float = math.nan  # of the memory, bytes a second
     link: float = math.nan  # bytes a second to the neighbours in a ring: both directions of one axis of a torus
     latency: float = math.nan  # of an exchange, at least; on a torus for each chip on its way
-    kernel: float = math.nan  # that an operation takes, at least
+    kernel: float = 0.0  # that an operation takes, at least; 0: the compiler estimates it
     clock: float = math.nan  # of the cycles in which the compiler estimates, 1 / s
     host: int = 0  # chips that `link` reaches; 0: all
     network: float = math.nan  # bytes a second of a chip beyond its host
@@ -38,15 +38,15 @@ GIB = 2.0**30
 # TPUs: a ring along one axis uses two of a chip's ports, and a port has half its bidirectional bandwidth each way.
 CHIPS = {
     "v5e": Chip(
-        "tpu", 2, 16 * GIB, 197e12, 197e12, 819e9, 400e9 / 4, 1e-6, 1.2e-6, 1.5e9,
+        "tpu", 2, 16 * GIB, 197e12, 197e12, 819e9, 400e9 / 4, 1e-6, 0.0, 1.5e9,
         sources=f"cloud.google.com/tpu/docs/v5e; {BOOK} (1 us a hop, 1.5 GHz)",
     ),
     "v5p": Chip(
-        "tpu", 3, 95 * GIB, 459e12, 459e12, 2765e9, 1200e9 / 6, 1e-6, 1.2e-6, 1.75e9,
+        "tpu", 3, 95 * GIB, 459e12, 459e12, 2765e9, 1200e9 / 6, 1e-6, 0.0, 1.75e9,
         sources=f"cloud.google.com/tpu/docs/v5p; {BOOK} (1 us a hop); 1.75 GHz from the peak of its 8 matrix units",
     ),
     "v6e": Chip(
-        "tpu", 2, 32 * GIB, 918e12, 918e12, 1638e9, 800e9 / 4, 1e-6, 1.2e-6, 1.75e9,
+        "tpu", 2, 32 * GIB, 918e12, 918e12, 1638e9, 800e9 / 4, 1e-6, 0.0, 1.75e9,
         sources=f"cloud.google.com/tpu/docs/v6e; {BOOK} (1 us a hop); 1.75 GHz is an assumption",
     ),
     "h200": Chip(
@@ -91,7 +91,8 @@ def parse_topology(text: str) -> Topology:
     """Raises UserError for what is none."""
     kind, _, rest = text.partition(":")
     examples = "v5e:16x16, v5p:4x4x4, v6e:8x8, h200:8, cpu:8"
-    require(kind in CHIPS, f"--topology {text}: unknown kind.{nearest(kind, CHIPS)} Known: {listing(CHIPS)} ({examples})")
+    known = f"{nearest(kind, CHIPS)} Known: {listing(CHIPS)} ({examples})"
+    require(kind in CHIPS, f"--topology {text}: unknown kind.{known}")
     sizes = rest.split("x")
     if len(sizes) != CHIPS[kind].sides or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         form = "x".join(["N"] * CHIPS[kind].sides)

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def described_devices(topology: Topology) -> list[Any]:
     try:
         return topologies.get_topology_desc(platform=chip.compiler, **settings).devices
     except Exception as error:  # of many types
-        raise UserError(f"--topology {topology.name}: the compiler knows no such thing ({first_line(error)})") from error
+        raise UserError(f"--topology {topology.name}: the compiler has no such thing ({first_line(error)})") from error
 
 
 def first_line(error: Exception) -> str:
@@ -91,8 +92,8 @@ def whole(tree: Any) -> list[str]:
     ]
 
 
-def measure(config: Config, topology: Topology) -> dict[str, Any]:
-    """What the training step of the config on all of the topology's chips holds, computes and exchanges."""
+def trace(config: Config, topology: Topology) -> tuple[Any, dict[str, Any]]:
+    """The traced training step of the config on all of the topology's chips, and what is known without compiling it."""
     model = config.model
     if topology.chip.compiler == "cpu" and getattr(model, "backend", "") in ("auto", "cpu"):
         # Stands in for an accelerator; and native code is a closed book.
@@ -104,7 +105,8 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
     mesh, steps, backend = assemble(config, info, described_devices(topology))
     sample = info.sample(config.train.batch_size)
     state = steps.abstract
-    traced = steps.train.trace(state, abstract_batch(sample, mesh))
+    step: Any = steps.train  # a jitted function
+    traced = step.trace(state, abstract_batch(sample, mesh))
     jaxpr = traced.jaxpr.jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # products that nobody asks for
     flops = matmul_flops(jaxpr)
@@ -121,12 +123,19 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
         "whole": whole({"parameters": state.params, "optimizer": state.opt_state, "averaged": state.ema}),
         "flops": {"outside": flops[False], "in_loops": flops[True]},
     }
+    return traced, found
+
+
+def measure(config: Config, topology: Topology) -> dict[str, Any]:
+    """What the compiled training step holds, computes and exchanges."""
+    traced, found = trace(config, topology)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
-        return {**found, "too_large": first_line(error), "bytes": {**found["bytes"], "total": out_of_memory(str(error))}}
+        found["bytes"]["total"] = out_of_memory(str(error))
+        return {**found, "too_large": first_line(error)}
     memory = compiled.memory_analysis()
     found["bytes"] |= {
         "other_inputs": memory.argument_size_in_bytes - sum(found["bytes"].values()),
@@ -160,7 +169,7 @@ def read_program(program: Program) -> dict[str, Any]:
     return {**counts, "collectives": collectives}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     topology, config, *overrides = arguments
     found = measure(override(load_config(config), overrides, "plan", ""), parse_topology(topology))
     print(json.dumps(found))

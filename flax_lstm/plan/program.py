@@ -36,7 +36,8 @@ class Operation(NamedTuple):
 
     def is_kernel(self) -> bool:
         """Whether something is launched for it. The counter of a loop is not counted."""
-        return self.code not in FREE | CONTROL and not self.code.endswith("-done") and not self.shape.startswith("s32[]")
+        launched = self.code not in FREE | CONTROL and not self.code.endswith("-done")
+        return launched and not self.shape.startswith("s32[]")
 
 
 class Executed(NamedTuple):
@@ -105,10 +106,10 @@ class Program:
     def loops(self) -> list[list[Operation]]:
         """What is launched at each step of each loop, in the order in which the loops run."""
         bodies = [e.operation.called("body")[0] for e in self.executed() if e.operation.code == "while"]
-        return [[operation for operation in self.computations[body].values() if operation.is_kernel()] for body in bodies]
+        return [[inner for inner in self.computations[body].values() if inner.is_kernel()] for body in bodies]
 
     def collectives(self) -> Iterator[Collective]:
-        """All exchanges. A TPU's program may spread one over several fusions, which then carry the number of its chain."""
+        """All exchanges. A TPU's program may spread one over several fusions, which carry the number of its chain."""
         chains = set()
         for operation, times, in_loop, computation in self.executed():
             places = operation.called("calls") if operation.code == "fusion" else []
