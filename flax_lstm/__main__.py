@@ -168,15 +168,20 @@ def check_output(path: Path, overwrite: bool) -> None:
     require(overwrite or not path.exists(), f"--output {path}: exists already; --overwrite replaces it")
 
 
-def plan(arguments: Sequence[str]) -> int:
-    """Says what training a config would take on chips that are not there: memory, exchanges, and a predicted speed."""
-    prog = "python -m flax_lstm plan"
+def plan_parser(prog: str) -> argparse.ArgumentParser:
+    """The flags of `plan` that are not fields of a config."""
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--topology", default="cpu:8")
     parser.add_argument("--no-scaling", action="store_true")
     parser.add_argument("--json", action="store_true")
-    options, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Says what training a config would take on chips that are not there: memory, exchanges, and a predicted speed."""
+    prog = "python -m flax_lstm plan"
+    options, rest = plan_parser(prog).parse_known_args(arguments)
     from flax_lstm.config import load_config, override
     from flax_lstm.plan import plan, report
     from flax_lstm.plan.chips import parse_topology

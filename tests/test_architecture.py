@@ -26,7 +26,7 @@ ALLOWED = {
     "steps": {"data", "metrics", "optim", "sharding"},
     "config": set(),
     "assembly": {"config", "optim", "recurrence", "sharding", "steps"},
-    "plan": {"__main__", "assembly", "config", "plan", "sharding"},
+    "plan": {"assembly", "config", "plan", "sharding"},
     "distributed": set(),
     "checkpoint": {"steps"},
     "inference": {"assembly", "checkpoint", "config", "data", "sharding", "steps", "tasks"},

@@ -34,7 +34,8 @@ ASSUMPTIONS = (
     "Roofline: within the loops and outside, the longest of compute (matrix products), memory traffic and launches "
     "(the least time of every operation; GPU); then all exchanges, none of them hidden behind the others.",
     "An exchange: bytes over the rate of one ring, or the latency, whichever is longer.",
-    "Compiler (TPU): the cycles that it estimates for every operation, as often as it runs, then the exchanges.",
+    "Compiler (TPU): the cycles that it estimates for every operation, as often as it runs, then the exchanges. The "
+    "longer of the two counts.",
     "Efficiency (eff.): per chip, against the smallest size that fits; every chip has the same share of the batch.",
 )
 

@@ -21,7 +21,6 @@ import jax
 from jax.experimental import topologies
 from jax.interpreters import partial_eval
 
-from flax_lstm.__main__ import guarded
 from flax_lstm.assembly import assemble
 from flax_lstm.config import Config, load_config, override
 from flax_lstm.errors import UserError, require
@@ -171,10 +170,14 @@ def read_program(program: Program) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     topology, config, *overrides = arguments
-    found = measure(override(load_config(config), overrides, "plan", ""), parse_topology(topology))
+    try:
+        found = measure(override(load_config(config), overrides, "plan", ""), parse_topology(topology))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(found))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
