@@ -34,7 +34,8 @@ def described_devices(topology: Topology) -> list[Any]:
     chip = topology.chip
     if chip.compiler == "cpu":
         return jax.devices()[: topology.chips]
-    settings: dict[str, Any] = {"topology_name": topology.name}
+    host = [min(size, 2) for size in topology.sizes[:2]]  # chips of a TPU's host: 2x2, unless there are fewer
+    settings: dict[str, Any] = {"topology_name": topology.name, "chips_per_host_bounds": [*host, 1]}
     if chip.compiler == "cuda":
         require(
             topology.chips <= chip.host or topology.chips % chip.host == 0,
