@@ -34,7 +34,7 @@ from flax_lstm.data.imdb import Imdb
 from flax_lstm.data.language import ImdbLanguage, LanguageTable
 from flax_lstm.plan import compile_for, environment, exchange_seconds, plan, predict, report, scaled
 from flax_lstm.plan.chips import CHIPS, Topology, parse_topology
-from flax_lstm.plan.compiler import measure, read_program, trace, whole
+from flax_lstm.plan.compiler import measure, out_of_memory, read_program, trace, whole
 from flax_lstm.plan.program import Program, groups_of, size_of
 from flax_lstm.recurrence import cpu, fused
 from flax_lstm.sharding import AXES, abstract_batch, make_mesh, platform
@@ -289,6 +289,18 @@ def test_the_large_model_is_whole_nowhere(mesh):
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
     gradients = total / 3
     assert total + gradients > 0.8 * CHIPS["v5e"].memory > (total + gradients) / share
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("the total memory required for HLO temporaries (17.50G) exceeds available HBM (15.75G).", 17.5 * 2**30),
+        ("Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm.", 2**29),
+        ("something else", None),
+    ],
+)
+def test_what_would_be_taken_is_read_from_a_refusal(message, size):
+    assert out_of_memory(message) == size
 
 
 def test_whole_arrays_are_named():

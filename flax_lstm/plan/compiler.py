@@ -149,7 +149,7 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
 
 def out_of_memory(message: str) -> int | None:
     """The bytes that a TPU's program would take, from the compiler's refusal."""
-    used = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
+    used = re.search(r"(?:Used |memory required[^(]*\()([\d.]+)([KMG])\b", message)
     return int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]]) if used else None
 
 

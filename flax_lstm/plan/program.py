@@ -139,6 +139,8 @@ class Program:
         if operation.code in SLICES:
             moved = operation.operands[SLICES[operation.code]] if SLICES[operation.code] else operation.name
             return 2 * memory(moved)
+        if operation.code.removesuffix("-start") in SLICES:  # begun: its result is the array, and then the slice
+            return size_of(operation.shape) - sum(size_of(shapes[name].shape) for name in operation.operands)
         written = 0 if operation.code.endswith("-start") else memory(operation.name)
         if operation.code == "custom-call":  # the others of its results are its workspace
             written = size_of(operation.shape.split("]")[0] + "]", slow_memory_only=True)
