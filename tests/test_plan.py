@@ -412,18 +412,39 @@ def test_the_command(capsys):
     assert "in a loop, 20 times" in told and "FLOPs" in told and "predicted" not in told
 
 
-def test_a_report_with_predictions(capsys, quick_compile):
-    """Of programs compiled for virtual devices, as if they were of the chips."""
-    config = language_model((4, 1, 2))
-    plans = []
-    for chips, mesh in ((8, (4, 1, 2)), (2, (1, 1, 2))):
-        sized = replace(config, mesh=MeshConfig(*mesh), train=TrainConfig(batch_size=2 * chips))
-        found = measure(sized, Topology("cpu", (chips,))) | {"topology": f"h200:{chips}", "chips": chips, "fits": True}
-        found["predicted"] = {**predict(found, CHIPS["h200"]), "efficiency": 1.0}
-        plans.append(found)
-    report("lm", plans, parse_topology("h200:8"))
-    told = capsys.readouterr().out
-    for part in ("tokens/s", "eff.", "100%", "not measurements", "docs.nvidia.com", "fits in 131 GiB"):
+def test_a_report_with_predictions(capsys):
+    """Of one that fits eight GPUs and not one."""
+    gather = {"kind": "all-gather", "devices": 2, "bytes": 2**20, "times": 70, "in_loop": True, "ids": [0, 1]}
+    both = {"outside": 10, "in_loops": 1000}
+    one = {
+        "topology": "h200:8",
+        "chips": 8,
+        "fits": True,
+        "mesh": {"data": 4, "fsdp": 1, "model": 2},
+        "whole": [],
+        "batch_size": 64,
+        "longest": 70,
+        "tokens": 4480,
+        "parameters": 5,
+        "dtype": "float32",
+        "backend": "fused",
+        "data": "read",
+        "bytes": {"parameters": 2**30, "activations": 3 * 2**30, "total": 2**32},
+        "flops": both,
+        "traffic": both,
+        "kernels": both,
+        "cycles": both,
+        "collectives": [gather],
+    }
+    one["predicted"] = {**predict(one, CHIPS["h200"]), "efficiency": 0.87}
+    refused = {"topology": "h200:1", "fits": False, "too_large": "it said no", "bytes": {"parameters": 2**31}}
+    report("lm", [one, refused], parse_topology("h200:8"))
+    told = " ".join(capsys.readouterr().out.split())
+    for part in (
+        *("activations 3 GiB ?", "total 4 GiB ?", "fits in 131 GiB fits DOES NOT FIT", "h200:1: it said no"),
+        *("all-gather 2 in a loop, 70 times 1 70 MiB", "8 4x1x2 64", "tokens/s eff.", "87%"),
+        *("Predictions, not measurements", "docs.nvidia.com/dgx-basepod"),
+    ):
         assert part in told, told
 
 

@@ -45,7 +45,7 @@ def environment(topology: Topology) -> dict[str, str]:
     chip, devices = topology.chip, topology.chips if topology.chip.compiler == "cpu" else 1
     settings = {
         "JAX_PLATFORMS": "cpu",  # whatever there is, it is left alone
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     }
