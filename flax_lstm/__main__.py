@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m flax_lstm train | evaluate | predict`."""
+"""The command line: `python -m flax_lstm train | evaluate | predict | plan`."""
 
 import argparse
 import json
@@ -172,7 +172,48 @@ def check_output(path: Path, overwrite: bool) -> None:
     require(overwrite or not path.exists(), f"--output {path}: exists already; --overwrite replaces it")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "evaluate": evaluate, "predict": predict}
+def plan_parser(prog: str) -> argparse.ArgumentParser:
+    """The flags of `plan` that are not fields of a config."""
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--topology", default="cpu:8")
+    parser.add_argument("--no-scaling", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Says what training a config would take on chips that are not there: memory, exchanges, and a predicted speed."""
+    prog = "python -m flax_lstm plan"
+    options, rest = plan_parser(prog).parse_known_args(arguments)
+    from flax_lstm.config import load_config, override
+    from flax_lstm.plan import plan, report
+    from flax_lstm.plan.chips import parse_topology
+
+    config = override(
+        load_config(options.config),
+        rest,
+        prog,
+        "Says what training would take on chips that are not there. --config FILE or name; --topology KIND:SIZE, for "
+        "example v5e:16x16, v5p:4x4x4, v6e:8x8, h200:64, cpu:8 (default; virtual devices, without predicted speeds); "
+        "--no-scaling leaves out the smaller sizes; --json prints one JSON array. Every other flag overrides a field "
+        "of the config, --mesh.* above all:",
+    )
+    topology = parse_topology(options.topology)
+    plans = plan(config, topology, (options.config, rest), not options.no_scaling)
+    if options.json:
+        print(json.dumps(plans))
+    else:
+        report(config.name, plans, topology)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "plan": plan,
+}
 
 
 def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

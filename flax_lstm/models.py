@@ -146,7 +146,7 @@ class SequenceModel(nn.Module):
         if self.tied:
             assert isinstance(self.embed, nn.Embed)
             if y.shape[-1] != self.embed.features:
-                y = dense(self.embed.features, dtype=self.dtype, name="to_embedding")(y)
+                y = dense(self.embed.features, "hidden", dtype=self.dtype, name="to_embedding")(y)
             zeros = named(nn.initializers.zeros, "vocabulary")
             bias = self.param("head_bias", zeros, (self.outputs,), jnp.float32)
             return state, self.embed.attend(y).astype(jnp.float32) + bias.reshape((1,) * (y.ndim - 1) + (-1,))

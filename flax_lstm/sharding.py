@@ -44,21 +44,29 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
     """A mesh over the devices of all processes, or those given; one of the sizes may be -1: all devices that are left.
     A single process may name fewer devices than there are."""
     devices = jax.devices() if devices is None else devices
+    shape = mesh_sizes(data, fsdp, model, len(devices))
+    total = int(np.prod(shape))
+    require(
+        total == len(devices) or jax.process_count() == 1,
+        f"mesh {dict(zip(AXES, shape, strict=True))} takes {total} of {len(devices)} devices; with several processes "
+        "it must take them all",
+    )
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices[:total])
+
+
+def mesh_sizes(data: int, fsdp: int, model: int, devices: int) -> tuple[int, int, int]:
+    """The sizes of the mesh's axes, where -1 is all that are left of so many devices."""
     sizes = {"data": data, "fsdp": fsdp, "model": model}
     require(
         all(size >= 1 or size == -1 for size in sizes.values()) and list(sizes.values()).count(-1) <= 1,
         f"mesh {sizes}: each size is a number of devices, and at most one is -1 (all that are left)",
     )
     named = int(np.prod([size for size in sizes.values() if size != -1]))
-    shape = [len(devices) // named if size == -1 else size for size in sizes.values()]
-    total = int(np.prod(shape))
-    if total > len(devices) or total == 0 or (-1 in sizes.values() and len(devices) % named):
-        raise UserError(f"mesh {sizes} does not fit the {len(devices)} devices there are")
-    require(
-        total == len(devices) or jax.process_count() == 1,
-        f"mesh {sizes} takes {total} of {len(devices)} devices; with several processes it must take them all",
-    )
-    return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * 3, devices=devices[:total])
+    data, fsdp, model = (devices // named if size == -1 else size for size in sizes.values())
+    total = data * fsdp * model
+    if total > devices or total == 0 or (-1 in sizes.values() and devices % named):
+        raise UserError(f"mesh {sizes} does not fit the {devices} devices there are")
+    return data, fsdp, model
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -194,6 +202,13 @@ def current_mesh() -> Any:
     """The mesh of the steps that are being traced; None elsewhere, and where there is one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def platform() -> str:
+    """What the steps that are being traced are for, "cpu", "gpu" or "tpu": the devices of their mesh, which may exist
+    in description only; elsewhere, where arrays are put by default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def model_shards() -> int:

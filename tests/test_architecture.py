@@ -28,6 +28,7 @@ ALLOWED = {
     "config": set(),
     "saved_config": {"config"},
     "assembly": {"config", "optim", "recurrence", "sharding", "steps"},
+    "plan": {"assembly", "config", "plan", "sharding"},
     "distributed": set(),
     "signals": {"distributed"},
     "checkpoint": {"steps"},

@@ -10,8 +10,9 @@ import pytest
 from commands import ROOT, call
 
 from flax_lstm import load, load_config
-from flax_lstm.__main__ import train_parser
+from flax_lstm.__main__ import plan_parser, train_parser
 from flax_lstm.config import override
+from flax_lstm.plan.chips import parse_topology
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
@@ -71,10 +72,10 @@ def test_files_that_documents_name_exist(path):
         assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
-def commands(path):
-    """The `python train.py` lines of a document, without comments."""
+def commands(path, begin="python train.py "):
+    """The lines of a document that begin so, without that and without comments."""
     lines = "\n".join(blocks(path, "bash")).splitlines()
-    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python train.py ")]
+    return [shlex.split(line[len(begin) :], comments=True) for line in lines if line.startswith(begin)]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -83,3 +84,7 @@ def test_commands_of_documents_name_configs_and_flags_that_exist(path):
         options, rest = train_parser("train.py").parse_known_args(arguments)
         if not options.config.endswith(".py"):
             override(load_config(options.config), rest, "train.py", "")  # exits at a flag that is not there
+    for arguments in commands(path, "python -m flax_lstm plan "):
+        options, rest = plan_parser("plan").parse_known_args(arguments)
+        override(load_config(options.config), rest, "plan", "")
+        assert parse_topology(options.topology)

@@ -188,6 +188,20 @@ def test_logits_are_never_whole_on_a_device_that_holds_a_part_of_the_vocabulary(
     assert "f32[8,6,16]" in hlo and not re.search(r"f32\[8,6,64\]", hlo)
 
 
+def test_time_is_cut_in_chunks_by_what_one_device_keeps(folder, monkeypatch):
+    """Eight devices share the hidden units, and keep an eighth of what a step leaves."""
+    monkeypatch.setattr(fused, "KEEP", 10_000)  # bytes; 6 steps x 16 rows x 16 units x 6 arrays are 36,864
+
+    def is_cut(mesh):
+        config = config_of("language", folder, mesh, {"backend": "fused"})
+        dataset = config.data.load(folder / "assets-language")
+        made, steps, _ = assemble(config, dataset.info)
+        batch = abstract_batch(dataset.train(config.train.batch_size, 0)[0], made)
+        return "policy=None" in str(steps.train.trace(steps.abstract, batch).jaxpr)  # of jax.checkpoint
+
+    assert is_cut((2, 1, 1)) and not is_cut((1, 1, 8))
+
+
 # --- storage
 
 

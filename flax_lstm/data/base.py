@@ -40,7 +40,7 @@ class BatchSource(Protocol):
 class Info(Protocol):
     """What tasks and predictions need to know: label names, vocabulary, scaler (see each module)."""
 
-    def sample(self, batch_size: int) -> Batch: ...  # a batch of zeros with the form of those of training
+    def sample(self, batch_size: int) -> Batch: ...  # a batch of zeros with the form of the longest of training
 
 
 class Dataset(Protocol):
@@ -65,6 +65,11 @@ class Data(Protocol):
     def restore(self, assets: Path) -> Info:
         """The `info` of an earlier `load` into `assets`, without the data: all that a prediction needs."""
         ...
+
+    def outline(self) -> Info | None:
+        """`info` as far as the settings alone tell it, at the largest sizes that they allow: a plan then needs no data.
+        None: they have to be read."""
+        return None
 
     def absolute(self) -> Self:
         """The same settings with absolute paths, so that a run works from any directory."""

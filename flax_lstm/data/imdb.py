@@ -72,6 +72,8 @@ class Imdb(ImdbFiles, TextData):
 
     max_length: int = 200  # tokens kept of a longer review
 
+    classes = tuple(LABELS)
+
     def splits(self) -> dict[str, Texts]:
         shares = {"validation": self.validation_fraction}
         return {**split_by_hash(self.reviews("train"), shares, self.split_seed), "test": self.reviews("test")}

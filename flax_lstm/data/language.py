@@ -15,7 +15,7 @@ from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.imdb import ImdbFiles
 from flax_lstm.data.tables import read_table, read_text, text_values
 from flax_lstm.data.text import Corpus, TableFiles, Texts, VocabularyInfo, check_sizes, split_by_hash
-from flax_lstm.data.vocabulary import END
+from flax_lstm.data.vocabulary import END, Vocabulary
 from flax_lstm.errors import require
 
 
@@ -131,6 +131,11 @@ class LanguageData(Corpus):
         info = LanguageInfo(vocabulary, tuple(counts.tolist()), self.sequence_length)
         info.save(assets)
         return LanguageDataset(info, splits)
+
+    def outline(self) -> LanguageInfo:
+        """The full vocabulary."""
+        size = self.vocabulary_size
+        return LanguageInfo(Vocabulary.blank(size), (1,) * size, self.sequence_length)
 
     def restore(self, assets: Path) -> LanguageInfo:
         """What an earlier `load` fitted."""

@@ -43,6 +43,8 @@ class RottenTomatoes(TextData):
     max_length: int = 64  # tokens kept of a longer review: the longest has 63
     test_fraction: float = 0.2  # share of the films whose reviews are the test
 
+    classes = ("fresh", "rotten")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("test-fraction", self.test_fraction)

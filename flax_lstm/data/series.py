@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from flax_lstm.data.base import Batch
+from flax_lstm.data.base import Batch, Data
 from flax_lstm.data.order import EpochOrder, in_order
 from flax_lstm.data.timetable import DAY, Missing, clean, embedded, frequency, median_step, numeric_columns, read_series
 from flax_lstm.data.vocabulary import write_atomically
@@ -129,7 +129,7 @@ class SeriesInfo:
 
 
 @dataclass(frozen=True)
-class SeriesTable:
+class SeriesTable(Data):
     """Forecasting from a table with one row per time: CSV, TSV, JSON lines or Parquet, also with .gz.
 
     Training windows lie wholly in the training rows. In validation and test the forecast steps lie in the split, while

@@ -24,13 +24,14 @@ class RegressionInfo:
     features: int  # numbers at each step
     outputs: int  # numbers to predict
     target_mean: float  # what to guess without looking
+    length: int  # steps of a sequence
 
     def sample(self, batch_size: int) -> Batch:
-        """A batch of zeros, two steps long."""
+        """A batch of zeros."""
         return Batch(
-            inputs=np.zeros((batch_size, 2, self.features), np.float32),
+            inputs=np.zeros((batch_size, self.length, self.features), np.float32),
             targets=np.zeros((batch_size, self.outputs), np.float32),
-            lengths=np.full(batch_size, 2, np.int32),
+            lengths=np.full(batch_size, self.length, np.int32),
             weights=np.zeros(batch_size, np.float32),
         )
 
@@ -61,7 +62,11 @@ class AddingProblem(Data):
 
     def restore(self, assets: Path) -> RegressionInfo:
         """What a model needs to know."""
-        return RegressionInfo(features=2, outputs=1, target_mean=1.0)
+        return RegressionInfo(features=2, outputs=1, target_mean=1.0, length=self.length)
+
+    def outline(self) -> RegressionInfo:
+        """The settings say it all."""
+        return self.restore(Path())
 
     def draw(self, rows: int, seed: tuple[int, ...]) -> tuple[Array, Array]:
         """Inputs (B, T, 2) and targets (B, 1), a function of the seed alone."""

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -68,8 +68,8 @@ class TextInfo(VocabularyInfo):
     label_column: str
 
     def sample(self, batch_size: int) -> Batch:
-        """A batch of empty texts."""
-        return next(self.batches([""] * batch_size, batch_size))
+        """A batch of empty texts, padded like the longest."""
+        return pad(Rows([], np.zeros(0, np.int32)), self.boundaries[-1:], batch_size)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, cut to `max_length`."""
@@ -136,6 +136,7 @@ class TextData(Corpus):
     max_length: int = 400  # tokens kept of a longer text
     keep: Literal["first", "last"] = "last"  # which end of a longer text is kept
 
+    classes: ClassVar[tuple[str, ...]] = ()  # the labels, where they are known before the data are read
     text_column = "text"  # what a table of new texts calls them; a field where the user has a table of their own
     label_column = "label"
 
@@ -173,6 +174,21 @@ class TextData(Corpus):
             max_length=self.max_length,
             keep=self.keep,
             boundaries=(),  # chosen by the lengths of the encoded rows
+            text_column=self.text_column,
+            label_column=self.label_column,
+        )
+
+    def outline(self) -> TextInfo | None:
+        """The full vocabulary and texts of full length."""
+        if not self.classes:
+            return None
+        return TextInfo(
+            labels=self.classes,
+            class_counts=(1,) * len(self.classes),
+            vocabulary=Vocabulary.blank(self.vocabulary_size),
+            max_length=self.max_length,
+            keep=self.keep,
+            boundaries=choose_boundaries((), self.max_length, buckets=1),
             text_column=self.text_column,
             label_column=self.label_column,
         )

@@ -67,6 +67,12 @@ class Vocabulary:
         saved = remember(fingerprint([tokenizers.__version__, f"{size} {kind}", *texts]), arrays)
         return cls(Tokenizer.from_str(saved["json"].tobytes().decode()))
 
+    @classmethod
+    def blank(cls, size: int) -> "Vocabulary":
+        """One of that size without real words."""
+        words = [*SPECIAL_TOKENS, *map(str, range(size - len(SPECIAL_TOKENS)))]
+        return cls(Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")))
+
     @property
     def size(self) -> int:
         """Number of ids; at most the size asked for."""

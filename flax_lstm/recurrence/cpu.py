@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flax_lstm.cells import GRUCell, LSTMCell, SimpleRNNCell, Weights
 from flax_lstm.recurrence import native
-from flax_lstm.sharding import model_shards
+from flax_lstm.sharding import model_shards, platform
 
 Array = jax.Array
 CELLS = (LSTMCell, GRUCell, SimpleRNNCell)
@@ -40,8 +40,8 @@ def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool) -> str | None:
     """None, or why not. Subclasses may have equations of their own, so only the three cells themselves are taken."""
     if type(cell) not in CELLS:
         return f"{type(cell).__name__} is none of {', '.join(c.__name__ for c in CELLS)}"
-    if jax.default_backend() != "cpu":
-        return f"the arrays are on a {jax.default_backend()}, not on a CPU"
+    if platform() != "cpu":
+        return f"the arrays are on a {platform()}, not on a CPU"
     if model_shards() > 1:
         return "hidden units are split over several devices"
     if cell.compute_dtype(x_BTD) != jnp.float32:

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_lstm.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights
-from flax_lstm.sharding import current_mesh
+from flax_lstm.sharding import current_mesh, platform
 
 Array = jax.Array
 State = tuple[Array, ...]  # (c, h) of an LSTM, (h,) of the others: h comes last
@@ -52,7 +52,7 @@ barrier = jax.lax.optimization_barrier
 def on_gpu() -> bool:
     """Whether the time of a step is that of launching its kernels. Every array that is written for later is a kernel of
     its own, and whatever is left to the compiler to merge is none: a step then keeps one array, and has no barriers."""
-    return jax.default_backend() == "gpu"
+    return platform() == "gpu"
 
 
 # XLA:CPU evaluates a merged group of operations with vector instructions only where each index into memory is plain.
@@ -148,7 +148,8 @@ def run(
 ) -> tuple[Any, Array]:
     """See `flax_lstm.recurrence`."""
     batch, time, _ = x_BTD.shape
-    kept = time * batch * cell.features * (cell.gates + 2) * cell.state_dtype(x_BTD).itemsize
+    units = weights.recurrent_JGH.shape[-1]  # that are this device's
+    kept = time * batch * units * (cell.gates + 2) * cell.state_dtype(x_BTD).itemsize
     if kept <= KEEP * (jax.device_count() if current_mesh() is None else 1):
         return run_chunk(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
     # In the dtype of the state, so that the gradients of all chunks add up in it.
