@@ -171,6 +171,14 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatc
     assert fit(config, tmp_path)["steps"] == 10  # once the cause is gone, it goes on
 
 
+def test_memory_is_given_back_after_the_first_steps_and_ever_less_often(tmp_path, monkeypatch):
+    done, trimmed = [], []
+    monkeypatch.setattr(loop, "put_batch", lambda batch, mesh, put=loop.put_batch: done.append(batch) or put(batch, mesh))
+    monkeypatch.setattr(loop, "trim_malloc", lambda: trimmed.append(len(done)))
+    fit(runs.adding_run(schedule="constant"), tmp_path)
+    assert trimmed == [1, 2, 4, 8]
+
+
 def test_default_work_directory_and_its_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(runs.adding_run())
