@@ -173,7 +173,9 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatc
 
 def test_memory_is_given_back_after_the_first_steps_and_ever_less_often(tmp_path, monkeypatch):
     done, trimmed = [], []
-    monkeypatch.setattr(loop, "put_batch", lambda batch, mesh, put=loop.put_batch: done.append(batch) or put(batch, mesh))
+    monkeypatch.setattr(
+        loop, "put_batch", lambda batch, mesh, put=loop.put_batch: done.append(batch) or put(batch, mesh)
+    )
     monkeypatch.setattr(loop, "trim_malloc", lambda: trimmed.append(len(done)))
     fit(runs.adding_run(schedule="constant"), tmp_path)
     assert trimmed == [1, 2, 4, 8]
