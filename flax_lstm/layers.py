@@ -7,7 +7,6 @@ state untouched and outputs zero, so the final state is that after each row's la
 """
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -108,7 +107,7 @@ class RNN(nn.Module):
 
         return on_each_device(run, partitioned=backend is None)(weights, state, x_BTD, lengths_B, mask_BJ)
 
-    def resolve(self, x_BTD: Any) -> ModuleType | None:
+    def resolve(self, x_BTD: Any) -> Any:
         """The backend for these inputs; None: the scan. Foreign cells have no other."""
         if x_BTD.ndim != 3:
             raise ValueError(f"RNN takes inputs [batch, time, features]; these have shape {x_BTD.shape}")

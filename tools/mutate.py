@@ -218,8 +218,8 @@ BREAKAGES = {
     ),
     "bfloat16: gradients multiplied in float32": Breakage(
         "flax_lstm/recurrence/fused.py",
-        "(jnp.concatenate(a, 1).astype(dtype) for a in (da, dx) if a)",
-        "(jnp.concatenate(a, 1).astype(state_dtype) for a in (da, dx) if a)",
+        "jnp.matmul(da, transposed, preferred",
+        "jnp.matmul(da.astype(state_dtype), transposed.astype(state_dtype), preferred",
         "tests/test_bfloat16.py::test_matmuls_are_bfloat16",
     ),
     "chunks of time by the units of all devices": Breakage(
