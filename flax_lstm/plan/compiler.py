@@ -144,7 +144,14 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
         "program": memory.generated_code_size_in_bytes,
     }
     found["bytes"]["total"] = sum(found["bytes"].values())
-    return {**found, **read_program(Program(compiled.as_text()))}
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"jax {jax.__version__} cannot read the program of this compiler, which is of another time: "
+            f"pip install 'flax_lstm[plan]' ({first_line(error)})"
+        ) from error
+    return {**found, **read_program(Program(text))}
 
 
 def out_of_memory(message: str) -> int | None:
