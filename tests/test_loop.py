@@ -236,7 +236,9 @@ def test_plots_are_drawn_unless_they_are_not_wanted(tmp_path, monkeypatch, plots
     assert drawn == (["curves.png", "illustrated"] if plots else [])
 
 
-def test_a_second_signal_acts_at_once(capfd):
+def test_a_second_signal_acts_at_once(capfd, request):
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, earlier))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
