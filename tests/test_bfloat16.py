@@ -63,7 +63,7 @@ def matmuls(jaxpr: Any, in_loop: bool = False) -> list[tuple[bool, set[str]]]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["fused", "scan"])
+@pytest.mark.parametrize("backend", ["fused", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", RUNS)
 def test_weights_optimiser_and_state_are_float32(task: str, backend: str, train: Any) -> None:
     _, state, losses = train(task, "bfloat16", backend)

@@ -247,7 +247,7 @@ def test_flops_of_a_language_model_by_hand(parts):
         assert abs(found["flops"]["in_loops"] - expected[0]) <= slack
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_bytes_are_those_of_the_real_step(mesh, tmp_path, quick_compile):
     """Planned from settings alone, against the step compiled for the loaded data on real (virtual CPU) devices."""
     words = [f"w{n}" for n in range(61)]  # 64 with the special ones
