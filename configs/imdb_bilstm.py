@@ -12,7 +12,7 @@ EPOCH = 353  # steps: 22,558 training reviews in batches of 64
 def get_config() -> Config:
     return Config(
         name="imdb_bilstm",
-        data=Imdb(vocabulary_size=30_000, max_length=400),
+        data=Imdb(vocabulary_size=30_000, max_length=600),
         task=Classification(label_smoothing=0.1),
         model=RecurrentModel(
             cell="lstm",
@@ -25,7 +25,7 @@ def get_config() -> Config:
             head_dropout=0.5,
         ),
         train=TrainConfig(
-            steps=6 * EPOCH,
+            steps=10 * EPOCH,
             batch_size=64,
             learning_rate=2e-3,
             weight_decay=0.01,
