@@ -1,6 +1,8 @@
 """The best supervised sentiment model here: a bidirectional LSTM, pooled in three ways and strongly regularised.
 
-python train.py --config imdb_bilstm
+    python train.py --config imdb_bilstm
+
+Test accuracy 0.883 (seed 0), validation 0.907: docs/results.md, with what else was tried. About 27 minutes of one core.
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
