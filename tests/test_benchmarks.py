@@ -68,3 +68,19 @@ def test_other_losses_are_not_timed(monkeypatch):
     other_weights, no_updates = Entrant(right * 1.001, right - 0.02), Entrant(right, right)
     run.check_losses(work, [fine, fine_too, other_weights, no_updates])
     assert [bool(e.trouble) for e in (fine, fine_too, other_weights, no_updates)] == [False, False, True, True]
+
+
+def test_weak_scaling_over_three_devices():
+    """On one and two of them: each size is a power of two, and the batch grows with it."""
+    flags = "--xla_force_host_platform_device_count=3"
+    run = subprocess.run(
+        [sys.executable, "benchmarks/scaling.py", "--rounds", "2"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line[:3] in ("| 1", "| 2", "| 3")]
+    assert [row[:2] for row in rows] == [["1", "64"], ["2", "128"]]
+    assert rows[0][-1] == "100%" and all(float(row[2]) > 0 for row in rows)
