@@ -6,6 +6,7 @@ Axes: B lanes (rows of a batch), T tokens of a window.
 
 import dataclasses
 import functools
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -114,9 +115,9 @@ class LanguageData(Corpus):
         super().__post_init__()
         require(self.sequence_length > 0, f"data.sequence-length is {self.sequence_length}: give at least 1 token")
 
+    @abstractmethod
     def documents(self) -> dict[str, list[str]]:
         """The texts of "train", "validation" and "test"."""
-        raise NotImplementedError
 
     def load(self, assets: Path) -> LanguageDataset:
         documents = self.documents()

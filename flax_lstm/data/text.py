@@ -7,6 +7,7 @@ Axes: B rows of a batch, T tokens.
 import dataclasses
 import hashlib
 import json
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -144,9 +145,9 @@ class TextData(Corpus):
         super().__post_init__()
         require(self.max_length > 0, f"data.max-length is {self.max_length}: give at least 1 token")
 
+    @abstractmethod
     def splits(self) -> dict[str, Texts]:
         """The texts and labels of "train", "validation" and "test"."""
-        raise NotImplementedError
 
     def load(self, assets: Path) -> TextDataset:
         splits = self.splits()
