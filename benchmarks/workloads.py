@@ -56,6 +56,7 @@ WORKLOADS = {
     "h512": Workload(hidden=(512,), batch=64, time=128),
     **{f"t{time}": Workload(time=time) for time in (100, 1000, 2000, 4000)},
     **{f"b{batch}": Workload(batch=batch) for batch in (1, 4, 8, 64, 256)},
+    "t16000": Workload(hidden=(256,), batch=8, time=16_000, features=256),
     "latency": Workload(batch=1, train=False),
     "tiny": Workload(hidden=(8,), batch=4, time=6, vocabulary=50, features=8),
 }

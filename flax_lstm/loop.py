@@ -23,11 +23,11 @@ from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config
 from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.distributed import first_then_all, is_first
-from flax_lstm.errors import UserError
+from flax_lstm.errors import UserError, require
 from flax_lstm.inference import ASSETS, CHECKPOINTS, evaluate, evaluate_baselines
 from flax_lstm.malloc import trim_malloc
 from flax_lstm.plots import plot_curves
-from flax_lstm.profiling import Profiler
+from flax_lstm.profiling import STEPS, Profiler
 from flax_lstm.records import (
     MetricsLog,
     device_name,
@@ -127,6 +127,8 @@ def run(
         state, progress = checkpoints.restore(latest, steps.abstract)
         console.print(f"resuming from step {latest} of {workdir}")
     step = int(state.step)
+    enough = not profile or step + STEPS.stop < train.steps
+    require(enough, f"--profile traces ten steps after {STEPS.start}; {train.steps - step} are left to train")
     log.rewind(step)
     best, evaluated = Best(*progress["best"]), step  # where an evaluation was due, it was made before the save
     sessions, earlier = progress["sessions"] + 1, progress["seconds"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from jax.profiler import ProfileData
 
-STEPS = range(10, 20)  # of a session: compiled by then, few enough for a small file
+STEPS = range(60, 70)  # of a session: all shapes are compiled by then; few enough for a small file
 
 
 class Operation:

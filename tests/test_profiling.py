@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from commands import call
 
 from flax_lstm.profiling import STEPS, Profiler
 
@@ -30,3 +31,10 @@ def test_a_trace_without_operations_says_so(tmp_path):
     profiler = Profiler(tmp_path)
     told = [profiler.at(step, None) for step in range(STEPS.stop + 1)]
     assert told[-1].endswith("holds no operation.")
+
+
+def test_a_run_too_short_to_be_traced_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--train.steps {STEPS.stop} --mesh.data 1 --workdir run"
+    outcome = call(capsys, f"train --config adding_problem {flags} --profile")
+    assert outcome.code == 2 and f"{STEPS.stop} are left" in outcome.err
