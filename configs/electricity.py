@@ -6,7 +6,7 @@ The series is part of the package. Figures to look at: `mase` below 1 beats the 
 the quantiles.
 """
 
-from flax_lstm import Config, Forecasting, RecurrentModel, TrainConfig
+from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig
 from flax_lstm.data.series import SeriesTable
 
 
@@ -15,7 +15,7 @@ def get_config() -> Config:
         name="electricity",
         data=SeriesTable(path="electricity", lookback=168, horizon=24, season=24),
         task=Forecasting(objective="quantile", quantiles=(0.1, 0.5, 0.9)),
-        model=RecurrentModel(cell="lstm", hidden_size=128, num_layers=2, dropout=0.1),
-        train=TrainConfig(steps=4000, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup_steps=100,
-                          eval_every=500, checkpoint_every=500, patience=4),
+        model=SegmentModel(cell="lstm", hidden_size=96, segment=24, dropout=0.1),
+        train=TrainConfig(steps=2000, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup_steps=50,
+                          ema=0.99, log_every=50, eval_every=200, checkpoint_every=200),
     )  # fmt: skip

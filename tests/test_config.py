@@ -171,7 +171,7 @@ def test_a_config_file_with_a_mistake_says_where(content, said, tmp_path, monkey
 
 
 def test_flags_override_fields():
-    config = load_config("electricity")
+    config = load_config("series_table")
     changed = flags(
         config,
         *("--model.hidden-size", "128", "64", "--train.batch_size", "16", "--train.learning-rate", "3e-4"),
@@ -208,7 +208,7 @@ def test_flags_override_fields():
 )
 def test_a_wrong_flag_is_answered_on_one_screen(flag, value, said, capsys):
     arguments = (flag, value, "0.5") if flag == "--task.quantiles" else (flag, value)
-    printed = wrong_flags(capsys, load_config("electricity"), *arguments)
+    printed = wrong_flags(capsys, load_config("series_table"), *arguments)
     assert all(word in printed for word in said), printed
 
 
