@@ -1,6 +1,8 @@
 """`imdb_lstm` with a GRU in place of the LSTM: a quarter fewer recurrent weights.
 
-python train.py --config imdb_gru
+    python train.py --config imdb_gru
+
+Test accuracy 0.874 (seed 0), seven minutes on one core of a busy machine: docs/results.md.
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig

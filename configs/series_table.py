@@ -4,7 +4,8 @@
 
 The first column holds the times (else --data.time-column NAME), in ISO 8601. Without --data.targets every numeric
 column is forecast. --data.season is the length of a season in rows: 24 for hourly data with a daily rhythm.
-Gaps are an error until --data.missing says what to do with them.
+Gaps are an error until --data.missing says what to do with them. The report names the errors of naive forecasts: where
+whole seasons are forecast and the seasonal one is better, take the `SegmentModel` of configs/electricity.py.
 """
 
 from flax_lstm import Config, Forecasting, RecurrentModel, TrainConfig

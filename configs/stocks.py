@@ -4,7 +4,7 @@
 
 The series (daily closes, 2000 to 2013) is part of the package. Prices are close to a random walk: expect no more than
 the baseline `last_value` reaches. A model that seems far better has seen the future.
-Test mse 0.0194 against 0.0193 of the last value (seed 0).
+Test mse 0.0194 against 0.0193 of the last value (seed 0); a minute on one core.
 """
 
 from flax_lstm import Config, Forecasting, RecurrentModel, TrainConfig
