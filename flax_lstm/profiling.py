@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trace of a few training steps, for TensorBoard or Perfetto, and what it says in a few lines."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,8 @@ def operations(trace: Path) -> Iterator[Operation]:
 
 def summary(trace: Path, steps: int, top: int = 10) -> str:
     """How long the device idled, and the operations that took the most time of a step."""
-    found = sorted(operations(trace), key=lambda operation: operation.begin)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of Python 3.12, about jaxlib's types
+        found = sorted(operations(trace), key=lambda operation: operation.begin)
     if not found:
         return f"The trace in {trace} holds no operation."
     busy, reached = 0.0, found[0].begin
