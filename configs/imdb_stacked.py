@@ -1,6 +1,8 @@
 """`imdb_lstm` with two layers, 128 and 64 units wide.
 
-python train.py --config imdb_stacked
+    python train.py --config imdb_stacked
+
+Test accuracy 0.857 (seed 0), 25 minutes on one core of a busy machine: docs/results.md.
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
