@@ -3,7 +3,7 @@
     python train.py
 
 A week of hours is read as seven segments of a day, with the calendar as covariates. Test mae 0.0895 (scaled; seed 0),
-seasonal naive 0.0968, in about a minute on two cores; docs/results.md has the rest.
+seasonal naive 0.0968, in less than a minute on two cores; docs/results.md has the rest.
 """
 
 from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig
