@@ -215,7 +215,7 @@ def test_exit_codes_of_signals_and_the_same_command_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tmp_path):
-    train = {"steps": 400, "schedule_steps": 400, "eval_every": 20, "checkpoint_every": 7, "log_every": 5}
+    train = {"steps": 1500, "schedule_steps": 1500, "eval_every": 50, "checkpoint_every": 7, "log_every": 5}
     whole = fit(runs.adding_run(**train), tmp_path / "whole")
     generator = np.random.default_rng(0)
     killed = 0
@@ -224,7 +224,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
             command(tmp_path), cwd=tmp_path, env=environment(TRAIN=train), stderr=subprocess.DEVNULL
         )
         try:
-            # From before the first checkpoint to the end of the run: a run is some 10 s.
+            # From before the first checkpoint on; a run is some 20 s, so that it takes several sessions anywhere.
             code = process.wait(timeout=generator.uniform(4, 14) if killed < 12 else None)
         except subprocess.TimeoutExpired:
             process.kill()
