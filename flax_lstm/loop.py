@@ -128,7 +128,8 @@ def run(
         console.print(f"resuming from step {latest} of {workdir}")
     step = int(state.step)
     enough = not profile or step + STEPS.stop < train.steps
-    require(enough, f"--profile traces ten steps after {STEPS.start}; {train.steps - step} are left to train")
+    left = f"{train.steps - step} are left to train: raise --train.steps"
+    require(enough, f"--profile traces {len(STEPS)} steps, after {STEPS.start} others; {left}")
     log.rewind(step)
     best, evaluated = Best(*progress["best"]), step  # where an evaluation was due, it was made before the save
     sessions, earlier = progress["sessions"] + 1, progress["seconds"]
