@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains, or resumes a run: `python train.py [--config C] [--workdir DIR] [--SECTION.FIELD VALUE ...]`."""
+"""Trains, or resumes a run: `python train.py [--config C] [--workdir DIR] [--SECTION.FIELD VALUE
+...]`."""
 
 import sys
 

@@ -3,9 +3,10 @@
 
     python benchmarks/cells.py [--seeds 0 1 2] [--runs runs/cells]
 
-Time: steps of the model of configs/imdb_lstm.py (batch 32, 200 tokens), the cells taking turns in one process,
-medians. Accuracy: configs/rotten_tomatoes.py read left to right and classified from the last output (so that memory
-matters), trained to the end with each cell and seed; the best epoch on validation, tested once.
+Time: steps of the model of configs/imdb_lstm.py (batch 32, 200 tokens), the cells taking turns in
+one process, medians. Accuracy: configs/rotten_tomatoes.py read left to right and classified from
+the last output (so that memory matters), trained to the end with each cell and seed; the best epoch
+on validation, tested once.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import jax
 import numpy as np
 
 from flax_lstm import Classification, load_config
-from flax_lstm.cells import CELLS
 from flax_lstm.data.base import Batch
-from flax_lstm.loop import fit
-from flax_lstm.malloc import tune_malloc
-from flax_lstm.optim import learning_rate, make_optimizer
-from flax_lstm.sharding import make_mesh, put_batch
-from flax_lstm.steps import make_steps
+from flax_lstm.machine.malloc import tune_malloc
+from flax_lstm.machine.sharding import make_mesh, put_batch
+from flax_lstm.nn.cells import CELLS
+from flax_lstm.training.loop import fit
+from flax_lstm.training.optim import learning_rate, make_optimizer
+from flax_lstm.training.steps import make_steps
 
 
 class Reviews:
@@ -38,7 +39,10 @@ def step_times(rounds: int) -> dict[str, tuple[float, int]]:
     batch_size, steps = 32, 200
     rng = np.random.default_rng(0)
     ids = rng.integers(3, Reviews.vocabulary_size, (batch_size, steps)).astype(np.int32)
-    labels, lengths = rng.integers(0, 2, batch_size).astype(np.int32), np.full(batch_size, steps, np.int32)
+    labels, lengths = (
+        rng.integers(0, 2, batch_size).astype(np.int32),
+        np.full(batch_size, steps, np.int32),
+    )
     batch = Batch(ids, labels, lengths, np.ones(batch_size, np.float32))
     config, task, mesh = load_config("imdb_lstm"), Classification(), make_mesh(1)
     schedule = learning_rate("constant", 1e-3, 0, 1)
@@ -65,12 +69,16 @@ def accuracies(name: str, seeds: list[int], runs: Path) -> list[float]:
     """Test accuracy of each seed."""
     config = load_config("rotten_tomatoes")
     model = replace(config.model, cell=name, bidirectional=False, pooling="last")
-    results = (fit(replace(config, model=model, seed=seed), runs / f"{name}_{seed}") for seed in seeds)
+    results = (
+        fit(replace(config, model=model, seed=seed), runs / f"{name}_{seed}") for seed in seeds
+    )
     return [result["test"]["accuracy"] for result in results]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each cell")
     parser.add_argument("--runs", type=Path, default=Path("runs/cells"))
@@ -84,7 +92,10 @@ def main() -> None:
             f"| {name} | {CELLS[name].gates} | {size:,} | {milliseconds:.0f} | "
             f"{statistics.mean(scores):.3f} +- {spread:.3f} |"
         )
-    print("| cell | gates | parameters of the layer | ms a step | accuracy |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| cell | gates | parameters of the layer | ms a step | accuracy |\n| --- | --- | --- | "
+        "--- | --- |"
+    )
     print("\n".join(rows))
 
 

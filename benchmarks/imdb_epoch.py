@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Epochs over the IMDB reviews, as users of each library would have them: how long, and how accurate after each.
+"""Epochs over the IMDB reviews, as users of each library would have them: how long, and how
+accurate after each.
 
     pip install -e '.[bench]'
-    TFDS_DATA_DIR=... python benchmarks/imdb_epoch.py [--who ours keras-tf torch] [--epochs 3] [--seeds 0 1 2]
+    TFDS_DATA_DIR=... python benchmarks/imdb_epoch.py [--who ours keras-tf torch] [--epochs 3]
+    [--seeds 0 1 2]
 
-The same token ids (20,000 words, the last 500 of a review), splits and first weights; embedding 128, LSTM 128, last
-output, dense 64 with ReLU, dropout 0.5, two logits; Adam 1e-3, batches of 32.
+The same token ids (20,000 words, the last 500 of a review), splits and first weights; embedding
+128, LSTM 128, last output, dense 64 with ReLU, dropout 0.5, two logits; Adam 1e-3, batches of 32.
 
     ours       flax_lstm's batches in buckets and training step, tuned malloc (what `train.py` does)
     torch      batches of similar length, each padded to its longest row, fused Adam, tuned malloc
     keras-tf   `fit` on reviews padded on the left to 500 tokens; keras-jax is the same on JAX
 
-Each run has a process of its own, one at a time, turn by turn. Seconds are those of training alone, the first epoch's
-with compiling, without reading the data. The validation reviews (a tenth of the training reviews) are judged after each
-epoch; no test review is read.
+Each run has a process of its own, one at a time, turn by turn. Seconds are those of training alone,
+the first epoch's with compiling, without reading the data. The validation reviews (a tenth of the
+training reviews) are judged after each epoch; no test review is read.
 """
 
 import argparse
@@ -37,7 +39,9 @@ from worker import load_malloc
 LENGTH, VOCABULARY, FEATURES, HIDDEN, DENSE, BATCH, DROPOUT = 500, 20_000, 128, 128, 64, 32, 0.5
 POOL = 50  # batches sorted by length together, as in flax_lstm
 
-Epochs = Iterator[tuple[float, np.ndarray]]  # seconds of an epoch, and the classes then predicted for validation
+Epochs = Iterator[
+    tuple[float, np.ndarray]
+]  # seconds of an epoch, and the classes then predicted for validation
 
 
 class Reviews(NamedTuple):
@@ -50,7 +54,9 @@ class Job(NamedTuple):
 
     train: Reviews
     validation: list[np.ndarray]  # tokens
-    weights: dict[str, Any]  # "embedding", "stack", "dense" and "head" (kernel, bias); stack for each library
+    weights: dict[
+        str, Any
+    ]  # "embedding", "stack", "dense" and "head" (kernel, bias); stack for each library
     epochs: int
     seed: int
 
@@ -66,30 +72,42 @@ def load(rows: int | None) -> tuple[Reviews, Reviews]:
             tokens.append(source[n].inputs[0, : source[n].lengths[0]])
             labels.append(source[n].targets[0])
         batches = list(dataset.evaluation("validation", 1))
-        validation = Reviews([b.inputs[0, : b.lengths[0]] for b in batches], np.array([b.targets[0] for b in batches]))
+        validation = Reviews(
+            [b.inputs[0, : b.lengths[0]] for b in batches],
+            np.array([b.targets[0] for b in batches]),
+        )
         return Reviews(tokens, np.array(labels, np.int32)), validation
 
 
 def first_weights(seed: int) -> dict[str, Any]:
-    """Glorot's for the matrices, orthogonal for the recurrence, 1 for the bias of the forget gate."""
+    """Glorot's for the matrices, orthogonal for the recurrence, 1 for the bias of the forget
+    gate."""
     from flax_lstm import convert
 
     rng = np.random.default_rng(seed)
 
     def glorot(rows: int, columns: int) -> np.ndarray:
-        return rng.uniform(-1, 1, (rows, columns)).astype(np.float32) * np.float32((6 / (rows + columns)) ** 0.5)
+        return rng.uniform(-1, 1, (rows, columns)).astype(np.float32) * np.float32(
+            (6 / (rows + columns)) ** 0.5
+        )
 
     bias_GH = np.zeros((4, HIDDEN), np.float32)
     bias_GH[1] = 1
     cell = {
         "input": np.stack([glorot(FEATURES, HIDDEN) for _ in range(4)], axis=1),
-        "recurrent": np.stack([np.linalg.qr(rng.normal(size=(HIDDEN, HIDDEN)))[0] for _ in range(4)], axis=1),
+        "recurrent": np.stack(
+            [np.linalg.qr(rng.normal(size=(HIDDEN, HIDDEN)))[0] for _ in range(4)], axis=1
+        ),
         "bias": bias_GH,
     }
     stack = {"layers_0": {"cell": {name: array.astype(np.float32) for name, array in cell.items()}}}
     return {
         "embedding": rng.normal(0, 0.05, (VOCABULARY, FEATURES)).astype(np.float32),
-        "stack": {"ours": stack, "torch": convert.to_torch(stack), "keras": convert.to_keras(stack)[0]},
+        "stack": {
+            "ours": stack,
+            "torch": convert.to_torch(stack),
+            "keras": convert.to_keras(stack)[0],
+        },
         "dense": (glorot(HIDDEN, DENSE), np.zeros(DENSE, np.float32)),
         "head": (glorot(DENSE, 2), np.zeros(2, np.float32)),
     }
@@ -101,16 +119,18 @@ def ours(job: Job) -> Epochs:
 
     from flax_lstm import Classification, RecurrentModel
     from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad
-    from flax_lstm.loop import batches
-    from flax_lstm.optim import learning_rate, make_optimizer
-    from flax_lstm.sharding import make_mesh, put_batch
-    from flax_lstm.steps import make_steps
+    from flax_lstm.machine.sharding import make_mesh, put_batch
+    from flax_lstm.training.loop import batches
+    from flax_lstm.training.optim import learning_rate, make_optimizer
+    from flax_lstm.training.steps import make_steps
 
     rows, mesh, task = Rows(*job.train), make_mesh(1), Classification()
     boundaries = choose_boundaries([len(ids) for ids in rows.tokens], LENGTH)
     source = BucketedBatches(rows, boundaries, BATCH, job.seed)
     info = SimpleNamespace(labels=("neg", "pos"), vocabulary_size=VOCABULARY)
-    model = RecurrentModel(hidden_size=HIDDEN, embed_size=FEATURES, dense=DENSE, head_dropout=DROPOUT)
+    model = RecurrentModel(
+        hidden_size=HIDDEN, embed_size=FEATURES, dense=DENSE, head_dropout=DROPOUT
+    )
     schedule = learning_rate("constant", 1e-3, 0, 1)
     steps = make_steps(
         task.build(model, info),
@@ -123,11 +143,15 @@ def ours(job: Job) -> Epochs:
         seed=job.seed,
     )
     weights = job.weights
-    dense, head = ({"kernel": kernel, "bias": bias} for kernel, bias in (weights["dense"], weights["head"]))
+    dense, head = (
+        {"kernel": kernel, "bias": bias} for kernel, bias in (weights["dense"], weights["head"])
+    )
     embed = {"embedding": weights["embedding"]}
     params = {"embed": embed, "recurrent": weights["stack"]["ours"], "dense": dense, "head": head}
     state = steps.init()
-    state = state._replace(params=jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, state.params))
+    state = state._replace(
+        params=jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, state.params)
+    )
     for epoch in range(job.epochs):
         began = time.perf_counter()
         metrics: Any = {"loss": 0.0}
@@ -138,7 +162,9 @@ def ours(job: Job) -> Epochs:
         jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         parts = [job.validation[n : n + BATCH] for n in range(0, len(job.validation), BATCH)]
-        inputs = (pad(Rows(part, np.zeros(len(part), np.int32)), boundaries, BATCH) for part in parts)
+        inputs = (
+            pad(Rows(part, np.zeros(len(part), np.int32)), boundaries, BATCH) for part in parts
+        )
         logits = np.concatenate([steps.forward(state.params, None, batch)[1] for batch in inputs])
         yield seconds, logits[: len(job.validation)].argmax(1)
 
@@ -151,10 +177,20 @@ def torch_(job: Job) -> Epochs:
     (dense_kernel, dense_bias), (head_kernel, head_bias) = job.weights["dense"], job.weights["head"]
     embed = torch.nn.Embedding.from_pretrained(torch.tensor(job.weights["embedding"]), freeze=False)
     lstm = torch.nn.LSTM(FEATURES, HIDDEN)
-    dense, head, dropout = torch.nn.Linear(HIDDEN, DENSE), torch.nn.Linear(DENSE, 2), torch.nn.Dropout(DROPOUT)
-    lstm.load_state_dict({name: torch.tensor(array) for name, array in job.weights["stack"]["torch"].items()})
-    dense.load_state_dict({"weight": torch.tensor(dense_kernel.T.copy()), "bias": torch.tensor(dense_bias)})
-    head.load_state_dict({"weight": torch.tensor(head_kernel.T.copy()), "bias": torch.tensor(head_bias)})
+    dense, head, dropout = (
+        torch.nn.Linear(HIDDEN, DENSE),
+        torch.nn.Linear(DENSE, 2),
+        torch.nn.Dropout(DROPOUT),
+    )
+    lstm.load_state_dict(
+        {name: torch.tensor(array) for name, array in job.weights["stack"]["torch"].items()}
+    )
+    dense.load_state_dict(
+        {"weight": torch.tensor(dense_kernel.T.copy()), "bias": torch.tensor(dense_bias)}
+    )
+    head.load_state_dict(
+        {"weight": torch.tensor(head_kernel.T.copy()), "bias": torch.tensor(head_bias)}
+    )
     modules = torch.nn.ModuleList([embed, lstm, dense, head, dropout])
     optimizer = torch.optim.Adam(modules.parameters(), lr=1e-3, fused=True)
 
@@ -180,7 +216,9 @@ def torch_(job: Job) -> Epochs:
         for n in rng.permutation(len(groups)):
             optimizer.zero_grad()
             rows = groups[n]
-            torch.nn.functional.cross_entropy(logits([train[i] for i in rows]), labels[rows]).backward()
+            torch.nn.functional.cross_entropy(
+                logits([train[i] for i in rows]), labels[rows]
+            ).backward()
             optimizer.step()
         seconds = time.perf_counter() - began
         modules.eval()
@@ -205,7 +243,9 @@ def keras_(job: Job, backend: str) -> Epochs:
         "dropout": (layers.Dropout(DROPOUT), []),
         "head": (layers.Dense(2), weights["head"]),
     }
-    model = keras.Sequential([keras.Input((LENGTH,), dtype="int32"), *(layer for layer, _ in named.values())])
+    model = keras.Sequential(
+        [keras.Input((LENGTH,), dtype="int32"), *(layer for layer, _ in named.values())]
+    )
     for name, (layer, arrays) in named.items():
         if name != "dropout":
             layer.set_weights(list(arrays))
@@ -222,14 +262,25 @@ def run(who: str, job: Job, labels: np.ndarray) -> list[dict[str, float]]:
     """Seconds and validation accuracy of each epoch; in a process of its own."""
     makers = {"ours": ours, "torch": torch_}
     epochs = makers[who](job) if who in makers else keras_(job, KERAS[who])
-    return [{"seconds": seconds, "accuracy": float(np.mean(classes == labels))} for seconds, classes in epochs]
+    return [
+        {"seconds": seconds, "accuracy": float(np.mean(classes == labels))}
+        for seconds, classes in epochs
+    ]
 
 
 KERAS = {"keras-tf": "tensorflow", "keras-jax": "jax"}
 WHO = ("ours", "torch", *KERAS)
 
 
-COLUMNS = ("", "first epoch, s", "x ours", "later epochs, s", "x ours", "accuracy after each", "seconds to target")
+COLUMNS = (
+    "",
+    "first epoch, s",
+    "x ours",
+    "later epochs, s",
+    "x ours",
+    "accuracy after each",
+    "seconds to target",
+)
 
 
 def summary(runs: list[dict[str, Any]], target: float) -> str:
@@ -246,11 +297,20 @@ def summary(runs: list[dict[str, Any]], target: float) -> str:
         times = [
             text
             for seconds, baseline in zip((first, later), ours, strict=True)
-            for text in (f"{seconds:.1f}" if seconds else "-", f"{seconds / baseline:.2f}" if baseline else "-")
+            for text in (
+                f"{seconds:.1f}" if seconds else "-",
+                f"{seconds / baseline:.2f}" if baseline else "-",
+            )
         ]
-        means = (statistics.mean(epoch["accuracy"] for epoch in same) for same in zip(*mine, strict=True))
+        means = (
+            statistics.mean(epoch["accuracy"] for epoch in same) for same in zip(*mine, strict=True)
+        )
         until = [seconds for epochs in mine if (seconds := time_to(epochs, target)) is not None]
-        reached = f"{statistics.median(until):.0f} ({len(until)} of {len(mine)} seeds)" if until else "not reached"
+        reached = (
+            f"{statistics.median(until):.0f} ({len(until)} of {len(mine)} seeds)"
+            if until
+            else "not reached"
+        )
         lines.append((who, *times, ", ".join(f"{mean:.3f}" for mean in means), reached))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -264,11 +324,15 @@ def time_to(epochs: list[dict[str, float]], target: float) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--who", nargs="+", default=list(WHO), choices=WHO)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--target", type=float, default=0.85, help="validation accuracy whose time is told")
+    parser.add_argument(
+        "--target", type=float, default=0.85, help="validation accuracy whose time is told"
+    )
     parser.add_argument("--rows", type=int, help="training reviews, for a trial; all by default")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
@@ -277,8 +341,11 @@ def main() -> None:
     os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="2")
     runs, missing = [], []
     context = multiprocessing.get_context("spawn")
-    # A process for each run; whatever libraries print goes to standard error, the table alone to standard output.
-    with ProcessPoolExecutor(1, context, initializer=os.dup2, initargs=(2, 1), max_tasks_per_child=1) as pool:
+    # A process for each run; whatever libraries print goes to standard error, the table alone to
+    # standard output.
+    with ProcessPoolExecutor(
+        1, context, initializer=os.dup2, initargs=(2, 1), max_tasks_per_child=1
+    ) as pool:
         for seed in options.seeds:
             job = Job(train, validation.tokens, first_weights(seed), options.epochs, seed)
             for who in options.who:
@@ -292,7 +359,9 @@ def main() -> None:
     loads = {"start": load_before, "end": os.getloadavg()}
     about = {"machine": machine(), "versions": versions(), "load_average": loads}
     if options.json:
-        options.json.write_text(json.dumps({**about, "rows": len(train.tokens), "runs": runs}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({**about, "rows": len(train.tokens), "runs": runs}, indent=1) + "\n"
+        )
     print(f"target: a validation accuracy of {options.target}\n\n{summary(runs, options.target)}\n")
     print("\n".join(dict.fromkeys(missing)))
 

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tutorial's sentiment model in Keras, on the very token ids and splits that `configs/imdb_lstm.py` trains on.
+"""The tutorial's sentiment model in Keras, on the very token ids and splits that
+`configs/imdb_lstm.py` trains on.
 
     pip install keras && KERAS_BACKEND=jax python benchmarks/keras_imdb.py --seeds 0 1 2
 
-Embedding 128, LSTM 128 (dropout .2, recurrent dropout .2), dense 64, dropout .5, Adam 1e-3, batch 32, at most 10 epochs
-(three without a better validation accuracy end it), the last 200 tokens of a review, padded on the left as Keras does.
-The weights of the best epoch on the validation split are tested once. One JSON line a seed.
+Embedding 128, LSTM 128 (dropout .2, recurrent dropout .2), dense 64, dropout .5, Adam 1e-3, batch
+32, at most 10 epochs (three without a better validation accuracy end it), the last 200 tokens of a
+review, padded on the left as Keras does. The weights of the best epoch on the validation split are
+tested once. One JSON line a seed.
 
-Keras draws a dropout mask of its own for each gate; flax_lstm has one for all gates of a sequence (the tied masks of
-Gal & Ghahramani 2016). `--tied` gives Keras' cell such masks, so that the two train the same model.
+Keras draws a dropout mask of its own for each gate; flax_lstm has one for all gates of a sequence
+(the tied masks of Gal & Ghahramani 2016). `--tied` gives Keras' cell such masks, so that the two
+train the same model.
 """
 
 import argparse
@@ -29,7 +32,9 @@ def arrays(dataset, split: str, length: int) -> tuple[np.ndarray, np.ndarray]:
     """All rows of a split as (ids [N, length] padded on the left, labels [N])."""
     inputs, labels = [], []
     for batch in dataset.evaluation(split, 500):
-        for ids, size, label, weight in zip(batch.inputs, batch.lengths, batch.targets, batch.weights, strict=True):
+        for ids, size, label, weight in zip(
+            batch.inputs, batch.lengths, batch.targets, batch.weights, strict=True
+        ):
             if weight:
                 inputs.append(np.pad(ids[:size], (length - size, 0)))
                 labels.append(label)
@@ -56,12 +61,16 @@ def build(vocabulary_size: int, length: int, tied: bool) -> keras.Model:
             layers.Dense(1, activation="sigmoid"),
         ]
     )
-    model.compile(loss="binary_crossentropy", optimizer=keras.optimizers.Adam(1e-3), metrics=["accuracy"])
+    model.compile(
+        loss="binary_crossentropy", optimizer=keras.optimizers.Adam(1e-3), metrics=["accuracy"]
+    )
     return model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--tied", action="store_true")
@@ -69,7 +78,10 @@ def main() -> None:
     data = Imdb(max_length=200, vocabulary_size=20_000)
     with tempfile.TemporaryDirectory() as folder:
         dataset = data.load(Path(folder))
-        splits = {split: arrays(dataset, split, data.max_length) for split in ("train", "validation", "test")}
+        splits = {
+            split: arrays(dataset, split, data.max_length)
+            for split in ("train", "validation", "test")
+        }
         for seed in options.seeds:
             keras.utils.set_random_seed(seed)
             model, best = (
@@ -77,7 +89,11 @@ def main() -> None:
                 Path(folder) / "best.weights.h5",
             )
             keep = keras.callbacks.ModelCheckpoint(
-                str(best), monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
+                str(best),
+                monitor="val_accuracy",
+                mode="max",
+                save_best_only=True,
+                save_weights_only=True,
             )
             stop = keras.callbacks.EarlyStopping(monitor="val_accuracy", mode="max", patience=3)
             began = time.perf_counter()

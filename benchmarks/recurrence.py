@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the backends of the recurrence against each other, forward and backward, interleaved in one process.
+"""Times the backends of the recurrence against each other, forward and backward, interleaved in one
+process.
 
-    python benchmarks/recurrence.py [--repeats 15] [--backends fused scan] [--dtype float32] [--ragged]
+    python benchmarks/recurrence.py [--repeats 15] [--backends fused scan] [--dtype float32]
+    [--ragged]
 
-Prints the median milliseconds of a training-like step (outputs, and the gradients of inputs and weights) of each
-backend, and its speed relative to the scan. `taskset -c 0 python ...` shows one core. On a busy machine compare the
-processor's time (`--cpu-time`), which waiting for others does not lengthen. malloc is tuned as in `train.py`.
+Prints the median milliseconds of a training-like step (outputs, and the gradients of inputs and
+weights) of each backend, and its speed relative to the scan. `taskset -c 0 python ...` shows one
+core. On a busy machine compare the processor's time (`--cpu-time`), which waiting for others does
+not lengthen. malloc is tuned as in `train.py`.
 """
 
 import argparse
@@ -17,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_lstm.cells import CELLS
-from flax_lstm.layers import RNN, Stack
-from flax_lstm.malloc import tune_malloc
+from flax_lstm.machine.malloc import tune_malloc
+from flax_lstm.nn.cells import CELLS
+from flax_lstm.nn.layers import RNN, Stack
 
 # cell, layers, batch B, time T, input features D, hidden units H
 CASES = [
@@ -35,7 +38,9 @@ CASES = [
 ]
 
 
-def make_step(backend: str, cell: str, layers: int, hidden: int, dtype: str, x_BTD: jax.Array, lengths_B) -> Callable:
+def make_step(
+    backend: str, cell: str, layers: int, hidden: int, dtype: str, x_BTD: jax.Array, lengths_B
+) -> Callable:
     """A compiled function that does one step and waits for it."""
     stack = Stack([RNN(CELLS[cell](hidden, dtype=dtype), backend=backend) for _ in range(layers)])
     variables = stack.init(jax.random.key(0), x_BTD, lengths_B)
@@ -54,13 +59,19 @@ def cpu_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each backend")
     parser.add_argument("--backends", nargs="+", default=["fused", "scan"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the matmuls")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the matmuls"
+    )
     parser.add_argument("--ragged", action="store_true", help="rows of different lengths")
     parser.add_argument("--only", default="", help="a cell")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, summed over cores, not wall time")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time, summed over cores, not wall time"
+    )
     arguments = parser.parse_args()
     clock = cpu_seconds if arguments.cpu_time else time.perf_counter
     tune_malloc()
@@ -85,7 +96,9 @@ def main() -> None:
         case = f"{cell:4} {layers} x H{hidden:<4} B{batch:<4} T{time_steps:<4} D{features:<4}"
         figures = "  ".join(f"{name} {ms:7.1f} ms" for name, ms in medians.items())
         base = medians.get("scan", next(iter(medians.values())))
-        ratios = "  ".join(f"{name} {base / ms:4.2f}x" for name, ms in medians.items() if name != "scan")
+        ratios = "  ".join(
+            f"{name} {base / ms:4.2f}x" for name, ms in medians.items() if name != "scan"
+        )
         print(f"{case} {figures}   {ratios}", flush=True)
 
 

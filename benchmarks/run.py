@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step of flax_lstm beside those of PyTorch, Keras, Flax and Haiku, in one interleaved run.
+"""The training step of flax_lstm beside those of PyTorch, Keras, Flax and Haiku, in one interleaved
+run.
 
     pip install -e '.[bench]'
     python benchmarks/run.py --json figures.json                    # everything: hours
     python benchmarks/run.py --workloads anchors --peers 'ours-*' torch-fused linen --malloc tuned
 
-Every implementation has a process of its own, and one of them works at a time, in turns. Each must first give the same
-loss from the same weights. Prints a table in Markdown; docs/benchmarks.md explains it.
+Every implementation has a process of its own, and one of them works at a time, in turns. Each must
+first give the same loss from the same weights. Prints a table in Markdown; docs/benchmarks.md
+explains it.
 """
 
 import argparse
@@ -29,9 +31,22 @@ from typing import Any, NamedTuple
 from worker import serve
 from workloads import GROUPS, WORKLOADS, Work, make_work, reference_loss
 
-PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "tensorflow", "keras", "dm-haiku")
+PACKAGES = (
+    "flax-lstm",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "torch",
+    "tensorflow",
+    "keras",
+    "dm-haiku",
+)
 FIRST_LOSS = 1e-4  # relative difference allowed at the given weights
-FALL = 0.6  # and of what the loss falls by in the first updates; PyTorch learns a second bias, which is a third faster
+# and of what the loss falls by in the first updates; PyTorch learns a second bias, which is a third
+# faster
+FALL = 0.6
 PAUSE = 0.05  # seconds between turns, for threads that wait in a loop to go to sleep
 
 
@@ -58,7 +73,9 @@ FLOORS = {f"floor-{library}": Peer("floor", {"library": library}) for library in
 
 def all_peers() -> dict[str, Peer]:
     """Ours with each backend there is, the others, and the floors."""
-    from flax_lstm import backends  # here: the workers read this file, and not all of them shall load JAX
+    from flax_lstm import (
+        backends,  # here: the workers read this file, and not all of them shall load JAX
+    )
 
     ours = {f"ours-{name}": Peer("ours", {"backend": name}) for name in ("auto", *backends())}
     return {**ours, **PEERS, **FLOORS}
@@ -75,7 +92,9 @@ class Entrant:
         self.rounds: list[float] = []  # median milliseconds of each turn
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, peer.module, peer.options, tuned, work))
+        self._process = context.Process(
+            target=serve, args=(theirs, peer.module, peer.options, tuned, work)
+        )
         self._process.start()
         theirs.close()
         self._receive()
@@ -90,7 +109,9 @@ class Entrant:
         except EOFError:
             self._process.join()
             answer = {"failed": f"its process ended with status {self._process.exitcode}"}
-        self.trouble = {k: v for k, v in answer.items() if k in ("missing", "unsupported", "failed")}
+        self.trouble = {
+            k: v for k, v in answer.items() if k in ("missing", "unsupported", "failed")
+        }
         return answer
 
     def fail(self, why: str) -> None:
@@ -133,7 +154,8 @@ def running(entrants: Iterable[Entrant]) -> list[Entrant]:
 
 
 def check_losses(work: Work, entrants: list[Entrant]) -> None:
-    """Ends those whose first loss is not that of NumPy, or whose updates do not lower it as those of the others do."""
+    """Ends those whose first loss is not that of NumPy, or whose updates do not lower it as those
+    of the others do."""
     reference = reference_loss(work)
     learners = [entrant for entrant in running(entrants) if not entrant.is_floor]
     for entrant in learners:
@@ -144,7 +166,10 @@ def check_losses(work: Work, entrants: list[Entrant]) -> None:
     typical = statistics.median(falls.values()) if falls else 0.0
     for entrant, fall in falls.items():
         if abs(fall - typical) > FALL * abs(typical) + FIRST_LOSS * reference:
-            entrant.fail(f"its loss falls by {fall:.6f} in the first updates, that of the others by {typical:.6f}")
+            entrant.fail(
+                f"its loss falls by {fall:.6f} in the first updates, that of the others by "
+                f"{typical:.6f}"
+            )
 
 
 def rows_of(name: str, work: Work, entrants: list[Entrant]) -> list[dict[str, Any]]:
@@ -157,14 +182,26 @@ def rows_of(name: str, work: Work, entrants: list[Entrant]) -> list[dict[str, An
     floor = min((e for e in timed if e.is_floor), key=lambda e: e.milliseconds, default=None)
 
     def row(entrant: Entrant) -> dict[str, Any]:
-        about = {"workload": name, "implementation": entrant.name, "malloc": "tuned" if entrant.tuned else "default"}
+        about = {
+            "workload": name,
+            "implementation": entrant.name,
+            "malloc": "tuned" if entrant.tuned else "default",
+        }
         status = next(iter(entrant.trouble), "ok")
         about |= {"status": status, "reason": entrant.trouble.get(status)}
         if entrant not in timed:
             return about
         linen = next((e for e in peers if e.name == "linen" and e.tuned == entrant.tuned), None)
-        others = {"times_best_peer": best, "times_best_default_peer": best_default, "times_linen": linen}
-        ratios = {k: e and e.milliseconds / entrant.milliseconds for k, e in others.items() if not entrant.is_floor}
+        others = {
+            "times_best_peer": best,
+            "times_best_default_peer": best_default,
+            "times_linen": linen,
+        }
+        ratios = {
+            k: e and e.milliseconds / entrant.milliseconds
+            for k, e in others.items()
+            if not entrant.is_floor
+        }
         report, ms = entrant.report, entrant.milliseconds
         low, _, high = quartiles(entrant.rounds)
         return about | {
@@ -174,7 +211,8 @@ def rows_of(name: str, work: Work, entrants: list[Entrant]) -> list[dict[str, An
             "first_step_s": report["first_step_s"],
             "before_mb": report["before_mb"],
             "memory_mb": report["peak_mb"] - report["before_mb"],
-            "memory_with_first_steps_mb": max(report["first_peak_mb"], report["peak_mb"]) - report["before_mb"],
+            "memory_with_first_steps_mb": max(report["first_peak_mb"], report["peak_mb"])
+            - report["before_mb"],
             "losses": report["losses"],
             **{k: ratios.get(k) for k in others},
             "over_floor": floor and ms / floor.milliseconds,
@@ -226,7 +264,10 @@ def absences(rows: list[dict[str, Any]]) -> str:
             key = (row["implementation"], row["status"], row["reason"])
             names = grouped.setdefault(key, [])
             names += [row["workload"]] * (row["workload"] not in names)
-    return "\n".join(f"- {who}: {status} ({', '.join(names)}): {why}" for (who, status, why), names in grouped.items())
+    return "\n".join(
+        f"- {who}: {status} ({', '.join(names)}): {why}"
+        for (who, status, why), names in grouped.items()
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -234,8 +275,15 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -258,20 +306,33 @@ def chosen(patterns: list[str], names: Iterable[str], parser: argparse.ArgumentP
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", default=["all"], help="names, patterns as 'bi-*', or all, anchors")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workloads", nargs="+", default=["all"], help="names, patterns as 'bi-*', or all, anchors"
+    )
     parser.add_argument("--peers", nargs="+", default=["*"], help="names, or patterns as 'ours-*'")
-    parser.add_argument("--malloc", nargs="+", default=["default", "tuned"], choices=["default", "tuned"])
+    parser.add_argument(
+        "--malloc", nargs="+", default=["default", "tuned"], choices=["default", "tuned"]
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of each implementation")
-    parser.add_argument("--seconds", type=float, default=0.5, help="at least so long a turn, and one step")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="at least so long a turn, and one step"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--list", action="store_true", help="print the names of workloads and implementations")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of workloads and implementations"
+    )
     options = parser.parse_args()
     os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="2")
     peers = all_peers()
     if options.list:
-        print(f"workloads: {' '.join(WORKLOADS)}\ngroups: {' '.join(GROUPS)}\nimplementations: {' '.join(peers)}")
+        print(
+            f"workloads: {' '.join(WORKLOADS)}\ngroups: {' '.join(GROUPS)}\nimplementations: "
+            f"{' '.join(peers)}"
+        )
         return
     asked = [name for pattern in options.workloads for name in GROUPS.get(pattern, [pattern])]
     names = chosen(options.peers, peers, parser)
@@ -288,7 +349,9 @@ def main() -> None:
         entrants = []
         try:
             for name in names:
-                for malloc in options.malloc if name not in FLOORS else ["default"]:  # a floor allocates nothing
+                for malloc in (
+                    options.malloc if name not in FLOORS else ["default"]
+                ):  # a floor allocates nothing
                     entrants.append(Entrant(name, peers[name], malloc == "tuned", work))
             compete(work, entrants, options.rounds, options.seconds, log)
         finally:
@@ -308,11 +371,19 @@ def main() -> None:
     }
     shapes = {row["workload"]: asdict(WORKLOADS[row["workload"]]) for row in rows}
     if options.json:
-        options.json.write_text(json.dumps({**about, "workloads": shapes, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({**about, "workloads": shapes, "rows": rows}, indent=1) + "\n"
+        )
     place = about["machine"]
-    print(f"{about['date']}, {place['cores']} cores of {place['cpu']}, Python {place['python']}, ", end="")
+    print(
+        f"{about['date']}, {place['cores']} cores of {place['cpu']}, Python {place['python']}, ",
+        end="",
+    )
     print(", ".join(f"{name} {version}" for name, version in about["versions"].items()), end="; ")
-    print(f"load {load[0]:.1f} before, {about['load_average']['end'][0]:.1f} after; {options.rounds} rounds")
+    print(
+        f"load {load[0]:.1f} before, {about['load_average']['end'][0]:.1f} after; "
+        f"{options.rounds} rounds"
+    )
     print("".join(f"\n{note}" for note in notes), f"\n{table(rows)}\n\n{absences(rows)}", sep="")
 
 

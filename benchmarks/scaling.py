@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weak scaling: the training step of a config on 1, 2, 4, ... of this machine's devices, each with the same share.
+"""Weak scaling: the training step of a config on 1, 2, 4, ... of this machine's devices, each with
+the same share.
 
     python benchmarks/scaling.py [--config quickstart] [--rounds 20]
 
-The batch is the config's for one device, n times that for n. The sizes take turns; medians. Meant for a machine with
+The batch is the config's for one device, n times that for n. The sizes take turns; medians. Meant
+for a machine with
 several GPUs or TPUs: virtual CPU devices share the processor, and their times say nothing.
 """
 
@@ -17,12 +19,14 @@ from pathlib import Path
 import jax
 
 from flax_lstm import MeshConfig, load_config
-from flax_lstm.assembly import assemble
-from flax_lstm.sharding import put_batch
+from flax_lstm.machine.sharding import put_batch
+from flax_lstm.training.assembly import assemble
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
@@ -33,9 +37,14 @@ def main() -> None:
     steps, states, batches, times = {}, {}, {}, {n: [] for n in sizes}
     for n in sizes:
         rows = config.train.batch_size * n
-        sized = replace(config, mesh=MeshConfig(data=n), train=replace(config.train, batch_size=rows))
+        sized = replace(
+            config, mesh=MeshConfig(data=n), train=replace(config.train, batch_size=rows)
+        )
         mesh, steps[n], _ = assemble(sized, dataset.info, devices[:n])
-        states[n], batches[n] = steps[n].init(), put_batch(dataset.train(rows, config.seed)[0], mesh)
+        states[n], batches[n] = (
+            steps[n].init(),
+            put_batch(dataset.train(rows, config.seed)[0], mesh),
+        )
     for turn in range(options.rounds + 2):
         for n in sizes:
             begin = time.perf_counter()
@@ -44,9 +53,12 @@ def main() -> None:
             if turn >= 2:  # the first compiles, the second warms up
                 times[n].append(time.perf_counter() - begin)
     print(
-        f"{config.name} on {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, {options.rounds} rounds\n"
+        f"{config.name} on {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, "
+        f"{options.rounds} rounds\n"
     )
-    print("| devices | batch | ms a step | examples/s | efficiency |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| devices | batch | ms a step | examples/s | efficiency |\n| --- | --- | --- | --- | --- |"
+    )
     for n in sizes:
         median, rows = statistics.median(times[n]), config.train.batch_size * n
         share = statistics.median(times[1]) / median

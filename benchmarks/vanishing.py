@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why simple recurrent networks forget: the gradient of the last output with respect to the input of each step before.
+"""Why simple recurrent networks forget: the gradient of the last output with respect to the input
+of each step before.
 
-    python benchmarks/vanishing.py [--steps 200] [--hidden-size 128] [--seeds 5] [--output docs/images/vanishing.png]
+    python benchmarks/vanishing.py [--steps 200] [--hidden-size 128] [--seeds 5] [--output
+    docs/images/vanishing.png]
 
-Draws, for each cell as it is initialised, the norm of d y_T / d x_t over the distance T - t, relative to distance 0
-(Bengio, Simard & Frasconi 1994; Hochreiter 1991), and prints the distance over which it falls to a thousandth.
-The first panel has the initial values of the package (orthogonal recurrence, forget bias 1); the second has the
-textbook's: recurrent weights drawn uniformly from +-1/sqrt(H), all biases 0.
+Draws, for each cell as it is initialised, the norm of d y_T / d x_t over the distance T - t,
+relative to distance 0 (Bengio, Simard & Frasconi 1994; Hochreiter 1991), and prints the distance
+over which it falls to a thousandth. The first panel has the initial values of the package
+(orthogonal recurrence, forget bias 1); the second has the textbook's: recurrent weights drawn
+uniformly from +-1/sqrt(H), all biases 0.
 """
 
 import argparse
@@ -18,8 +21,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from flax_lstm.cells import CELLS
-from flax_lstm.layers import RNN
+from flax_lstm.nn.cells import CELLS
+from flax_lstm.nn.layers import RNN
 
 
 def textbook(params: dict, key: jax.Array) -> dict:
@@ -31,8 +34,8 @@ def textbook(params: dict, key: jax.Array) -> dict:
 
 
 def gradient_norms(name: str, steps: int, hidden: int, seed: int, plain: bool) -> np.ndarray:
-    """[T] norm of the gradient of the last output (times a random vector) with respect to each input, from last to
-    first, over a batch of 16 sequences of standard normal inputs."""
+    """[T] norm of the gradient of the last output (times a random vector) with respect to each
+    input, from last to first, over a batch of 16 sequences of standard normal inputs."""
     keys = jax.random.split(jax.random.key(seed), 4)
     rnn = RNN(CELLS[name](hidden), backend="scan")
     x_BTD = jax.random.normal(keys[0], (16, steps, 32))
@@ -49,7 +52,9 @@ def gradient_norms(name: str, steps: int, hidden: int, seed: int, plain: bool) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=5)
@@ -57,13 +62,17 @@ def main() -> None:
     options = parser.parse_args()
     figure = Figure(figsize=(10, 4), layout="constrained")
     print(
-        "| initial values | cell | steps until a thousandth is left | left after 30 steps |\n| --- | --- | --- | --- |"
+        "| initial values | cell | steps until a thousandth is left | left after 30 steps |\n| "
+        "--- | --- | --- | --- |"
     )
-    for column, (title, plain) in enumerate((("initial values of flax_lstm", False), ("textbook's", True))):
+    for column, (title, plain) in enumerate(
+        (("initial values of flax_lstm", False), ("textbook's", True))
+    ):
         axes = figure.add_subplot(1, 2, column + 1)
         for name in CELLS:
             runs = [
-                gradient_norms(name, options.steps, options.hidden_size, seed, plain) for seed in range(options.seeds)
+                gradient_norms(name, options.steps, options.hidden_size, seed, plain)
+                for seed in range(options.seeds)
             ]
             share = np.stack([run / run[0] for run in runs])
             mean = np.exp(np.mean(np.log(np.maximum(share, 1e-30)), axis=0))

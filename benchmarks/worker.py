@@ -14,11 +14,12 @@ from workloads import Unsupported, Work, loss_of
 
 
 def serve(pipe: Connection, module: str, options: dict[str, Any], tuned: bool, work: Work) -> None:
-    """Answers each message in the pipe by a dict; one with "failed" (or "missing", "unsupported") is the last.
+    """Answers each message in the pipe by a dict; one with "failed" (or "missing", "unsupported")
+    is the last.
 
-    The first answer comes unasked when the implementation is ready. "warm-up": the losses of the first steps, how long
-    the first took, memory before and at the peak. A number: the seconds of steps made for about so many seconds. None:
-    memory, and the end.
+    The first answer comes unasked when the implementation is ready. "warm-up": the losses of the
+    first steps, how long the first took, memory before and at the peak. A number: the seconds of
+    steps made for about so many seconds. None: memory, and the end.
     """
     os.dup2(2, 1)  # whatever libraries print: the table alone goes to standard output
     try:
@@ -26,10 +27,17 @@ def serve(pipe: Connection, module: str, options: dict[str, Any], tuned: bool, w
             raise Unsupported("malloc can be tuned with glibc only")
         step = importlib.import_module(f"peers.{module}").make(work, **options)
         pipe.send({})
-        answers = {"warm-up": lambda: warm_up(step, work), None: lambda: {"peak_mb": memory("VmHWM")}}
+        answers = {
+            "warm-up": lambda: warm_up(step, work),
+            None: lambda: {"peak_mb": memory("VmHWM")},
+        }
         while True:
             message = pipe.recv()
-            pipe.send(answers[message]() if message in answers else {"seconds": timed_steps(step, work, message)})
+            pipe.send(
+                answers[message]()
+                if message in answers
+                else {"seconds": timed_steps(step, work, message)}
+            )
             if message is None:
                 return
     except ModuleNotFoundError as error:
@@ -41,7 +49,8 @@ def serve(pipe: Connection, module: str, options: dict[str, Any], tuned: bool, w
 
 
 def load_malloc() -> ModuleType:
-    """`flax_lstm.malloc` alone: importing the package would bring JAX into the processes of the others."""
+    """`flax_lstm.machine.malloc` alone: importing the package would bring JAX into the processes of
+    the others."""
     package = importlib.util.find_spec("flax_lstm")
     assert package is not None and package.origin is not None
     path = Path(package.origin).with_name("malloc.py")
@@ -53,7 +62,8 @@ def load_malloc() -> ModuleType:
 
 
 def memory(field: str) -> float:
-    """Megabytes that this process has ("VmRSS") or had at most ("VmHWM"); nan where there is no /proc."""
+    """Megabytes that this process has ("VmRSS") or had at most ("VmHWM"); nan where there is no
+    /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -83,8 +93,8 @@ def warm_up(step: Any, work: Work) -> dict[str, Any]:
 
 
 def timed_steps(step: Any, work: Work, seconds: float) -> list[float]:
-    """Seconds a step, each figure a mean over all batches: as many as are begun in that time, one at least. A step
-    before them, which is not counted, brings caches and threads back."""
+    """Seconds a step, each figure a mean over all batches: as many as are begun in that time, one
+    at least. A step before them, which is not counted, brings caches and threads back."""
     step(0)
     samples, end = [], time.perf_counter() + seconds
     while not samples or time.perf_counter() < end:

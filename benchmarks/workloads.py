@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed: shapes, weights and batches, the same for every implementation, and the loss they must give.
+"""What is timed: shapes, weights and batches, the same for every implementation, and the loss they
+must give.
 
 Axes: B batch, T time, D input features, H hidden units, G gates.
 """
@@ -22,14 +23,17 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes of model and batch. Embedding, recurrent layers, last output, dense; cross-entropy; Adam; no dropout."""
+    """Shapes of model and batch. Embedding, recurrent layers, last output, dense; cross-entropy;
+    Adam; no dropout."""
 
     hidden: tuple[int, ...] = (128,)  # units of each layer
     batch: int = 32
     time: int = 200
     cell: Literal["lstm", "gru"] = "lstm"
     bidirectional: bool = False
-    lengths: Literal["full", "padded", "bucketed"] = "full"  # not full: those of IMDB, up to MAX_LENGTH
+    lengths: Literal["full", "padded", "bucketed"] = (
+        "full"  # not full: those of IMDB, up to MAX_LENGTH
+    )
     train: bool = True  # False: the outputs alone
     vocabulary: int = 20_000  # 0: real inputs without embedding, and the squared error
     features: int = 128  # D
@@ -73,7 +77,8 @@ class Batch(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The same numbers as each library wants them. The recurrent layers one by one, the lowest first."""
+    """The same numbers as each library wants them. The recurrent layers one by one, the lowest
+    first."""
 
     embedding: np.ndarray | None  # [vocabulary, D]
     head: tuple[np.ndarray, np.ndarray]  # kernel, bias
@@ -96,14 +101,27 @@ def make_work(workload: Workload, seed: int) -> Work:
     rng = np.random.default_rng(seed)
     weights = make_weights(workload, rng)
     if not workload.ragged:
-        return Work(workload, weights, [make_batch(workload, np.full(workload.batch, workload.time), rng)], "")
+        return Work(
+            workload,
+            weights,
+            [make_batch(workload, np.full(workload.batch, workload.time), rng)],
+            "",
+        )
     lengths, note = review_lengths(rng)
-    return Work(workload, weights, [make_batch(workload, n, rng) for n in group(workload, lengths, seed)], note)
+    return Work(
+        workload,
+        weights,
+        [make_batch(workload, n, rng) for n in group(workload, lengths, seed)],
+        note,
+    )
 
 
 def make_weights(workload: Workload, rng: np.random.Generator) -> Weights:
-    """Of a size that lets the loss depend on all of them. The bias of a GRU's candidate is 0, since nnx has none."""
-    from flax_lstm import convert  # here: the workers read this file, and not all of them shall load JAX
+    """Of a size that lets the loss depend on all of them. The bias of a GRU's candidate is 0, since
+    nnx has none."""
+    from flax_lstm import (
+        convert,  # here: the workers read this file, and not all of them shall load JAX
+    )
 
     def uniform(scale: float, *shape: int) -> np.ndarray:
         return rng.uniform(-scale, scale, shape).astype(np.float32)
@@ -121,7 +139,11 @@ def make_weights(workload: Workload, rng: np.random.Generator) -> Weights:
             if workload.cell == "gru":
                 cell["recurrent_bias"] = np.zeros(hidden, np.float32)
             cells.append({"cell": cell})
-        layers.append(dict(zip(("forward", "backward"), cells, strict=True)) if workload.bidirectional else cells[0])
+        layers.append(
+            dict(zip(("forward", "backward"), cells, strict=True))
+            if workload.bidirectional
+            else cells[0]
+        )
         features = hidden * len(cells)
     stack = {f"layers_{n}": layer for n, layer in enumerate(layers)}
     embedding = rng.normal(size=(workload.vocabulary, workload.features)).astype(np.float32)
@@ -140,7 +162,9 @@ def make_batch(workload: Workload, lengths_B: np.ndarray, rng: np.random.Generat
     batch, lengths_B = len(lengths_B), np.minimum(lengths_B, time).astype(np.int32)
     if not workload.vocabulary:
         inputs_BTD = rng.normal(size=(batch, time, workload.features)).astype(np.float32)
-        return Batch(inputs_BTD, rng.normal(size=(batch, workload.outputs)).astype(np.float32), lengths_B)
+        return Batch(
+            inputs_BTD, rng.normal(size=(batch, workload.outputs)).astype(np.float32), lengths_B
+        )
     inputs_BT = rng.integers(1, workload.vocabulary, (batch, time)).astype(np.int32)
     inputs_BT[np.arange(time) >= lengths_B[:, None]] = 0  # padding, as Keras' mask_zero wants it
     return Batch(inputs_BT, rng.integers(0, workload.outputs, batch).astype(np.int32), lengths_B)
@@ -153,14 +177,21 @@ def review_lengths(rng: np.random.Generator) -> tuple[np.ndarray, str]:
 
         with tempfile.TemporaryDirectory() as folder:
             rows = Imdb(max_length=MAX_LENGTH).load(Path(folder)).train(1, seed=0)
-            return np.array([rows[n].lengths[0] for n in range(len(rows))]), "lengths of the IMDB training reviews"
-    drawn = rng.lognormal(5.405, 0.645, 22_558).astype(int)  # mean and deviation of the logarithms of the real ones
-    return np.clip(drawn, 11, MAX_LENGTH), "lengths drawn from a log-normal like IMDB's: TFDS_DATA_DIR is not set"
+            return np.array(
+                [rows[n].lengths[0] for n in range(len(rows))]
+            ), "lengths of the IMDB training reviews"
+    drawn = rng.lognormal(5.405, 0.645, 22_558).astype(
+        int
+    )  # mean and deviation of the logarithms of the real ones
+    return np.clip(
+        drawn, 11, MAX_LENGTH
+    ), "lengths drawn from a log-normal like IMDB's: TFDS_DATA_DIR is not set"
 
 
 def group(workload: Workload, lengths: np.ndarray, seed: int) -> list[np.ndarray]:
-    """The lengths of the rows of each batch: random rows padded alike, or batches of an epoch in buckets, as
-    `flax_lstm` makes them (the longest row filling the bucket), evenly spaced by length."""
+    """The lengths of the rows of each batch: random rows padded alike, or batches of an epoch in
+    buckets, as `flax_lstm` makes them (the longest row filling the bucket), evenly spaced by
+    length."""
     from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries
 
     if workload.lengths == "padded":
@@ -180,7 +211,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
-def last_output(cell: dict[str, np.ndarray], x_BTD: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def last_output(
+    cell: dict[str, np.ndarray], x_BTD: np.ndarray, lengths_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Outputs [B, T, H] and that of each row's last valid step [B, H], in NumPy."""
     gates = cell["bias"].shape[0]
     xs_BTGH = np.einsum("btd,dgh->btgh", x_BTD, cell["input"], optimize=True) + cell["bias"]
@@ -214,18 +247,25 @@ def loss_of(outputs: np.ndarray, batch: Batch) -> float:
 
 
 def reference_loss(work: Work) -> float:
-    """The loss of the first batch, in NumPy and float64: what every implementation must give before it is timed."""
+    """The loss of the first batch, in NumPy and float64: what every implementation must give before
+    it is timed."""
     batch, weights = work.batches[0], work.weights
-    x_BTD = (batch.inputs if weights.embedding is None else weights.embedding[batch.inputs]).astype(np.float64)
+    x_BTD = (batch.inputs if weights.embedding is None else weights.embedding[batch.inputs]).astype(
+        np.float64
+    )
     for layer in weights.stack.values():
         if "cell" in layer:
             x_BTD, last_BH = last_output(layer["cell"], x_BTD, batch.lengths)
             continue
-        order_BT = (batch.lengths[:, None] - 1 - np.arange(x_BTD.shape[1])) % x_BTD.shape[1]  # valid steps reversed
+        order_BT = (batch.lengths[:, None] - 1 - np.arange(x_BTD.shape[1])) % x_BTD.shape[
+            1
+        ]  # valid steps reversed
         reversed_BTD = np.take_along_axis(x_BTD, order_BT[..., None], axis=1)
         y_BTH, forward_BH = last_output(layer["forward"]["cell"], x_BTD, batch.lengths)
         z_BTH, backward_BH = last_output(layer["backward"]["cell"], reversed_BTD, batch.lengths)
-        x_BTD = np.concatenate([y_BTH, np.take_along_axis(z_BTH, order_BT[..., None], axis=1)], axis=-1)
+        x_BTD = np.concatenate(
+            [y_BTH, np.take_along_axis(z_BTH, order_BT[..., None], axis=1)], axis=-1
+        )
         last_BH = np.concatenate([forward_BH, backward_BH], axis=-1)
     kernel, bias = weights.head
     return loss_of(last_BH @ kernel + bias, batch)

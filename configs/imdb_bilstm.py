@@ -1,4 +1,5 @@
-"""The best supervised sentiment model here: a bidirectional LSTM, pooled in three ways and strongly regularised.
+"""The best supervised sentiment model here: a bidirectional LSTM, pooled in three ways and strongly
+regularised.
 
     python train.py --config imdb_bilstm
 
@@ -7,7 +8,7 @@ Test accuracy 0.883 (seed 0), validation 0.907: docs/results.md, with what else 
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
-from flax_lstm.data.imdb import Imdb
+from flax_lstm.data import Imdb
 
 EPOCH = 353  # steps: 22,558 training reviews in batches of 64
 

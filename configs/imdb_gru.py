@@ -6,7 +6,7 @@ Test accuracy 0.874 (seed 0), seven minutes on one core of a busy machine: docs/
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
-from flax_lstm.data.imdb import Imdb
+from flax_lstm.data import Imdb
 
 EPOCH = 705  # steps: 22,558 training reviews in batches of 32
 

@@ -1,4 +1,5 @@
-"""A language model of IMDB reviews (labelled for training and unlabelled ones, never a test review), state carried.
+"""A language model of IMDB reviews (labelled for training and unlabelled ones, never a test
+review), state carried.
 
     python train.py --config imdb_lm
 
@@ -6,7 +7,7 @@ Not trained to the end: 20,000 steps take about 14 hours on two cores. Made for 
 """
 
 from flax_lstm import Config, LanguageModeling, RecurrentModel, TrainConfig
-from flax_lstm.data.language import ImdbLanguage
+from flax_lstm.data import ImdbLanguage
 
 
 def get_config() -> Config:

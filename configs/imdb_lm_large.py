@@ -1,19 +1,22 @@
-"""A language model of IMDB reviews for many chips: two LSTM layers of 8192 units, 0.9 billion parameters.
+"""A language model of IMDB reviews for many chips: two LSTM layers of 8192 units, 0.9 billion
+parameters.
 
     python train.py --config imdb_lm_large --mesh.fsdp 4 --mesh.model 8
 
 Look first, on any laptop, what it would take:
 
-    python -m flax_lstm plan --config imdb_lm_large --mesh.fsdp 4 --mesh.model 8 --topology v5e:16x16
-    python -m flax_lstm plan --config imdb_lm_large --mesh.data 2 --mesh.fsdp 2 --mesh.model 2 --topology h200:8
+    python -m flax_lstm plan --config imdb_lm_large --mesh.fsdp 4 --mesh.model 8 --topology
+    v5e:16x16 python -m flax_lstm plan --config imdb_lm_large --mesh.data 2 --mesh.fsdp 2
+    --mesh.model 2 --topology h200:8
 
-Parameters and AdamW's two moments alone are 10 GiB, with gradients 14 GiB: one v5e chip (16 GiB) refuses, four hold it.
-The widths are those of Jozefowicz et al. 2016 ("Exploring the limits of language modeling", LSTM-8192-1024). It was
+Parameters and AdamW's two moments alone are 10 GiB, with gradients 14 GiB: one v5e chip (16 GiB)
+refuses, four hold it. The widths are those of Jozefowicz et al. 2016 ("Exploring the limits of
+language modeling", LSTM-8192-1024). It was
 planned, never trained: docs/scaling.md has the predictions.
 """
 
 from flax_lstm import Config, LanguageModeling, RecurrentModel, TrainConfig
-from flax_lstm.data.language import ImdbLanguage
+from flax_lstm.data import ImdbLanguage
 
 
 def get_config() -> Config:

@@ -1,13 +1,14 @@
-"""The tutorial's sentiment model on IMDB: embedding 128, LSTM 128 (dropout .2, recurrent dropout .2), dense 64.
+"""The tutorial's sentiment model on IMDB: embedding 128, LSTM 128 (dropout .2, recurrent dropout
+.2), dense 64.
 
     python train.py --config imdb_lstm
 
-Test accuracy 0.846 +- 0.009 (seeds 0 to 2); the same model in Keras, benchmarks/keras_imdb.py: 0.853 +- 0.002. Four to
-thirteen minutes on one core of a busy machine, as early stopping has it.
+Test accuracy 0.846 +- 0.009 (seeds 0 to 2); the same model in Keras, benchmarks/keras_imdb.py:
+0.853 +- 0.002. Four to thirteen minutes on one core of a busy machine, as early stopping has it.
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
-from flax_lstm.data.imdb import Imdb
+from flax_lstm.data import Imdb
 
 EPOCH = 705  # steps: 22,558 training reviews in batches of 32
 

@@ -6,7 +6,7 @@ Test accuracy 0.857 (seed 0), 25 minutes on one core of a busy machine: docs/res
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
-from flax_lstm.data.imdb import Imdb
+from flax_lstm.data import Imdb
 
 EPOCH = 705  # steps: 22,558 training reviews in batches of 32
 

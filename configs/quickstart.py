@@ -1,13 +1,15 @@
-"""Day-ahead forecasts of an hourly electricity load that is part of the package: the default of train.py.
+"""Day-ahead forecasts of an hourly electricity load that is part of the package: the default of
+train.py.
 
     python train.py
 
-A week of hours is read as seven segments of a day, with the calendar as covariates. Test mae 0.0895 (scaled; seed 0),
-seasonal naive 0.0968, in less than a minute on two cores; docs/results.md has the rest.
+A week of hours is read as seven segments of a day, with the calendar as covariates. Test mae 0.0895
+(scaled; seed 0), seasonal naive 0.0968, in less than a minute on two cores; docs/results.md has the
+rest.
 """
 
 from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig
-from flax_lstm.data.series import SeriesTable
+from flax_lstm.data import SeriesTable
 
 
 def get_config() -> Config:
@@ -16,6 +18,15 @@ def get_config() -> Config:
         data=SeriesTable(path="electricity", lookback=168, horizon=24, season=24),
         task=Forecasting(objective="mae"),
         model=SegmentModel(cell="lstm", hidden_size=96, segment=24, dropout=0.1),
-        train=TrainConfig(steps=2000, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup_steps=50,
-                          ema=0.99, log_every=50, eval_every=200, checkpoint_every=200),
-    )  # fmt: skip
+        train=TrainConfig(
+            steps=2000,
+            batch_size=64,
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=50,
+            ema=0.99,
+            log_every=50,
+            eval_every=200,
+            checkpoint_every=200,
+        ),
+    )

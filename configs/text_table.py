@@ -1,12 +1,13 @@
 """Classify your own texts: a CSV, TSV, JSON-lines or Parquet file, or a folder `label/*.txt`.
 
-    python train.py --config text_table --data.path reviews.csv --data.text-column text --data.label-column label
+    python train.py --config text_table --data.path reviews.csv --data.text-column text
+    --data.label-column label
 
 Labels may have any names and number. Give --name, or --workdir, to keep several runs apart.
 """
 
 from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
-from flax_lstm.data.text import TextTable
+from flax_lstm.data import TextTable
 
 
 def get_config() -> Config:

@@ -1,17 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train, resume and serve recurrent sequence models (LSTM, GRU) in JAX and Flax."""
+"""Train, resume and serve recurrent sequence models (LSTM, GRU) in JAX and Flax.
 
-from flax_lstm.cells import GRUCell, LSTMCell, SimpleRNNCell
-from flax_lstm.config import Config, MeshConfig, TrainConfig, load_config
-from flax_lstm.errors import UserError
-from flax_lstm.inference import Run, load
-from flax_lstm.layers import RNN, Bidirectional, Stack
-from flax_lstm.loop import fit
-from flax_lstm.models import RecurrentModel, SequenceModel
-from flax_lstm.recurrence import backends
-from flax_lstm.segments import SegmentModel
-from flax_lstm.signals import Stopped
-from flax_lstm.tasks import Classification, Forecasting, LanguageModeling, SequenceRegression
+The names below are imported when they are first used (PEP 562), so that `import flax_lstm` costs
+nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flax_lstm.config import Config, MeshConfig, TrainConfig, load_config
+    from flax_lstm.errors import UserError
+    from flax_lstm.inference import Run, load
+    from flax_lstm.nn.cells import GRUCell, LSTMCell, SimpleRNNCell
+    from flax_lstm.nn.layers import RNN, Bidirectional, Stack
+    from flax_lstm.nn.models import RecurrentModel, SequenceModel
+    from flax_lstm.nn.recurrence import backends
+    from flax_lstm.nn.segments import SegmentModel
+    from flax_lstm.tasks.classification import Classification
+    from flax_lstm.tasks.forecasting import Forecasting
+    from flax_lstm.tasks.language import LanguageModeling
+    from flax_lstm.tasks.regression import SequenceRegression
+    from flax_lstm.training.loop import fit
+    from flax_lstm.training.signals import Stopped
+
+# Where each public name lives.
+_HOMES = {
+    "config": ("Config", "MeshConfig", "TrainConfig", "load_config"),
+    "errors": ("UserError",),
+    "inference": ("Run", "load"),
+    "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
+    "nn.layers": ("RNN", "Bidirectional", "Stack"),
+    "nn.models": ("RecurrentModel", "SequenceModel"),
+    "nn.recurrence": ("backends",),
+    "nn.segments": ("SegmentModel",),
+    "tasks.classification": ("Classification",),
+    "tasks.forecasting": ("Forecasting",),
+    "tasks.language": ("LanguageModeling",),
+    "tasks.regression": ("SequenceRegression",),
+    "training.loop": ("fit",),
+    "training.signals": ("Stopped",),
+}
 
 __all__ = [
     "RNN",
@@ -38,3 +66,16 @@ __all__ = [
     "load",
     "load_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"flax_lstm.{module}"), name)
+    raise AttributeError(f"module 'flax_lstm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

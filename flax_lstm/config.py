@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A config: frozen dataclasses, loaded from a Python file, which is executed, and overridden by flags.
+"""A config: frozen dataclasses, loaded from a Python file, which is executed, and overridden by
+flags.
 
 How a run keeps its config, and what may differ when it is resumed: `saved_config.py`.
 """
@@ -34,9 +35,8 @@ class TrainConfig:
     weight_decay: float = 0.0  # decoupled weight decay, on matrices only
     clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     warmup_steps: int = 0  # steps of linear warm-up
-    schedule: Schedule = (
-        "constant"  # after the warm-up: constant, cosine (to 0), plateau (halved as training loss stalls)
-    )
+    # after the warm-up: constant, cosine (to 0), plateau (halved as training loss stalls)
+    schedule: Schedule = "constant"
     schedule_steps: int = 0  # length of the schedule; 0: the steps of the first run
     ema: float = 0.0  # decay of the averaged weights that are evaluated; 0: none
     patience: int = 0  # evaluations without a new best before training stops; 0: never
@@ -45,26 +45,41 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps between checkpoints
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"train.{name.replace('_', '-')} {value}: must be at least 1")
         for name in ("weight_decay", "clip", "warmup_steps", "schedule_steps", "patience"):
             value = getattr(self, name)
-            require(0 <= value < math.inf, f"train.{name.replace('_', '-')} {value}: must be finite and not negative")
-        require(0 < self.learning_rate < math.inf, f"train.learning-rate {self.learning_rate}: must be positive")
+            require(
+                0 <= value < math.inf,
+                f"train.{name.replace('_', '-')} {value}: must be finite and not negative",
+            )
+        require(
+            0 < self.learning_rate < math.inf,
+            f"train.learning-rate {self.learning_rate}: must be positive",
+        )
         require(0 < self.epsilon < math.inf, f"train.epsilon {self.epsilon}: must be positive")
         require(0 <= self.ema < 1, f"train.ema {self.ema}: must be at least 0 and below 1")
         divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
         require(
             self.batch_size % self.accumulate == 0,
-            f"train.accumulate {self.accumulate} does not divide train.batch-size {self.batch_size}; "
+            f"train.accumulate {self.accumulate} does not divide train.batch-size "
+            f"{self.batch_size}; "
             f"these do: {listing(divisors)}",
         )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; -1 takes all that are left. A batch is split over data and fsdp."""
+    """Devices along each axis of the mesh; -1 takes all that are left. A batch is split over data
+    and fsdp."""
 
     data: int = -1  # copies of the model, each with its part of the batch
     fsdp: int = 1  # devices that share the parameters' storage
@@ -73,18 +88,20 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a run. The types of `model`, `data` and `task` are chosen by the config file."""
+    """Everything about a run. The types of `model`, `data` and `task` are chosen by the config
+    file."""
 
     name: str
     data: Any  # see flax_lstm/data/base.py
     task: Any  # see flax_lstm/tasks.py
-    model: Any  # see flax_lstm/models.py
+    model: Any  # see flax_lstm/nn/models.py
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0  # of the initial weights, dropout and the order of examples
 
     def with_schedule_settled(self) -> "Config":
-        """The config whose schedule has a length of its own, so that a longer run does not change it."""
+        """The config whose schedule has a length of its own, so that a longer run does not change
+        it."""
         if self.train.schedule_steps:
             return self
         return replace(self, train=replace(self.train, schedule_steps=self.train.steps))
@@ -97,36 +114,49 @@ def config_folder() -> Path:
 
 
 def shipped_configs() -> list[str]:
-    return sorted(path.stem for path in config_folder().glob("*.py") if not path.stem.startswith("_"))
+    return sorted(
+        path.stem for path in config_folder().glob("*.py") if not path.stem.startswith("_")
+    )
 
 
 def load_config(name: str | Path) -> Config:
-    """The config of a file, or a shipped one by its bare name. Executes the file's `get_config()`."""
+    """The config of a file, or a shipped one by its bare name. Executes the file's
+    `get_config()`."""
     path = Path(name)
     if path.suffix != ".py" and not path.is_file():
         require(
             path.name in shipped_configs() and len(path.parts) == 1,
-            f"--config {name}: no such file or shipped config.{nearest(str(name), shipped_configs())} "
+            f"--config {name}: no such file or shipped "
+            f"config.{nearest(str(name), shipped_configs())} "
             f"Shipped: {listing(shipped_configs())}",
         )
         path = config_folder() / f"{name}.py"
-    require(path.is_file(), f"--config {name}: no such file. Shipped configs: {listing(shipped_configs())}")
+    require(
+        path.is_file(),
+        f"--config {name}: no such file. Shipped configs: {listing(shipped_configs())}",
+    )
     module_name = f"flax_lstm_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     require(spec is not None, f"--config {name}: not a Python file")
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules[module_name] = module  # so that classes defined there are known by name when a run is reloaded
+    sys.modules[module_name] = (
+        module  # so that classes defined there are known by name when a run is reloaded
+    )
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         config = module.get_config()
     except UserError:
         raise
     except Exception as error:
-        line = next((f.lineno for f in reversed(_frames(error)) if f.filename == str(path.absolute())), None)
+        line = next(
+            (f.lineno for f in reversed(_frames(error)) if f.filename == str(path.absolute())), None
+        )
         line = error.lineno if isinstance(error, SyntaxError) else line
         where = f"{path}, line {line}" if line else str(path)
         raise UserError(f"--config {where}: {type(error).__name__}: {error}") from error
-    require(isinstance(config, Config), f"--config {path}: get_config() must return a flax_lstm.Config")
+    require(
+        isinstance(config, Config), f"--config {path}: get_config() must return a flax_lstm.Config"
+    )
     return config
 
 
@@ -137,11 +167,14 @@ def _frames(error: BaseException) -> list[Any]:
 
 
 def override(config: Config, arguments: Sequence[str], prog: str, description: str) -> Config:
-    """The config with flags such as `--model.hidden-size 256` applied. Prints help or the mistake, and exits, like any
-    command-line parser (0 and 2)."""
-    # Each section has the type of the value in the config file, so that the flags are exactly that type's fields.
+    """The config with flags such as `--model.hidden-size 256` applied. Prints help or the mistake,
+    and exits, like any command-line parser (0 and 2)."""
+    # Each section has the type of the value in the config file, so that the flags are exactly that
+    # type's fields.
     types = [(f.name, type(getattr(config, f.name))) for f in fields(Config)]
-    chosen = make_dataclass("Config", [(n, t, field(default=getattr(config, n))) for n, t in types], frozen=True)
+    chosen = make_dataclass(
+        "Config", [(n, t, field(default=getattr(config, n))) for n, t in types], frozen=True
+    )
     parsed = tyro.cli(
         tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)(chosen),
         args=list(arguments),

@@ -8,9 +8,10 @@ Our side is always the `params` of a `Stack` of `RNN`s and `Bidirectional`s, one
     {"layers_0": {"cell": {"input": [D, G, H], "recurrent": [J, G, H], "bias": [G, H]}},
      "layers_1": {"forward": {"cell": {...}}, "backward": {"cell": {...}}}}
 
-A GRU's cell also has "recurrent_bias" [H], its candidate's. Arrays are NumPy's (what `numpy.asarray` takes is read),
-copied, in the dtype they had; none of the other libraries is imported. Which cell it is shows in the shapes: 4 gates
-are an LSTM, 3 a GRU, 1 a simple recurrent network.
+A GRU's cell also has "recurrent_bias" [H], its candidate's. Arrays are NumPy's (what
+`numpy.asarray` takes is read), copied, in the dtype they had; none of the other libraries is
+imported. Which cell it is shows in the shapes: 4 gates are an LSTM, 3 a GRU, 1 a simple recurrent
+network.
 
 | library | LSTM gates | GRU gates | biases | state of an LSTM |
 | --- | --- | --- | --- | --- |
@@ -19,7 +20,8 @@ are an LSTM, 3 a GRU, 1 a simple recurrent network.
 | Keras | i, f, c, o | z, r, h | one; GRU: two, added up but for the candidate's | [h, c] |
 | Flax Linen | a kernel a gate | a kernel a gate | one; a second for the GRU's candidate | (c, h) |
 
-Weights say nothing of a layer's activations: these must be sigmoid and tanh, the default everywhere.
+Weights say nothing of a layer's activations: these must be sigmoid and tanh, the default
+everywhere.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,12 +34,17 @@ from flax_lstm.errors import UserError, listing
 Array = np.ndarray
 Tree = dict[str, Any]
 
-GATES = {4: "ifgo", 3: "rzn", 1: ("",)}  # our order, by number; also the second half of Flax's names
+GATES = {
+    4: "ifgo",
+    3: "rzn",
+    1: ("",),
+}  # our order, by number; also the second half of Flax's names
 KERAS_GRU = [1, 0, 2]  # z, r, h <-> r, z, n
 
 
 class _Direction(NamedTuple):
-    """One direction of one layer, gates in our order, with both biases whole: what all libraries have in common."""
+    """One direction of one layer, gates in our order, with both biases whole: what all libraries
+    have in common."""
 
     input_DGH: Array
     recurrent_JGH: Array
@@ -47,7 +54,11 @@ class _Direction(NamedTuple):
     def to_cell(self) -> Tree:
         """Our parameters: biases are added up, except where the reset gate stands between them."""
         bias_GH, recurrent_bias_GH = self.input_bias_GH, self.recurrent_bias_GH
-        cell = {"input": self.input_DGH, "recurrent": self.recurrent_JGH, "bias": bias_GH + recurrent_bias_GH}
+        cell = {
+            "input": self.input_DGH,
+            "recurrent": self.recurrent_JGH,
+            "bias": bias_GH + recurrent_bias_GH,
+        }
         if len(bias_GH) == 3:
             cell["bias"][2] = bias_GH[2]
             cell["recurrent_bias"] = recurrent_bias_GH[2]
@@ -56,7 +67,10 @@ class _Direction(NamedTuple):
     @classmethod
     def from_cell(cls, cell: Mapping[str, Any]) -> "_Direction":
         if not {"input", "recurrent", "bias"} <= set(cell):
-            raise UserError(f"Only the cells of flax_lstm can be converted; this one has the weights {listing(cell)}.")
+            raise UserError(
+                "Only the cells of flax_lstm can be converted; this one has the weights "
+                f"{listing(cell)}."
+            )
         bias_GH = np.array(cell["bias"])
         recurrent_bias_GH = np.zeros_like(bias_GH)
         if "recurrent_bias" in cell:
@@ -70,7 +84,9 @@ Layer = Sequence[_Direction]  # one, or forward and backward
 def _to_stack(layers: Iterable[Layer]) -> Tree:
     def tree(layer: Layer) -> Tree:
         cells = [{"cell": direction.to_cell()} for direction in layer]
-        return cells[0] if len(cells) == 1 else dict(zip(("forward", "backward"), cells, strict=True))
+        return (
+            cells[0] if len(cells) == 1 else dict(zip(("forward", "backward"), cells, strict=True))
+        )
 
     return {f"layers_{n}": tree(layer) for n, layer in enumerate(layers)}
 
@@ -78,13 +94,22 @@ def _to_stack(layers: Iterable[Layer]) -> Tree:
 def _from_stack(params: Mapping[str, Any]) -> list[Layer]:
     names = [f"layers_{n}" for n in range(len(params))]
     if not names or set(names) != set(params):
-        raise UserError(f"Expected the params of a Stack, layers_0, layers_1, ...; found {listing(params) or 'none'}.")
+        raise UserError(
+            "Expected the params of a Stack, layers_0, layers_1, ...; found "
+            f"{listing(params) or 'none'}."
+        )
     layers: list[Layer] = []
     for name in names:
         tree = params[name]
-        parts = [tree] if "cell" in tree else [tree[side] for side in ("forward", "backward") if side in tree]
+        parts = (
+            [tree]
+            if "cell" in tree
+            else [tree[side] for side in ("forward", "backward") if side in tree]
+        )
         if not parts:
-            raise UserError(f"{name} is neither an RNN nor a Bidirectional; it has {listing(tree)}.")
+            raise UserError(
+                f"{name} is neither an RNN nor a Bidirectional; it has {listing(tree)}."
+            )
         layers.append([_Direction.from_cell(part["cell"]) for part in parts])
     return layers
 
@@ -93,35 +118,44 @@ def _count_gates(columns: int, hidden: int) -> int:
     gates, rest = divmod(columns, hidden)
     if rest or gates not in GATES:
         raise UserError(
-            f"Recurrent weights of {hidden} hidden units have {columns} columns over all gates; an LSTM has"
+            f"Recurrent weights of {hidden} hidden units have {columns} columns over all gates; "
+            "an LSTM has"
             f" 4 x {hidden}, a GRU 3 x {hidden}, a simple recurrent network {hidden}."
         )
     return gates
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> Tree:
-    """Parameters of a `Stack` from the `state_dict()` of a `torch.nn.LSTM`, `GRU` or `RNN` (nonlinearity tanh).
+    """Parameters of a `Stack` from the `state_dict()` of a `torch.nn.LSTM`, `GRU` or `RNN`
+    (nonlinearity tanh).
 
-    Any number of layers, one direction or two, with or without bias. PyTorch's two biases are added up, but the GRU
-    candidate's `bias_hh` becomes our `recurrent_bias`. PyTorch hands over states as (h, c), stacked over layers and
-    directions; ours are `LSTMState(c, h)`, a tuple over layers.
+    Any number of layers, one direction or two, with or without bias. PyTorch's two biases are added
+    up, but the GRU candidate's `bias_hh` becomes our `recurrent_bias`. PyTorch hands over states as
+    (h, c), stacked over layers and directions; ours are `LSTMState(c, h)`, a tuple over layers.
 
     Raises `UserError` on `proj_size`, and on names that are not of such a module.
 
         module = torch.nn.LSTM(8, 64, num_layers=2, batch_first=True)
         params = from_torch(module.state_dict())
-        state, y_BTH = Stack([RNN(LSTMCell(64)), RNN(LSTMCell(64))]).apply({"params": params}, x_BTD)
+        state, y_BTH = Stack([RNN(LSTMCell(64)), RNN(LSTMCell(64))]).apply({"params": params},
+        x_BTD)
     """
     weights = dict(state_dict)
     if any(name.startswith("weight_hr_") for name in weights):
-        raise UserError("An LSTM with proj_size (weight_hr_*) has no counterpart here; train it without proj_size.")
+        raise UserError(
+            "An LSTM with proj_size (weight_hr_*) has no counterpart here; train it without "
+            "proj_size."
+        )
     layers: list[Layer] = []
     while f"weight_ih_l{len(layers)}" in weights:
         suffixes = [f"l{len(layers)}", f"l{len(layers)}_reverse"]
-        layers.append([_torch_direction(weights, s) for s in suffixes if f"weight_ih_{s}" in weights])
+        layers.append(
+            [_torch_direction(weights, s) for s in suffixes if f"weight_ih_{s}" in weights]
+        )
     if weights or not layers:
         raise UserError(
-            f"Not weights of a torch.nn.LSTM, GRU or RNN: {listing(weights) or 'there are none'}. Pass the"
+            "Not weights of a torch.nn.LSTM, GRU or RNN: "
+            f"{listing(weights) or 'there are none'}. Pass the"
             " state_dict of that module alone, with names like weight_ih_l0."
         )
     return _to_stack(layers)
@@ -143,36 +177,48 @@ def _torch_direction(weights: dict[str, Any], suffix: str) -> _Direction:
 
 
 def to_torch(params: Mapping[str, Any]) -> dict[str, Array]:
-    """The `state_dict` (of arrays) of the matching `torch.nn.LSTM`, `GRU` or `RNN`, the inverse of `from_torch`.
+    """The `state_dict` (of arrays) of the matching `torch.nn.LSTM`, `GRU` or `RNN`, the inverse of
+    `from_torch`.
 
-    `bias_hh` is zero but for the GRU's candidate. Raises `UserError` where the layers differ in width, cell or number
-    of directions, for a PyTorch module has one of each.
+    `bias_hh` is zero but for the GRU's candidate. Raises `UserError` where the layers differ in
+    width, cell or number of directions, for a PyTorch module has one of each.
 
-        module.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(params).items()})
+        module.load_state_dict({name: torch.from_numpy(array) for name, array in
+        to_torch(params).items()})
     """
     layers = _from_stack(params)
     if len({(len(layer), d.recurrent_JGH.shape) for layer in layers for d in layer}) > 1:
-        raise UserError("The layers differ in width, cell or number of directions; a PyTorch module has one of each.")
+        raise UserError(
+            "The layers differ in width, cell or number of directions; a PyTorch module has one "
+            "of each."
+        )
     weights = {}
     for n, layer in enumerate(layers):
         for d, suffix in zip(layer, ("", "_reverse"), strict=False):
-            weights[f"weight_ih_l{n}{suffix}"] = np.concatenate(list(d.input_DGH.transpose(1, 2, 0)))
-            weights[f"weight_hh_l{n}{suffix}"] = np.concatenate(list(d.recurrent_JGH.transpose(1, 2, 0)))
+            weights[f"weight_ih_l{n}{suffix}"] = np.concatenate(
+                list(d.input_DGH.transpose(1, 2, 0))
+            )
+            weights[f"weight_hh_l{n}{suffix}"] = np.concatenate(
+                list(d.recurrent_JGH.transpose(1, 2, 0))
+            )
             weights[f"bias_ih_l{n}{suffix}"] = d.input_bias_GH.reshape(-1)
             weights[f"bias_hh_l{n}{suffix}"] = d.recurrent_bias_GH.reshape(-1)
     return weights
 
 
 def from_keras(layers: Sequence[Any]) -> Tree:
-    """Parameters of a `Stack` from Keras layers `LSTM`, `GRU`, `SimpleRNN`, bare or in `Bidirectional`.
+    """Parameters of a `Stack` from Keras layers `LSTM`, `GRU`, `SimpleRNN`, bare or in
+    `Bidirectional`.
 
-    layers: `[layer.get_weights() for layer in ...]`, the lowest first; the weights of one layer alone will do too. A
-        layer's are [kernel, recurrent_kernel, bias], twice that for `Bidirectional` (merge_mode "concat"), forward
-        first; without bias where `use_bias=False`.
+    layers: `[layer.get_weights() for layer in ...]`, the lowest first; the weights of one layer
+    alone will do too. A
+        layer's are [kernel, recurrent_kernel, bias], twice that for `Bidirectional` (merge_mode
+        "concat"), forward first; without bias where `use_bias=False`.
 
-    Keras' GRU has its gates in the order z, r, h and two biases [2, 3 H]. Only `reset_after=True` (its default) is the
-    GRU of this library; `reset_after=False` is refused (it shows in the bias, so not where `use_bias=False`). Keras
-    hands over states as [h, c], and where rows are masked repeats the last output in place of our zeros.
+    Keras' GRU has its gates in the order z, r, h and two biases [2, 3 H]. Only `reset_after=True`
+    (its default) is the GRU of this library; `reset_after=False` is refused (it shows in the bias,
+    so not where `use_bias=False`). Keras hands over states as [h, c], and where rows are masked
+    repeats the last output in place of our zeros.
 
     Raises `UserError` on other weights.
     """
@@ -183,22 +229,33 @@ def from_keras(layers: Sequence[Any]) -> Tree:
 
 def _keras_layer(weights: list[Array]) -> Layer:
     if len(weights) not in (2, 3, 4, 6):
-        raise UserError(f"A Keras recurrent layer has 2, 3, 4 or 6 arrays of weights, here are {len(weights)}.")
+        raise UserError(
+            f"A Keras recurrent layer has 2, 3, 4 or 6 arrays of weights, here are {len(weights)}."
+        )
     half = len(weights) // 2
-    return [_keras_direction(*part) for part in ([weights] if len(weights) < 4 else [weights[:half], weights[half:]])]
+    return [
+        _keras_direction(*part)
+        for part in ([weights] if len(weights) < 4 else [weights[:half], weights[half:]])
+    ]
 
 
 def _keras_direction(kernel: Array, recurrent: Array, bias: Array | None = None) -> _Direction:
-    """Matrices [D, G * H] and [J, G * H]; biases [G * H], or [2, G * H] for a GRU, in Keras' order of gates."""
+    """Matrices [D, G * H] and [J, G * H]; biases [G * H], or [2, G * H] for a GRU, in Keras' order
+    of gates."""
     if kernel.ndim != 2 or recurrent.ndim != 2:
-        raise UserError(f"A Keras kernel is a matrix; here are shapes {kernel.shape} and {recurrent.shape}.")
+        raise UserError(
+            f"A Keras kernel is a matrix; here are shapes {kernel.shape} and {recurrent.shape}."
+        )
     hidden = recurrent.shape[0]
     gates = _count_gates(recurrent.shape[1], hidden)
     if bias is None:
         bias = np.zeros((2, gates * hidden), recurrent.dtype)
     elif bias.ndim == 1:
         if gates == 3:
-            raise UserError("This Keras GRU has one bias: reset_after=False. Only reset_after=True can be converted.")
+            raise UserError(
+                "This Keras GRU has one bias: reset_after=False. Only reset_after=True can be "
+                "converted."
+            )
         bias = np.stack([bias, np.zeros_like(bias)])
     order = KERAS_GRU if gates == 3 else slice(None)
     return _Direction(
@@ -216,7 +273,10 @@ def to_keras(params: Mapping[str, Any]) -> list[list[Array]]:
         for layer, weights in zip(keras_layers, to_keras(params)):
             layer.set_weights(weights)
     """
-    return [[array for direction in layer for array in _to_keras_direction(direction)] for layer in _from_stack(params)]
+    return [
+        [array for direction in layer for array in _to_keras_direction(direction)]
+        for layer in _from_stack(params)
+    ]
 
 
 def _to_keras_direction(d: _Direction) -> list[Array]:
@@ -228,14 +288,16 @@ def _to_keras_direction(d: _Direction) -> list[Array]:
 
 
 def from_flax(layers: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Tree:
-    """Parameters of a `Stack` from those of Flax Linen's `LSTMCell`, `OptimizedLSTMCell`, `GRUCell` or `SimpleCell`.
+    """Parameters of a `Stack` from those of Flax Linen's `LSTMCell`, `OptimizedLSTMCell`, `GRUCell`
+    or `SimpleCell`.
 
-    layers: the `params` of each layer, the lowest first, or of one alone. A layer is a cell, an `nn.RNN` of it, or an
+    layers: the `params` of each layer, the lowest first, or of one alone. A layer is a cell, an
+    `nn.RNN` of it, or an
         `nn.Bidirectional` of two.
 
-    Flax keeps a kernel for each gate: `ii, if, ig, io` and `hi, ...` with the LSTM's bias, `ir, iz, in` with the GRU's
-    and `hr, hz, hn` with its candidate's, `i` and `h`. Its states have the order of ours. `SimpleCell(residual=True)`
-    cannot be told from its weights and is not the same.
+    Flax keeps a kernel for each gate: `ii, if, ig, io` and `hi, ...` with the LSTM's bias, `ir, iz,
+    in` with the GRU's and `hr, hz, hn` with its candidate's, `i` and `h`. Its states have the order
+    of ours. `SimpleCell(residual=True)` cannot be told from its weights and is not the same.
 
     Raises `UserError` on other cells.
     """
@@ -255,7 +317,10 @@ def _flax_direction(cell: Mapping[str, Any]) -> _Direction:
         if set(cell) == {side + gate for side in "ih" for gate in gates}:
             break
     else:
-        raise UserError(f"Not weights of Flax's LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell: {listing(cell)}.")
+        raise UserError(
+            "Not weights of Flax's LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell: "
+            f"{listing(cell)}."
+        )
 
     def kernels(side: str) -> Array:
         return np.stack([np.asarray(cell[side + gate]["kernel"]) for gate in gates], axis=1)
@@ -268,15 +333,20 @@ def _flax_direction(cell: Mapping[str, Any]) -> _Direction:
 
 
 def to_flax(params: Mapping[str, Any]) -> list[Tree]:
-    """For each layer the `params` of an `nn.RNN` of Flax's cell, or of an `nn.Bidirectional` of two: the inverse of
-    `from_flax`. What `OptimizedLSTMCell` has, `LSTMCell` has too.
+    """For each layer the `params` of an `nn.RNN` of Flax's cell, or of an `nn.Bidirectional` of
+    two: the inverse of `from_flax`. What `OptimizedLSTMCell` has, `LSTMCell` has too.
 
-        _, y_BTH = nn.RNN(nn.OptimizedLSTMCell(64), return_carry=True).apply({"params": to_flax(params)[0]}, x_BTD)
+        _, y_BTH = nn.RNN(nn.OptimizedLSTMCell(64), return_carry=True).apply({"params":
+        to_flax(params)[0]}, x_BTD)
     """
 
     def tree(layer: Layer) -> Tree:
         cells = [{"cell": _to_flax_cell(direction)} for direction in layer]
-        return cells[0] if len(cells) == 1 else dict(zip(("forward_rnn", "backward_rnn"), cells, strict=True))
+        return (
+            cells[0]
+            if len(cells) == 1
+            else dict(zip(("forward_rnn", "backward_rnn"), cells, strict=True))
+        )
 
     return [tree(layer) for layer in _from_stack(params)]
 
@@ -284,7 +354,9 @@ def to_flax(params: Mapping[str, Any]) -> list[Tree]:
 def _to_flax_cell(d: _Direction) -> Tree:
     gates = GATES[len(d.input_bias_GH)]
     sides = {"i": d.input_DGH, "h": d.recurrent_JGH}
-    cell: Tree = {s + gate: {"kernel": w[:, g]} for s, w in sides.items() for g, gate in enumerate(gates)}
+    cell: Tree = {
+        s + gate: {"kernel": w[:, g]} for s, w in sides.items() for g, gate in enumerate(gates)
+    }
     side = "h" if len(gates) == 4 else "i"  # where Flax keeps the bias
     for g, gate in enumerate(gates):
         cell[side + gate]["bias"] = d.input_bias_GH[g]

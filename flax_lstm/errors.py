@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in a flag, path, config or data file; the command line prints its text alone and exits with 2.
+    """A mistake in a flag, path, config or data file; the command line prints its text alone and
+    exits with 2.
 
-    The text says what was wrong, where, and what to do next (the possible values, where they can be listed).
+    The text says what was wrong, where, and what to do next (the possible values, where they can be
+    listed).
     """
 
 

@@ -1,69 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done with a model that was trained: figures of a split, predictions for new inputs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax.sharding import Mesh
 
-from flax_lstm.assembly import assemble
-from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config
 from flax_lstm.data.base import Batch
 from flax_lstm.errors import UserError, listing, require
-from flax_lstm.saved_config import CONFIG_FILE, read_config
-from flax_lstm.sharding import put_batch, replicated
-from flax_lstm.steps import Steps
-from flax_lstm.tasks import Baseline, Task
+from flax_lstm.runs.saved_config import read_config
+from flax_lstm.runs.workdir import ASSETS, CHECKPOINTS, CONFIG_FILE
+from flax_lstm.training.assembly import assemble
+from flax_lstm.training.checkpoint import Checkpoints
+from flax_lstm.training.evaluation import evaluate
 
-ASSETS, CHECKPOINTS = "assets", "checkpoints"  # folders of a work directory
 SPLITS = ("train", "validation", "test")
-
-
-def add_up(sums: Iterable[Any]) -> Any:
-    """The sum of trees, in float64 on the host, each read one turn late so that the device never waits."""
-    total, last = None, None
-
-    def add(total: Any, new: Any) -> Any:
-        new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
-        return new if total is None else jax.tree.map(np.add, total, new)
-
-    for new in sums:
-        total = total if last is None else add(total, last)
-        last = new
-    return total if last is None else add(total, last)
-
-
-def evaluate(
-    steps: Steps, params: Any, task: Task, info: Any, batches: Iterable[Batch], mesh: Mesh
-) -> dict[str, float]:
-    """The task's figures over batches, every row of weight 1 counted once."""
-
-    def run() -> Iterable[Any]:
-        carry = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), steps.abstract.carry)
-        for batch in batches:
-            carry, sums = steps.evaluate(params, carry, put_batch(batch, mesh))
-            yield sums
-
-    return task.figures(add_up(run()), info)
-
-
-def evaluate_baselines(
-    task: Task, info: Any, batches: Callable[[], Iterable[Batch]], mesh: Mesh
-) -> dict[str, dict[str, float]]:
-    """The figures of the task's baselines over the same batches."""
-
-    def figures(rule: Baseline) -> dict[str, float]:
-        measure = jax.jit(lambda batch: task.measure(rule(batch), batch, info), out_shardings=replicated(mesh))
-        return task.figures(add_up(measure(put_batch(batch, mesh)) for batch in batches()), info)
-
-    return {name: figures(rule) for name, rule in task.baselines(info).items()}
 
 
 class Run:
@@ -110,20 +66,29 @@ class Run:
     def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
         """A function from a batch to the module's outputs."""
         params, steps = self.params(checkpoint), self._parts.steps
-        return lambda batch: np.asarray(steps.forward(params, None, jax.tree.map(np.asarray, batch))[1])
+        return lambda batch: np.asarray(
+            steps.forward(params, None, jax.tree.map(np.asarray, batch))[1]
+        )
 
     def predict(self, table: pd.DataFrame, checkpoint: str | int = "best") -> pd.DataFrame:
-        """Predictions for a table with the columns of the training data; see the task's `predict`."""
+        """Predictions for a table with the columns of the training data; see the task's
+        `predict`."""
         batch_size = min(self.config.train.batch_size, 256)
         return self.config.task.predict(table, self.info, self.forward(checkpoint), batch_size)
 
 
 def load(workdir: str | Path) -> Run:
-    """The trained model in a work directory, ready to `evaluate` and `predict`. Its config is read as data, not run."""
+    """The trained model in a work directory, ready to `evaluate` and `predict`. Its config is read
+    as data, not run."""
     workdir = Path(workdir)
     path = workdir / CONFIG_FILE
-    require(path.exists(), f"{workdir}: no run here ({CONFIG_FILE} is missing); name the folder that train.py wrote")
+    require(
+        path.exists(),
+        f"{workdir}: no run here ({CONFIG_FILE} is missing); name the folder that train.py wrote",
+    )
     config = read_config(path)
-    if hasattr(config.model, "backend"):  # that of the training may not be there where the model is used
+    if hasattr(
+        config.model, "backend"
+    ):  # that of the training may not be there where the model is used
         config = replace(config, model=replace(config.model, backend="auto"))
     return Run(workdir, config)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An unforgiving place to run in: eight CPU devices, warnings are errors, and no array changes rank unasked.
+"""An unforgiving place to run in: eight CPU devices, warnings are errors, and no array changes rank
+unasked.
 
 Without JAX_PLATFORMS the tests run on the CPU. float64 is for tests that ask for the fixture `x64`.
 """
@@ -7,7 +8,9 @@ Without JAX_PLATFORMS the tests run on the CPU. float64 is for tests that ask fo
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import pytest
@@ -16,8 +19,8 @@ from cudnn_stand_in import cudnn  # noqa: F401
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
-    # Orbax leaves coroutines and event loops behind when it meets a damaged file; the collector finds them at any time,
-    # in whatever test is next, under changing messages.
+    # Orbax leaves coroutines and event loops behind when it meets a damaged file; the collector
+    # finds them at any time, in whatever test is next, under changing messages.
     for warning in ("pytest.PytestUnraisableExceptionWarning", "RuntimeWarning"):
         pattern = "coroutine .* was never awaited" if warning == "RuntimeWarning" else ""
         config.addinivalue_line("filterwarnings", f"ignore:{pattern}:{warning}")

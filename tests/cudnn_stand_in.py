@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cuDNN where there is no GPU: the two primitives of `jax.experimental.rnn`, by that module's own reference.
+"""cuDNN where there is no GPU: the two primitives of `jax.experimental.rnn`, by that module's own
+reference.
 
-It is no kinder than cuDNN: a length outside of 1 to T spoils everything, and what is in the padding of outputs and of
-the gradient of the inputs is nothing to rely on. Both are NaN here.
+It is no kinder than cuDNN: a length outside of 1 to T spoils everything, and what is in the padding
+of outputs and of the gradient of the inputs is nothing to rely on. Both are NaN here.
 """
 
 from types import SimpleNamespace
@@ -13,17 +14,21 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import rnn
 
-from flax_lstm.recurrence import cudnn as backend
+from flax_lstm.nn.recurrence import cudnn as backend
 
 Array = jax.Array
 CALLS: list[dict[str, Any]] = []  # the settings of each call that was traced, and its rows
 
 
-def reference(x: Array, h: Array, c: Array, w: Array, lengths: Array, settings: dict[str, Any]) -> Any:
+def reference(
+    x: Array, h: Array, c: Array, w: Array, lengths: Array, settings: dict[str, Any]
+) -> Any:
     assert {a.dtype for a in (x, h, c, w)} == {jnp.dtype("float32")}
     shape = [settings[key] for key in ("input_size", "hidden_size", "num_layers")]
     matrices = rnn.unpack_lstm_weights(w, *shape, settings["bidirectional"])
-    return rnn.lstm_ref(x, h, c, *matrices, lengths, *shape, settings["dropout"], settings["bidirectional"])
+    return rnn.lstm_ref(
+        x, h, c, *matrices, lengths, *shape, settings["dropout"], settings["bidirectional"]
+    )
 
 
 def spoil(x: Array, *others: Array, lengths: Array) -> tuple[Array, ...]:

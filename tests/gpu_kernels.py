@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a layer and its gradient for an H200 that is not there, and prints the kernels of a step of each loop.
+"""Compiles a layer and its gradient for an H200 that is not there, and prints the kernels of a step
+of each loop.
 
     python tests/gpu_kernels.py CELL DTYPE BACKEND      a JSON list: forward loop, backward loop
 
@@ -13,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from flax_lstm.cells import CELLS
-from flax_lstm.layers import RNN
+from flax_lstm.machine.sharding import make_mesh, on_mesh
+from flax_lstm.nn.cells import CELLS
+from flax_lstm.nn.layers import RNN
 from flax_lstm.plan.chips import parse_topology
 from flax_lstm.plan.compiler import described_devices
 from flax_lstm.plan.program import Program
-from flax_lstm.sharding import make_mesh, on_mesh
 
 B, T, H = 16, 1024, 768
 

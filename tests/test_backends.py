@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every backend equals the scan: outputs, final states and all gradients, under random cotangents on both.
+"""Every backend equals the scan: outputs, final states and all gradients, under random cotangents
+on both.
 
-A backend added to `flax_lstm.recurrence.BACKENDS` is tested here at once. A case that its `supports` refuses is skipped
-with that reason. `cudnn` has a stand-in where there is no GPU; `JAX_PLATFORMS=cuda pytest tests/test_backends.py` calls
-cuDNN itself.
+A backend added to `flax_lstm.nn.recurrence.BACKENDS` is tested here at once. A case that its
+`supports` refuses is skipped with that reason. `cudnn` has a stand-in where there is no GPU;
+`JAX_PLATFORMS=cuda pytest tests/test_backends.py` calls cuDNN itself.
 """
 
 import os
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_lstm import recurrence
-from flax_lstm.cells import CELLS, Cell, LSTMState, Weights, rnn_step
 from flax_lstm.errors import UserError
-from flax_lstm.layers import RNN, scan
+from flax_lstm.nn import recurrence
+from flax_lstm.nn.cells import CELLS, Cell, LSTMState, Weights, rnn_step
+from flax_lstm.nn.layers import RNN, scan
 
 Array = jax.Array
 T, B, D, H = 7, 6, 3, 8
@@ -36,25 +37,37 @@ def random_like(seed: int, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
 
 
-def problem(name: str, dtype: Any, time: int = T, mask: bool = False, batch: int = B) -> tuple[Cell, Any]:
+def problem(
+    name: str, dtype: Any, time: int = T, mask: bool = False, batch: int = B
+) -> tuple[Cell, Any]:
     """A cell and random (weights, x, state, mask)."""
     cell = CELLS[name](H, dtype=dtype, param_dtype=dtype)
     x_BTD = jax.ShapeDtypeStruct((batch, time, D), dtype)
-    weights = jax.eval_shape(lambda: nn.init(lambda cell: cell.weights(D), cell)(jax.random.key(0)))["params"]
+    weights = jax.eval_shape(
+        lambda: nn.init(lambda cell: cell.weights(D), cell)(jax.random.key(0))
+    )["params"]
     state_dtype = jnp.promote_types(dtype, jnp.float32)
     state = jax.eval_shape(lambda: cell.initial_state(batch, state_dtype))
     weights, x_BTD, state = random_like(0, (weights, x_BTD, state))
     weights["recurrent"] = weights["recurrent"] / 2
-    mask_BJ = jnp.asarray(np.random.default_rng(1).integers(0, 2, (batch, H)) * 2, state_dtype) if mask else None
+    mask_BJ = (
+        jnp.asarray(np.random.default_rng(1).integers(0, 2, (batch, H)) * 2, state_dtype)
+        if mask
+        else None
+    )
     return cell, (weights, x_BTD, state, mask_BJ)
 
 
 def run(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any) -> Any:
     """(final state, outputs) of a backend, or of the scan that defines them all."""
     weights, x_BTD, state, mask_BJ = primals
-    weights = Weights(weights["input"], weights["recurrent"], weights["bias"], weights.get("recurrent_bias"))
+    weights = Weights(
+        weights["input"], weights["recurrent"], weights["bias"], weights.get("recurrent_bias")
+    )
     if backend != "scan":
-        return recurrence.BACKENDS[backend].run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+        return recurrence.BACKENDS[backend].run(
+            cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse
+        )
 
     def advance(cell: Any, state: Any, x_BGH: Array) -> Any:
         state = cell.step(weights, state, x_BGH, mask_BJ)
@@ -67,7 +80,8 @@ def run(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any) -
 
 
 def outcome(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any) -> Any:
-    """Final state and outputs, and the gradients for weights, inputs, initial state and (where there is one) mask."""
+    """Final state and outputs, and the gradients for weights, inputs, initial state and (where
+    there is one) mask."""
 
     @jax.jit
     def everything(primals: Any, lengths_B: Any) -> Any:
@@ -77,7 +91,9 @@ def outcome(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: An
     return everything(primals, lengths_B)
 
 
-def compare(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any, rtol: float, atol: float) -> None:
+def compare(
+    backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any, rtol: float, atol: float
+) -> None:
     if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], primals[3] is not None):
         pytest.skip(f"{backend}: {reason}")
     ours = outcome(backend, cell, lengths_B, reverse, primals)
@@ -87,7 +103,9 @@ def compare(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: An
     def close(path: Any, a: Array, b: Array) -> None:
         assert (a.shape, a.dtype) == (b.shape, b.dtype), jax.tree_util.keystr(path)
         a, b = (np.asarray(z, np.float64) for z in (a, b))
-        np.testing.assert_allclose(a, b, rtol, atol * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            a, b, rtol, atol * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path)
+        )
 
     jax.tree_util.tree_map_with_path(close, ours, scans)
 
@@ -95,7 +113,8 @@ def compare(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: An
 @each_backend
 @each_cell
 @pytest.mark.parametrize(
-    "reverse, ragged, mask", [(False, False, False), (False, True, True), (True, True, False), (True, False, True)]
+    "reverse, ragged, mask",
+    [(False, False, False), (False, True, True), (True, True, False), (True, False, True)],
 )
 @quick
 def test_equals_the_scan(backend: str, name: str, reverse: bool, ragged: bool, mask: bool) -> None:
@@ -145,7 +164,9 @@ def test_one_step_and_all_rows_empty(backend: str, name: str) -> None:
 def test_long_sequences(backend: str, name: str) -> None:
     """Longer than any piece in which a backend may cut time."""
     cell, primals = problem(name, jnp.float32, time=150)
-    compare(backend, cell, np.array([150, 149, 64, 0, 1, 129]), False, primals, rtol=1e-3, atol=1e-5)
+    compare(
+        backend, cell, np.array([150, 149, 64, 0, 1, 129]), False, primals, rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", ("scan", *recurrence.BACKENDS))
@@ -194,7 +215,9 @@ class OtherCell(Cell):
     """A recurrence that no backend knows."""
 
     @staticmethod
-    def equations(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None = None) -> Array:
+    def equations(
+        weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None = None
+    ) -> Array:
         return 0.5 * rnn_step(weights, h_BH, x_BGH, mask_BJ)
 
 
@@ -203,7 +226,9 @@ def test_auto_falls_back_to_the_scan() -> None:
     layer = RNN(OtherCell(H))
     assert recurrence.resolve("auto", layer.cell, x_BTD) is None
     variables = layer.init(jax.random.key(0), x_BTD)
-    (_, y), (_, z) = (RNN(OtherCell(H), backend=b).apply(variables, x_BTD, LENGTHS) for b in ("auto", "scan"))
+    (_, y), (_, z) = (
+        RNN(OtherCell(H), backend=b).apply(variables, x_BTD, LENGTHS) for b in ("auto", "scan")
+    )
     np.testing.assert_array_equal(y, z)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes: every one ends with status 2 and a few lines that say what is wrong and what to do, and costs nothing."""
+"""Mistakes: every one ends with status 2 and a few lines that say what is wrong and what to do, and
+costs nothing."""
 
 import json
 import os
@@ -12,8 +13,8 @@ from commands import KEEP, SERIES, SMALL, call, files, series, texts
 
 from flax_lstm import UserError, load, load_config
 from flax_lstm.__main__ import WRITERS, train
-from flax_lstm.records import open_workdir
-from flax_lstm.saved_config import read_config, save_config
+from flax_lstm.runs.records import open_workdir
+from flax_lstm.runs.saved_config import read_config, save_config
 
 TEXTS = f"--config text_table {SMALL}"
 
@@ -67,42 +68,123 @@ BAD_SERIES = {
     "missing file": (lambda folder: folder / "none.csv", "", ["none.csv does not exist"]),
     "empty file": (write("data.csv", ""), "", ["data.csv is empty"]),
     "no rows": (write("data.csv", "when,load\n"), "", ["data.csv has no rows"]),
-    "one column": (write("data.csv", "when\n2024-01-01\n"), "", ["no numeric column to forecast", "when"]),
-    "NUL bytes": (write("data.csv", b"when,load\n2024-01-01,1\n2024-01-02,\0\n"), "", ["NUL byte in line 3"]),
-    "not UTF-8": (write("data.csv", b"when,load\n2024-01-01,\xff\n"), "", ["not UTF-8", "0xff", "line 2"]),
-    "a line too long": (write("data.csv", "when,load\n2024-01-01,1,2\n"), "", ["line 2: 3 values under 2 column"]),
-    "no Parquet": (write("data.parquet", "when,load\n"), "", ["cannot read", "as Parquet"]),
-    "unknown kind": (write("data.xlsx", "x"), "", ["unknown kind of file '.xlsx'", ".csv", ".parquet"]),
-    "a folder": (lambda folder: folder, "", ["is a folder"]),
-    "wrong column": (table(series()), "--data.targets laod", ["no column 'laod'", "Did you mean load", "when, load"]),
-    "wrong time column": (table(series()), "--data.time-column date", ["no column 'date'", "when, load, price"]),
-    "no time": (table(series()), "--data.time-column load", ["'load' holds", "ISO 8601", "--data.time-column"]),
-    "text for a number": (
-        table(with_value(series(), 6, "load", "many")), "", ["'load' holds what is no number", "'many' (row 7)"]
+    "one column": (
+        write("data.csv", "when\n2024-01-01\n"),
+        "",
+        ["no numeric column to forecast", "when"],
     ),
-    "no number": (table(with_value(series(), 6, "load", "")), "", ["absent values", "row(s): 7", "interpolate"]),
-    "NaN": (table(with_value(series(), 6, "load", "NaN")), "", ["absent values", "row(s): 7", "interpolate"]),
-    "infinity": (table(with_value(series(), 6, "load", "inf")), "", ["'load' is infinite in row 7"]),
-    "unsorted": (table(swapped(series(), 4, 9)), "", ["row 6", "is earlier than the time of row 5", "sorted"]),
-    "duplicate": (table(pd.concat([series()[:9], series()[8:]])), "", ["row 10", "repeats", "row 9"]),
+    "NUL bytes": (
+        write("data.csv", b"when,load\n2024-01-01,1\n2024-01-02,\0\n"),
+        "",
+        ["NUL byte in line 3"],
+    ),
+    "not UTF-8": (
+        write("data.csv", b"when,load\n2024-01-01,\xff\n"),
+        "",
+        ["not UTF-8", "0xff", "line 2"],
+    ),
+    "a line too long": (
+        write("data.csv", "when,load\n2024-01-01,1,2\n"),
+        "",
+        ["line 2: 3 values under 2 column"],
+    ),
+    "no Parquet": (write("data.parquet", "when,load\n"), "", ["cannot read", "as Parquet"]),
+    "unknown kind": (
+        write("data.xlsx", "x"),
+        "",
+        ["unknown kind of file '.xlsx'", ".csv", ".parquet"],
+    ),
+    "a folder": (lambda folder: folder, "", ["is a folder"]),
+    "wrong column": (
+        table(series()),
+        "--data.targets laod",
+        ["no column 'laod'", "Did you mean load", "when, load"],
+    ),
+    "wrong time column": (
+        table(series()),
+        "--data.time-column date",
+        ["no column 'date'", "when, load, price"],
+    ),
+    "no time": (
+        table(series()),
+        "--data.time-column load",
+        ["'load' holds", "ISO 8601", "--data.time-column"],
+    ),
+    "text for a number": (
+        table(with_value(series(), 6, "load", "many")),
+        "",
+        ["'load' holds what is no number", "'many' (row 7)"],
+    ),
+    "no number": (
+        table(with_value(series(), 6, "load", "")),
+        "",
+        ["absent values", "row(s): 7", "interpolate"],
+    ),
+    "NaN": (
+        table(with_value(series(), 6, "load", "NaN")),
+        "",
+        ["absent values", "row(s): 7", "interpolate"],
+    ),
+    "infinity": (
+        table(with_value(series(), 6, "load", "inf")),
+        "",
+        ["'load' is infinite in row 7"],
+    ),
+    "unsorted": (
+        table(swapped(series(), 4, 9)),
+        "",
+        ["row 6", "is earlier than the time of row 5", "sorted"],
+    ),
+    "duplicate": (
+        table(pd.concat([series()[:9], series()[8:]])),
+        "",
+        ["row 10", "repeats", "row 9"],
+    ),
     "look-back too long": (
-        table(series()), "--data.lookback 100", ["84 rows, too few for data.lookback 100", "sum to 84 at most"]
+        table(series()),
+        "--data.lookback 100",
+        ["84 rows, too few for data.lookback 100", "sum to 84 at most"],
     ),
     "segment too long": (
-        table(series()), "--config etth1 --model.segment 48 --data.split 0.7 0.1 0.2",
+        table(series()),
+        "--config etth1 --model.segment 48 --data.split 0.7 0.1 0.2",
         ["model.segment 48 is longer than data.lookback 8"],
     ),
-}  # fmt: skip
+}
 BAD_TEXTS = {
     "missing file": (lambda folder: folder / "none.csv", "", ["none.csv does not exist"]),
     "folder without texts": (lambda folder: folder, "", ["LABEL/*.txt"]),
-    "wrong text column": (table(texts()), "--data.text-column txt", ["'txt'", "Did you mean text", "id, text, label"]),
-    "wrong label column": (table(texts()), "--data.label-column stars", ["'stars' (--data.label-column)", "id, text"]),
+    "wrong text column": (
+        table(texts()),
+        "--data.text-column txt",
+        ["'txt'", "Did you mean text", "id, text, label"],
+    ),
+    "wrong label column": (
+        table(texts()),
+        "--data.label-column stars",
+        ["'stars' (--data.label-column)", "id, text"],
+    ),
     "one class": (table(texts(label="good")), "", ["label 'good'", "at least 2"]),
-    "absent text": (table(with_value(texts(), 2, "text", "")), "", ["column 'text' is empty in 1 row(s): 3"]),
-    "absent label": (table(with_value(texts(), 2, "label", "")), "", ["column 'label' is empty in 1 row(s): 3"]),
-    "numbers for texts": (write("data.jsonl", '{"text": 3, "label": 1}\n'), "", ["type int in row 1, not text"]),
-    "no JSON": (write("data.jsonl", '{"text": "a", "label": 1}\n{"text"\n'), "", ["line 2 is not JSON"]),
+    "absent text": (
+        table(with_value(texts(), 2, "text", "")),
+        "",
+        ["column 'text' is empty in 1 row(s): 3"],
+    ),
+    "absent label": (
+        table(with_value(texts(), 2, "label", "")),
+        "",
+        ["column 'label' is empty in 1 row(s): 3"],
+    ),
+    "numbers for texts": (
+        write("data.jsonl", '{"text": 3, "label": 1}\n'),
+        "",
+        ["type int in row 1, not text"],
+    ),
+    "no JSON": (
+        write("data.jsonl", '{"text": "a", "label": 1}\n{"text"\n'),
+        "",
+        ["line 2 is not JSON"],
+    ),
     "few rows": (table(texts(2)), "", ["no row for the split"]),
     "open quote": (write("data.csv", 'text,label\n"a,1\n'), "", ["line 2", "quote"]),
 }
@@ -112,7 +194,10 @@ BAD_TEXTS = {
 def test_series_that_cannot_be_trained_on(tmp_path, capsys, case):
     prepare, flags, parts = BAD_SERIES[case]
     path = prepare(tmp_path)
-    refuse(call(capsys, f"train {SERIES} {flags}", "--data.path", path, "--workdir", tmp_path / "run"), *parts)
+    refuse(
+        call(capsys, f"train {SERIES} {flags}", "--data.path", path, "--workdir", tmp_path / "run"),
+        *parts,
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -120,7 +205,10 @@ def test_series_that_cannot_be_trained_on(tmp_path, capsys, case):
 def test_texts_that_cannot_be_trained_on(tmp_path, capsys, case):
     prepare, flags, parts = BAD_TEXTS[case]
     path = prepare(tmp_path)
-    refuse(call(capsys, f"train {TEXTS} {flags}", "--data.path", path, "--workdir", tmp_path / "run"), *parts)
+    refuse(
+        call(capsys, f"train {TEXTS} {flags}", "--data.path", path, "--workdir", tmp_path / "run"),
+        *parts,
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -129,17 +217,23 @@ def test_a_test_label_that_training_has_never_seen(tmp_path, capsys):
     texts(8, label="goood").to_csv(tmp_path / "test.csv", index=False)
     paths = ("--data.path", tmp_path / "train.csv", "--data.test-path", tmp_path / "test.csv")
     outcome = call(capsys, f"train {TEXTS}", *paths, "--workdir", tmp_path / "run")
-    refuse(outcome, "label 'goood' of 8 row(s) of the test split", "Did you mean good?", "bad, good")
+    refuse(
+        outcome, "label 'goood' of 8 row(s) of the test split", "Did you mean good?", "bad, good"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read and write everything")
 def test_a_file_that_may_not_be_read_and_a_folder_that_may_not_be_written(tmp_path, capsys):
     series().to_csv(tmp_path / "data.csv", index=False)
     (tmp_path / "data.csv").chmod(0)
-    outcome = call(capsys, f"train {SERIES} --data.path {tmp_path}/data.csv --workdir {tmp_path}/run")
+    outcome = call(
+        capsys, f"train {SERIES} --data.path {tmp_path}/data.csv --workdir {tmp_path}/run"
+    )
     refuse(outcome, "cannot read", "data.csv")
     (tmp_path / "closed").mkdir(mode=0o500)
-    outcome = call(capsys, f"train {SERIES} --data.path {tmp_path}/data.csv --workdir {tmp_path}/closed")
+    outcome = call(
+        capsys, f"train {SERIES} --data.path {tmp_path}/data.csv --workdir {tmp_path}/closed"
+    )
     refuse(outcome, "closed", "name another folder")
 
 
@@ -153,7 +247,10 @@ BAD_FLAGS = {
     "no number": ("--train.learning-rate fast", ["--train.learning-rate", "fast"]),
     "no integer": ("--train.steps 2.5", ["--train.steps", "2.5"]),
     "unknown cell": ("--model.cell ltsm", ["--model.cell", "ltsm", "lstm", "gru", "rnn"]),
-    "unknown schedule": ("--train.schedule linear", ["--train.schedule", "constant", "cosine", "plateau"]),
+    "unknown schedule": (
+        "--train.schedule linear",
+        ["--train.schedule", "constant", "cosine", "plateau"],
+    ),
     "dropout": ("--model.dropout 1.0", ["model.dropout 1.0", "below 1"]),
     "parts": ("--train.accumulate 3", ["train.accumulate 3 does not divide", "1, 2, 4, 8"]),
     "ema": ("--train.ema 1", ["train.ema 1.0"]),
@@ -163,7 +260,10 @@ BAD_FLAGS = {
     "flag without value": ("--train.steps", ["--train.steps"]),
     "left-over word": ("quickstart", ["quickstart"]),
     "devices": ("--mesh.data 3 --mesh.fsdp 3", ["8 devices"]),
-    "batch over devices": ("--mesh.data -1 --train.batch-size 12", ["train.batch-size 12", "8, 16"]),
+    "batch over devices": (
+        "--mesh.data -1 --train.batch-size 12",
+        ["train.batch-size 12", "8, 16"],
+    ),
 }
 
 
@@ -171,7 +271,9 @@ BAD_FLAGS = {
 def test_settings_that_make_no_sense(tmp_path, capsys, case):
     flags, parts = BAD_FLAGS[case]
     series().to_csv(tmp_path / "data.csv", index=False)
-    outcome = call(capsys, f"train {SERIES} --data.path {tmp_path}/data.csv --workdir {tmp_path}/run {flags}")
+    outcome = call(
+        capsys, f"train {SERIES} --data.path {tmp_path}/data.csv --workdir {tmp_path}/run {flags}"
+    )
     refuse(outcome, *parts)
 
 
@@ -182,26 +284,33 @@ BAD_CONFIGS = {
     "no config": ("def get_config():\n    return 3\n", ["must return a flax_lstm.Config"]),
     "raises": ("def get_config():\n    return 1 / 0\n", ["own.py, line 2", "ZeroDivisionError"]),
     "bad value": (
-        "from flax_lstm import RecurrentModel\nmodel = RecurrentModel(hidden_size=0)\n", ["model.hidden-size 0"]
+        "from flax_lstm import RecurrentModel\nmodel = RecurrentModel(hidden_size=0)\n",
+        ["model.hidden-size 0"],
     ),
     "bad field": (
         "from flax_lstm import RecurrentModel\nmodel = RecurrentModel(hidden=8)\n",
         ["own.py, line 2", "unexpected keyword argument 'hidden'"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_config_files_that_cannot_be_used(tmp_path, capsys, case):
     text, parts = BAD_CONFIGS[case]
     (tmp_path / "own.py").write_text(text)
-    refuse(call(capsys, "train --config", tmp_path / "own.py", "--workdir", tmp_path / "run"), *parts)
+    refuse(
+        call(capsys, "train --config", tmp_path / "own.py", "--workdir", tmp_path / "run"), *parts
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_config_that_is_not_there(tmp_path, capsys):
     for name in (tmp_path / "none.py", "none", tmp_path, "sub/quickstart"):
-        refuse(call(capsys, "train --config", name, "--workdir", tmp_path / "run"), str(name), "quickstart")
+        refuse(
+            call(capsys, "train --config", name, "--workdir", tmp_path / "run"),
+            str(name),
+            "quickstart",
+        )
 
 
 # Work directories
@@ -212,7 +321,9 @@ def home(tmp_path_factory):
     """A folder with a table and a finished run."""
     home = tmp_path_factory.mktemp("home")
     series().to_csv(home / "data.csv", index=False)
-    command = f"{SERIES} --data.path {home}/data.csv --workdir {home}/run --train.checkpoint-every 1"
+    command = (
+        f"{SERIES} --data.path {home}/data.csv --workdir {home}/run --train.checkpoint-every 1"
+    )
     assert train([*KEEP, *command.split()]) == 0
     return home
 
@@ -226,8 +337,11 @@ def run(home, tmp_path):
 @pytest.fixture
 def again(home, run, capsys):
     """The command that trained it, with other flags at the end."""
-    return lambda flags="": call(capsys, f"train {SERIES} --data.path {home}/data.csv --train.checkpoint-every 1", *(
-        "--workdir", run, *flags.split()))  # fmt: skip
+    return lambda flags="": call(
+        capsys,
+        f"train {SERIES} --data.path {home}/data.csv --train.checkpoint-every 1",
+        *("--workdir", run, *flags.split()),
+    )
 
 
 def test_work_directories_that_are_something_else(home, tmp_path, capsys):
@@ -235,28 +349,51 @@ def test_work_directories_that_are_something_else(home, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     before = files(tmp_path)
-    for workdir, part in (("file", "a file of that name"), ("file/run", "cannot be"), ("full", "other things")):
-        outcome = call(capsys, f"train {SERIES} --data.path {home}/data.csv --workdir", tmp_path / workdir)
-        refuse(outcome, str(tmp_path / workdir), part, "another folder" if workdir != "full" else "new or empty folder")
+    for workdir, part in (
+        ("file", "a file of that name"),
+        ("file/run", "cannot be"),
+        ("full", "other things"),
+    ):
+        outcome = call(
+            capsys, f"train {SERIES} --data.path {home}/data.csv --workdir", tmp_path / workdir
+        )
+        refuse(
+            outcome,
+            str(tmp_path / workdir),
+            part,
+            "another folder" if workdir != "full" else "new or empty folder",
+        )
     assert files(tmp_path) == before
 
 
 def test_a_run_with_other_settings_is_left_alone(run, again):
     before = files(run)
     outcome = again("--model.hidden-size 5 --seed 3")
-    refuse(outcome, "model.hidden_size: 4 there, 5 now", "seed: 0 there, 3 now", "another --workdir")
+    refuse(
+        outcome, "model.hidden_size: 4 there, 5 now", "seed: 0 there, 3 now", "another --workdir"
+    )
     refuse(again("--train.steps 2"), "train.steps 2", "longer, not shorter")
     assert files(run) == before
 
 
 def test_a_failed_start_does_not_block_the_corrected_one(home, tmp_path, capsys):
-    """A wrong column, then a rate that explodes, then a good command; the batch larger than the data is padded."""
-    command = f"train {SERIES} --data.path {home}/data.csv --workdir {tmp_path}/run --train.batch-size 256"
+    """A wrong column, then a rate that explodes, then a good command; the batch larger than the
+    data is padded."""
+    command = (
+        f"train {SERIES} --data.path {home}/data.csv --workdir {tmp_path}/run "
+        "--train.batch-size 256"
+    )
     refuse(call(capsys, f"{command} --data.targets laod"), "no column 'laod'")
-    refuse(call(capsys, f"{command} --data.targets load --train.learning-rate 1e30 --train.clip 0"), "loss is")
+    refuse(
+        call(capsys, f"{command} --data.targets load --train.learning-rate 1e30 --train.clip 0"),
+        "loss is",
+    )
     outcome = call(capsys, f"{command} --data.targets price --data.lookback 6")
     assert outcome.code == 0, outcome.err
-    assert load(tmp_path / "run").info.targets == ("price",) and load(tmp_path / "run").info.lookback == 6
+    assert (
+        load(tmp_path / "run").info.targets == ("price",)
+        and load(tmp_path / "run").info.lookback == 6
+    )
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len({(row["step"], row["split"]) for row in rows}) == len(rows)
 
@@ -274,7 +411,10 @@ def test_only_what_a_failed_start_leaves_is_taken_over(tmp_path):
 
     (tmp_path / "data.csv").unlink()
     assert open_workdir(tmp_path, config) == config.with_schedule_settled()
-    assert not (tmp_path / "assets").exists() and read_config(tmp_path / "config.py").name == "quickstart"
+    assert (
+        not (tmp_path / "assets").exists()
+        and read_config(tmp_path / "config.py").name == "quickstart"
+    )
 
 
 def test_a_start_cut_short_keeps_what_it_fitted(tmp_path):
@@ -291,7 +431,12 @@ def test_folders_that_hold_no_run(run, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     for command in ("evaluate", "predict --text x"):
         for name in ("none", "empty", "file"):
-            refuse(call(capsys, command, tmp_path / name), str(tmp_path / name), "no run here", "train.py")
+            refuse(
+                call(capsys, command, tmp_path / name),
+                str(tmp_path / name),
+                "no run here",
+                "train.py",
+            )
     shutil.rmtree(run / "checkpoints")
     refuse(call(capsys, "evaluate", run), str(run), "no checkpoint yet")
 
@@ -319,7 +464,9 @@ def test_a_saved_config_is_data_and_never_run(run, again, tmp_path, capsys):
 def test_a_config_edited_by_hand_does_not_fit_its_checkpoint(run, again, capsys):
     text = (run / "config.py").read_text()
     (run / "config.py").write_text(text.replace("hidden_size=4", "hidden_size=6"))
-    refuse(call(capsys, "evaluate", run), "checkpoint of another model", "(4, 4) there, (4, 6) here")
+    refuse(
+        call(capsys, "evaluate", run), "checkpoint of another model", "(4, 4) there, (4, 6) here"
+    )
     (run / "result.json").unlink()
     refuse(again("--model.hidden-size 6"), "checkpoint of another model")
 
@@ -341,7 +488,9 @@ def test_spoilt_checkpoints(run, again, capsys, kind):
     before = files(run)
     refuse(call(capsys, "evaluate --checkpoint latest", run), "checkpoints", "cannot be read", "4")
     refuse(again(), "checkpoints", "cannot be read")
-    assert {name: before[name] for name in before if "checkpoints" in name}.items() <= files(run).items()
+    assert {name: before[name] for name in before if "checkpoints" in name}.items() <= files(
+        run
+    ).items()
 
 
 def test_a_spoilt_result_is_said(run, again):
@@ -378,7 +527,11 @@ def test_data_that_went_away(home, run, tmp_path, capsys):
 
 def test_arguments_of_evaluate(home, capsys):
     refuse(call(capsys, "evaluate --split tset", home / "run"), "train", "validation", "test")
-    refuse(call(capsys, "evaluate --checkpoint last", home / "run"), "--checkpoint last", "best, latest or one of")
+    refuse(
+        call(capsys, "evaluate --checkpoint last", home / "run"),
+        "--checkpoint last",
+        "best, latest or one of",
+    )
     refuse(call(capsys, "evaluate"), "DIR")
 
 
@@ -388,30 +541,49 @@ BAD_PREDICTIONS = {
     "no output": ("--input {home}/data.csv", ["give either"]),
     "a text for a series": ("--text x", ["not a run on texts", "--input"]),
     "input missing": ("--input {out}.csv --output {out}.csv", ["does not exist"]),
-    "folder missing": ("--input {home}/data.csv --output {out}/none/out.csv", ["the folder", "does not exist"]),
+    "folder missing": (
+        "--input {home}/data.csv --output {out}/none/out.csv",
+        ["the folder", "does not exist"],
+    ),
     "output a folder": ("--input {home}/data.csv --output {home}", ["extension"]),
     "extension": ("--input {home}/data.csv --output {out}.xlsx", [".csv, .tsv, .jsonl, .parquet"]),
-    "input extension": ("--input {home}/run/config.py --output {out}.csv", ["unknown kind of file '.py'"]),
-    "checkpoint": ("--input {home}/data.csv --output {out}.csv --checkpoint 77", ["best, latest or one of"]),
+    "input extension": (
+        "--input {home}/run/config.py --output {out}.csv",
+        ["unknown kind of file '.py'"],
+    ),
+    "checkpoint": (
+        "--input {home}/data.csv --output {out}.csv --checkpoint 77",
+        ["best, latest or one of"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_PREDICTIONS)
 def test_predictions_that_cannot_be_made(home, tmp_path, capsys, case):
     flags, parts = BAD_PREDICTIONS[case]
-    refuse(call(capsys, f"predict {home}/run " + flags.format(home=home, out=tmp_path / "out")), *parts)
+    refuse(
+        call(capsys, f"predict {home}/run " + flags.format(home=home, out=tmp_path / "out")), *parts
+    )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("frame, part", [
-    (series().drop(columns="price"), "no column 'price'"),
-    (series(5), "has 5 rows; the model looks back on 8"),
-    (series()[::2], "every 0 days 02:00:00; the model was trained on one every 0 days 01:00:00"),
-    (with_value(series(), 119, "load", "?"), "'?' (row 120)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "frame, part",
+    [
+        (series().drop(columns="price"), "no column 'price'"),
+        (series(5), "has 5 rows; the model looks back on 8"),
+        (
+            series()[::2],
+            "every 0 days 02:00:00; the model was trained on one every 0 days 01:00:00",
+        ),
+        (with_value(series(), 119, "load", "?"), "'?' (row 120)"),
+    ],
+)
 def test_inputs_that_cannot_be_forecast_from(home, tmp_path, capsys, frame, part):
     frame.to_csv(tmp_path / "in.csv", index=False)
-    outcome = call(capsys, f"predict {home}/run --input {tmp_path}/in.csv --output {tmp_path}/out.csv")
+    outcome = call(
+        capsys, f"predict {home}/run --input {tmp_path}/in.csv --output {tmp_path}/out.csv"
+    )
     refuse(outcome, part)
     assert not (tmp_path / "out.csv").exists()
 
@@ -423,7 +595,10 @@ def test_a_disk_that_fills_up_costs_no_earlier_output(home, tmp_path, capsys, mo
 
     monkeypatch.setitem(WRITERS, ".csv", write)
     (tmp_path / "out.csv").write_text("earlier")
-    outcome = call(capsys, f"predict {home}/run --input {home}/data.csv --output {tmp_path}/out.csv --overwrite")
+    outcome = call(
+        capsys,
+        f"predict {home}/run --input {home}/data.csv --output {tmp_path}/out.csv --overwrite",
+    )
     refuse(outcome, "out.csv", "No space left")
     assert files(tmp_path) == {"out.csv": b"earlier"}
 
@@ -431,5 +606,7 @@ def test_a_disk_that_fills_up_costs_no_earlier_output(home, tmp_path, capsys, mo
 def test_a_run_without_a_form_of_input(tmp_path, capsys):
     open_workdir(tmp_path / "run", load_config("adding_problem"))
     (tmp_path / "in.csv").write_text("a,b\n1,2\n")
-    outcome = call(capsys, f"predict {tmp_path}/run --input {tmp_path}/in.csv --output {tmp_path}/out.csv")
+    outcome = call(
+        capsys, f"predict {tmp_path}/run --input {tmp_path}/in.csv --output {tmp_path}/out.csv"
+    )
     refuse(outcome, "AddingProblem has no form of input")

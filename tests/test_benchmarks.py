@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speed benchmark from end to end on a tiny workload, with the implementations that are always there."""
+"""The speed benchmark from end to end on a tiny workload, with the implementations that are always
+there."""
 
 import json
 import math
@@ -9,13 +10,22 @@ import sys
 
 from commands import ROOT
 
-FIGURES = ("ms", "first_step_s", "before_mb", "memory_mb", "times_best_peer", "times_best_default_peer", "times_linen")
+FIGURES = (
+    "ms",
+    "first_step_s",
+    "before_mb",
+    "memory_mb",
+    "times_best_peer",
+    "times_best_default_peer",
+    "times_linen",
+)
 
 
 def test_tiny_workload_with_one_peer_missing(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('none here', name='torch')")
     command = (
-        f"benchmarks/run.py --workloads tiny --rounds 2 --seconds 0.01 --malloc default --json {tmp_path / 'f.json'}"
+        "benchmarks/run.py --workloads tiny --rounds 2 --seconds 0.01 --malloc default --json "
+        f"{tmp_path / 'f.json'}"
     )
     peers = ("ours-scan", "ours-fused", "linen", "torch", "floor-numpy")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -38,7 +48,9 @@ def test_tiny_workload_with_one_peer_missing(tmp_path):
     assert all(row["status"] == "ok" for row in rows.values()), rows
     for name, row in rows.items():
         assert all(row[field] > 0 for field in FIGURES), row
-        assert math.isclose(row["over_floor"], row["ms"] / floor["ms"]) and len(row["ms_rounds"]) == 2
+        assert (
+            math.isclose(row["over_floor"], row["ms"] / floor["ms"]) and len(row["ms_rounds"]) == 2
+        )
         for loss, other in zip(row["losses"], rows["linen"]["losses"], strict=True):
             assert math.isclose(loss, other, rel_tol=1e-4), name
         assert f"| tiny | {name} |" in run.stdout
@@ -67,7 +79,12 @@ def test_other_losses_are_not_timed(monkeypatch):
     fine, fine_too = Entrant(right, right - 0.02), Entrant(right * 1.00001, right - 0.022)
     other_weights, no_updates = Entrant(right * 1.001, right - 0.02), Entrant(right, right)
     run.check_losses(work, [fine, fine_too, other_weights, no_updates])
-    assert [bool(e.trouble) for e in (fine, fine_too, other_weights, no_updates)] == [False, False, True, True]
+    assert [bool(e.trouble) for e in (fine, fine_too, other_weights, no_updates)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_weak_scaling_over_three_devices():
@@ -81,6 +98,10 @@ def test_weak_scaling_over_three_devices():
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line[:3] in ("| 1", "| 2", "| 3")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in run.stdout.splitlines()
+        if line[:3] in ("| 1", "| 2", "| 3")
+    ]
     assert [row[:2] for row in rows] == [["1", "64"], ["2", "128"]]
     assert rows[0][-1] == "100%" and all(float(row[2]) > 0 for row in rows)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with `model.dtype bfloat16`: what is multiplied is bfloat16, what is kept or added up is float32."""
+"""Training with `model.dtype bfloat16`: what is multiplied is bfloat16, what is kept or added up is
+float32."""
 
 from dataclasses import replace
 from functools import cache
@@ -9,15 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import small_runs
 
-from flax_lstm.assembly import assemble
-from flax_lstm.cells import CELLS
-from flax_lstm.layers import RNN
-from flax_lstm.sharding import put_batch
+from flax_lstm.machine.sharding import put_batch
+from flax_lstm.nn.cells import CELLS
+from flax_lstm.nn.layers import RNN
+from flax_lstm.training.assembly import assemble
 
 EPS = float(jnp.finfo(jnp.bfloat16).eps)
-RUNS = {"classification": runs.text_run, "language": runs.language_run, "forecasting": runs.series_run}
+RUNS = {
+    "classification": small_runs.text_run,
+    "language": small_runs.language_run,
+    "forecasting": small_runs.series_run,
+}
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
@@ -44,7 +49,9 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def inner(equation: Any) -> list[Any]:
     """The jaxprs within an equation."""
-    found = jax.tree.leaves([*equation.params.values()], is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+    found = jax.tree.leaves(
+        [*equation.params.values()], is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+    )
     found = [getattr(p, "jaxpr", p) for p in found]
     return [p for p in found if hasattr(p, "eqns")]
 
@@ -67,11 +74,16 @@ def matmuls(jaxpr: Any, in_loop: bool = False) -> list[tuple[bool, set[str]]]:
 @pytest.mark.parametrize("task", RUNS)
 def test_weights_optimiser_and_state_are_float32(task: str, backend: str, train: Any) -> None:
     _, state, losses = train(task, "bfloat16", backend)
-    dtypes = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    dtypes = {
+        jax.tree_util.keystr(path): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
     counts = {path for path in dtypes if path.endswith(("step", "count"))}
     assert {dtypes[path] for path in counts} == {jnp.dtype("int32")}
     assert {dtypes[path] for path in dtypes.keys() - counts} == {jnp.dtype("float32")}
-    assert task != "language" or {leaf.dtype for leaf in jax.tree.leaves(state.carry)} == {jnp.dtype("float32")}
+    assert task != "language" or {leaf.dtype for leaf in jax.tree.leaves(state.carry)} == {
+        jnp.dtype("float32")
+    }
 
     _, _, exact = train(task, "float32", "fused")
     np.testing.assert_allclose(losses, exact, rtol=EPS / 4)
@@ -90,13 +102,16 @@ def test_matmuls_are_bfloat16(task: str, train: Any) -> None:
 @pytest.mark.parametrize("backend", ["fused", "scan"])
 @pytest.mark.parametrize("name", CELLS)
 def test_gradients_add_up_in_float32(name: str, backend: str) -> None:
-    """Over 16 rows of 400 steps, whose contributions all have one sign: sums in bfloat16 would stand still."""
+    """Over 16 rows of 400 steps, whose contributions all have one sign: sums in bfloat16 would
+    stand still."""
     x_BTD = 1 + jnp.asarray(np.random.default_rng(0).normal(size=(16, 400, 3)), jnp.float32)
     params = RNN(CELLS[name](4)).init(jax.random.key(0), x_BTD[:, :1])
 
     def gradient(dtype: Any, backend: Any) -> Any:
         rnn = RNN(CELLS[name](4, dtype=dtype), backend=backend)
-        return jax.jit(jax.grad(lambda p: jnp.mean(rnn.apply(p, x_BTD)[1].astype(jnp.float32))))(params)
+        return jax.jit(jax.grad(lambda p: jnp.mean(rnn.apply(p, x_BTD)[1].astype(jnp.float32))))(
+            params
+        )
 
     rough, exact = gradient(jnp.bfloat16, backend), gradient(jnp.float32, "fused")
     for path, expected in jax.tree_util.tree_leaves_with_path(exact):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_lstm.cells import CELLS, LSTMCell, LSTMState, gru_step, orthogonal_per_gate
-from flax_lstm.layers import RNN
+from flax_lstm.nn.cells import CELLS, LSTMCell, LSTMState, gru_step, orthogonal_per_gate
+from flax_lstm.nn.layers import RNN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -26,7 +26,11 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 def random_weights(name: str) -> dict[str, np.ndarray]:
     gates = GATES[name]
-    weights = {"input": random(D, gates, H), "recurrent": random(H, gates, H), "bias": random(gates, H)}
+    weights = {
+        "input": random(D, gates, H),
+        "recurrent": random(H, gates, H),
+        "bias": random(gates, H),
+    }
     return weights | ({"recurrent_bias": random(H)} if name == "gru" else {})
 
 
@@ -37,7 +41,9 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-z))
 
 
-def textbook_lstm(w: dict[str, np.ndarray], x: np.ndarray, c: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, ...]:
+def textbook_lstm(
+    w: dict[str, np.ndarray], x: np.ndarray, c: np.ndarray, h: np.ndarray
+) -> tuple[np.ndarray, ...]:
     Wi, Wf, Wc, Wo = (np.concatenate([w["recurrent"][:, g], w["input"][:, g]]) for g in range(4))
     bi, bf, bc, bo = w["bias"]
     hx = np.concatenate([h, x])
@@ -65,7 +71,11 @@ TEXTBOOK: Any = {"lstm": textbook_lstm, "gru": textbook_gru, "rnn": textbook_rnn
 
 @each_cell
 def test_cell_is_the_textbook_step_by_step(name: str, x64: None) -> None:
-    weights, cell, x_BTD = random_weights(name), CELLS[name](H, param_dtype=jnp.float64), random(B, T, D)
+    weights, cell, x_BTD = (
+        random_weights(name),
+        CELLS[name](H, param_dtype=jnp.float64),
+        random(B, T, D),
+    )
     parts = 2 if name == "lstm" else 1
     begin = [random(B, H, seed=part) for part in range(parts)]
     state = LSTMState(*map(jnp.asarray, begin)) if name == "lstm" else jnp.asarray(begin[0])
@@ -92,7 +102,9 @@ def test_flax_rnn_scans_our_cell(name: str) -> None:
 @each_cell
 def test_weights_begin_as_said(name: str) -> None:
     variables = CELLS[name](64).lazy_init(
-        jax.random.key(0), CELLS[name](64).initial_state(1), jax.ShapeDtypeStruct((1, 32), jnp.float32)
+        jax.random.key(0),
+        CELLS[name](64).initial_state(1),
+        jax.ShapeDtypeStruct((1, 32), jnp.float32),
     )
     weights = variables["params"]
     gates = GATES[name]
@@ -128,8 +140,11 @@ def test_weights_begin_as_said(name: str) -> None:
         (None, jnp.float64, jnp.float64, jnp.float64),
     ],
 )
-def test_dtypes(name: str, dtype: Any, param_dtype: Any, output: Any, state: Any, x64: None) -> None:
-    """Outputs in `dtype`, weights and their gradients in `param_dtype`, the state in float32 at least."""
+def test_dtypes(
+    name: str, dtype: Any, param_dtype: Any, output: Any, state: Any, x64: None
+) -> None:
+    """Outputs in `dtype`, weights and their gradients in `param_dtype`, the state in float32 at
+    least."""
     cell = CELLS[name](H, dtype=dtype, param_dtype=param_dtype)
     x_BTD = jnp.asarray(random(B, T, D), jnp.float32)
     for module, arguments in (
@@ -138,10 +153,14 @@ def test_dtypes(name: str, dtype: Any, param_dtype: Any, output: Any, state: Any
     ):
         variables = jax.eval_shape(module.init, jax.random.key(0), *arguments)
         final, y = jax.eval_shape(module.apply, variables, *arguments)
-        gradient = jax.eval_shape(jax.grad(lambda v, m=module, a=arguments: m.apply(v, *a)[1].sum()), variables)
+        gradient = jax.eval_shape(
+            jax.grad(lambda v, m=module, a=arguments: m.apply(v, *a)[1].sum()), variables
+        )
         assert y.dtype == output
         assert {leaf.dtype for leaf in jax.tree.leaves(final)} == {jnp.dtype(state)}
-        assert {leaf.dtype for leaf in jax.tree.leaves((variables, gradient))} == {jnp.dtype(param_dtype)}
+        assert {leaf.dtype for leaf in jax.tree.leaves((variables, gradient))} == {
+            jnp.dtype(param_dtype)
+        }
 
 
 @each_cell
@@ -149,7 +168,9 @@ def test_bfloat16_carries_float32(name: str) -> None:
     """The state keeps what bfloat16 would round away."""
     variables = RNN(CELLS[name](H)).init(jax.random.key(0), jnp.zeros((B, T, D)))
     cell = CELLS[name](H, dtype=jnp.bfloat16)
-    state, y = RNN(cell, backend="scan").apply(variables, jnp.asarray(random(B, T, D), jnp.bfloat16))
+    state, y = RNN(cell, backend="scan").apply(
+        variables, jnp.asarray(random(B, T, D), jnp.bfloat16)
+    )
     h = state.h_BH if name == "lstm" else state
     assert np.any(h != h.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_equal(y[:, -1], h.astype(jnp.bfloat16))
@@ -161,7 +182,9 @@ def test_recurrent_dropout_leaves_the_carried_state_alone(name: str) -> None:
     cell = CELLS[name](H)
     weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), random_weights(name))
     params, x_BD = {"params": weights}, jnp.asarray(random(B, D), jnp.float32)
-    state = jax.tree.map(lambda s: jnp.asarray(random(*s.shape), jnp.float32), cell.initial_state(B))
+    state = jax.tree.map(
+        lambda s: jnp.asarray(random(*s.shape), jnp.float32), cell.initial_state(B)
+    )
 
     def step(params: Any, state: Any, mask: Any) -> Any:
         def both(cell: Any) -> Any:
@@ -173,7 +196,8 @@ def test_recurrent_dropout_leaves_the_carried_state_alone(name: str) -> None:
     cut = {"params": weights | {"recurrent": jnp.zeros_like(weights["recurrent"])}}
     masked, plain = step(params, state, jnp.zeros((B, H))), step(cut, state, None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), masked, plain)
-    # What is carried still reaches the next state where the cell carries it (c of an LSTM, h of a GRU).
+    # What is carried still reaches the next state where the cell carries it (c of an LSTM, h of a
+    # GRU).
     if name != "rnn":
         moved = step(params, jax.tree.map(lambda s: s + 1, state), jnp.zeros((B, H)))
         assert np.all(jax.tree.leaves(moved)[0] != jax.tree.leaves(masked)[0])

@@ -10,13 +10,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_lstm import UserError
-from flax_lstm.checkpoint import Checkpoints
-from flax_lstm.steps import TrainState
+from flax_lstm.training.checkpoint import Checkpoints
+from flax_lstm.training.steps import TrainState
 
 
 def state_at(step: int, carry: bool = False) -> TrainState:
     """A state whose every number names the step."""
-    params = {"cell": {"kernel": jnp.full((4, 3), step, jnp.float32)}, "head": {"bias": jnp.arange(3.0) + step}}
+    params = {
+        "cell": {"kernel": jnp.full((4, 3), step, jnp.float32)},
+        "head": {"bias": jnp.arange(3.0) + step},
+    }
     moments = (jax.tree.map(lambda p: -p, params), jnp.asarray(step, jnp.int32))
     return TrainState(
         jnp.asarray(step, jnp.int32),
@@ -28,7 +31,9 @@ def state_at(step: int, carry: bool = False) -> TrainState:
 
 
 def abstract(state: TrainState, sharding=None) -> TrainState:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state
+    )
 
 
 def fill(folder, monitors: dict[int, float | None], maximise: bool = False) -> Checkpoints:
@@ -67,9 +72,17 @@ def test_another_process_restores_the_same(tmp_path, carry):
         ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.7}, False, [2, 4]),
         ({1: 0.3, 2: 0.9, 3: 0.5, 4: 0.7}, True, [2, 4]),
         ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.1}, False, [4]),
-        ({1: 0.9, 2: 0.3, 3: None, 4: None}, False, [2, 4]),  # between evaluations: the latest, never the best
+        (
+            {1: 0.9, 2: 0.3, 3: None, 4: None},
+            False,
+            [2, 4],
+        ),  # between evaluations: the latest, never the best
         ({1: None, 2: None}, False, [2]),
-        ({1: 0.5, 2: 0.3, 3: 0.3, 4: 0.6}, False, [2, 4]),  # of equals the earliest, as `Best` has it
+        (
+            {1: 0.5, 2: 0.3, 3: 0.3, 4: 0.6},
+            False,
+            [2, 4],
+        ),  # of equals the earliest, as `Best` has it
         ({1: 0.5, 2: 0.8, 3: 0.8, 4: 0.6}, True, [2, 4]),
     ],
 )
@@ -125,7 +138,11 @@ def test_what_a_kill_leaves_of_a_deletion_does_not_bar_the_latest(tmp_path, shar
 def test_a_truncated_file_is_a_user_error_and_never_wrong_values(tmp_path):
     checkpoints = fill(tmp_path / "whole", {1: 0.5, 2: 0.6})
     checkpoints.close()
-    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file()]
+    files = [
+        path.relative_to(tmp_path / "whole")
+        for path in (tmp_path / "whole" / "2").rglob("*")
+        if path.is_file()
+    ]
     errors = 0
     for number, file in enumerate(files):
         folder = tmp_path / str(number)
@@ -138,7 +155,11 @@ def test_a_truncated_file_is_a_user_error_and_never_wrong_values(tmp_path):
             assert_equal(state, state_at(2))  # a file that nothing depends on
             damaged.close()
         except UserError as error:
-            assert str(folder) in str(error) and "cannot be read" in str(error) and "1" in str(error).split("read")[1]
+            assert (
+                str(folder) in str(error)
+                and "cannot be read" in str(error)
+                and "1" in str(error).split("read")[1]
+            )
             errors += 1
     assert errors >= 5, f"{errors} of {len(files)}"
 
@@ -159,7 +180,10 @@ def test_a_checkpoint_of_another_model_names_the_parameters(tmp_path):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_restores_onto_another_mesh(tmp_path, devices):
     saved, wanted = (
-        NamedSharding(jax.make_mesh((n,), ("data",), (AxisType.Auto,), devices=jax.devices()[:n]), PartitionSpec())
+        NamedSharding(
+            jax.make_mesh((n,), ("data",), (AxisType.Auto,), devices=jax.devices()[:n]),
+            PartitionSpec(),
+        )
         for n in (9 - devices, devices)
     )
     before = jax.device_put(state_at(5, carry=True), saved)

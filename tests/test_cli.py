@@ -15,7 +15,7 @@ from commands import KEEP, ROOT, SERIES, SMALL, call, series, texts
 from flax_lstm import load
 from flax_lstm.__main__ import WRITERS, main, train
 from flax_lstm.data.tables import read_table
-from flax_lstm.records import params_sha256
+from flax_lstm.runs.records import params_sha256
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +31,8 @@ QUANTILES = "--data.path load.csv --data.targets load --task.objective quantile 
 
 @pytest.fixture(scope="module")
 def series_run(tmp_path_factory):
-    """A run of quantile forecasts with averaged weights, its paths relative to its working directory."""
+    """A run of quantile forecasts with averaged weights, its paths relative to its working
+    directory."""
     home = tmp_path_factory.mktemp("series")
     series().to_csv(home / "load.csv", index=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -44,22 +45,45 @@ def series_run(tmp_path_factory):
 def text_run(tmp_path_factory):
     home = tmp_path_factory.mktemp("texts")
     texts().to_csv(home / "reviews.csv", index=False)
-    flags = f"--config text_table --data.path {home}/reviews.csv --data.max-length 16 --workdir {home}/run {SMALL}"
-    learn = "--train.steps 120 --train.eval-every 120 --train.learning-rate 0.05 --train.ema 0 --model.embed-dropout 0"
-    model = "--model.cell gru --model.embed-size 4 --model.bidirectional False --model.dropout 0 --model.head-dropout 0"
+    flags = (
+        f"--config text_table --data.path {home}/reviews.csv --data.max-length 16 --workdir "
+        f"{home}/run {SMALL}"
+    )
+    learn = (
+        "--train.steps 120 --train.eval-every 120 --train.learning-rate 0.05 --train.ema 0 "
+        "--model.embed-dropout 0"
+    )
+    model = (
+        "--model.cell gru --model.embed-size 4 --model.bidirectional False --model.dropout 0 "
+        "--model.head-dropout 0"
+    )
     assert train([*KEEP, *f"{flags} {learn} {model} --model.hidden-size 8".split()]) == 0
     return home / "run"
 
 
 def test_work_directory_has_the_promised_files(series_run):
     there = {path.name for path in series_run.iterdir()}
-    assert {"config.py", "metrics.jsonl", "result.json", "checkpoints", "assets", "tensorboard", "plots"} <= there
-    assert list((series_run / "tensorboard").iterdir()) and (series_run / "plots" / "forecasts.png").stat().st_size
+    assert {
+        "config.py",
+        "metrics.jsonl",
+        "result.json",
+        "checkpoints",
+        "assets",
+        "tensorboard",
+        "plots",
+    } <= there
+    assert (
+        list((series_run / "tensorboard").iterdir())
+        and (series_run / "plots" / "forecasts.png").stat().st_size
+    )
 
 
 def test_result_has_the_promised_fields(series_run):
     result = json.loads((series_run / "result.json").read_text())
-    promised = "task name steps best_step parameters params_sha256 wall_seconds sessions seed validation test baselines"
+    promised = (
+        "task name steps best_step parameters params_sha256 wall_seconds sessions seed "
+        "validation test baselines"
+    )
     assert {*promised.split(), "versions", "device", "backend"} <= set(result)
     assert (result["task"], result["name"], result["steps"]) == ("Forecasting", "series_table", 4)
     assert set(result["test"]) == {
@@ -84,8 +108,12 @@ def test_figures_are_those_of_the_averaged_weights_at_the_best_step(series_run):
     validation = {row["step"]: row for row in rows if row["split"] == "validation"}
     best = min(validation.values(), key=lambda row: row["loss"])
     assert result["best_step"] == best["step"]
-    assert result["validation"] == pytest.approx({name: best[name] for name in result["validation"]}, rel=1e-5)
-    assert result["steps"] == best["step"]  # so that the hash of the plain weights is of the same step
+    assert result["validation"] == pytest.approx(
+        {name: best[name] for name in result["validation"]}, rel=1e-5
+    )
+    assert (
+        result["steps"] == best["step"]
+    )  # so that the hash of the plain weights is of the same step
     assert params_sha256(load(series_run).params()) != result["params_sha256"]
 
 
@@ -95,7 +123,9 @@ def test_evaluate_prints_one_json_object_with_the_figures_of_the_result(series_r
         outcome = call(capfd, f"evaluate --split {split} --json", series_run)
         figures = json.loads(outcome.out)  # fails on anything else on standard output
         assert outcome.code == 0 and outcome.out.count("\n") == 1
-        assert {name: figures[name] for name in result[split]} == pytest.approx(result[split], rel=1e-6)
+        assert {name: figures[name] for name in result[split]} == pytest.approx(
+            result[split], rel=1e-6
+        )
         assert figures["split"] == split and figures["step"] == result["best_step"]
     # The rows of test: 20 % of 120; windows of 2 steps.
     assert json.loads(call(capfd, "evaluate --json", series_run).out)["examples"] == 24 - 2 + 1
@@ -112,7 +142,9 @@ def test_evaluate_takes_a_checkpoint_by_name_or_step(series_run, capsys):
     result = json.loads((series_run / "result.json").read_text())
 
     def evaluated(checkpoint):
-        return json.loads(call(capsys, f"evaluate --json --checkpoint {checkpoint}", series_run).out)
+        return json.loads(
+            call(capsys, f"evaluate --json --checkpoint {checkpoint}", series_run).out
+        )
 
     latest = evaluated("latest")
     assert latest["step"] == 4 and evaluated(4) == latest
@@ -136,7 +168,9 @@ def test_the_same_command_on_a_finished_run_prints_its_result(series_run, monkey
     assert (series_run / "result.json").read_bytes() == before
 
 
-def test_another_setting_on_a_finished_run_is_refused_field_by_field(series_run, monkeypatch, capsys):
+def test_another_setting_on_a_finished_run_is_refused_field_by_field(
+    series_run, monkeypatch, capsys
+):
     monkeypatch.chdir(series_run.parent.parent)
     flags = f"{SERIES} {QUANTILES} --task.objective mse --train.learning-rate 0.5"
     outcome = call(capsys, f"train --workdir out/run {flags}")
@@ -147,7 +181,14 @@ def test_another_setting_on_a_finished_run_is_refused_field_by_field(series_run,
 
 def test_forecasts_are_long_rows_after_the_last_time(series_run, tmp_path, capsys):
     series(20).to_csv(tmp_path / "new.csv", index=False)
-    outcome = call(capsys, "predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", series_run)
+    outcome = call(
+        capsys,
+        "predict --input",
+        tmp_path / "new.csv",
+        "--output",
+        tmp_path / "out.csv",
+        series_run,
+    )
     assert outcome.code == 0 and outcome.out == ""
     rows = pd.read_csv(tmp_path / "out.csv")
     assert list(rows.columns) == ["time", "channel", "horizon", "forecast", "q0.1", "q0.5", "q0.9"]
@@ -160,28 +201,42 @@ def test_classification_from_a_text(text_run, capsys):
     outcome = call(capsys, "predict --text", "a fine film, number 7", text_run)
     answer = json.loads(outcome.out)
     assert outcome.code == 0 and list(answer) == ["label", "probability", "probabilities"]
-    assert answer["label"] == "good" and answer["probability"] == answer["probabilities"]["good"] > 0.5
+    assert (
+        answer["label"] == "good" and answer["probability"] == answer["probabilities"]["good"] > 0.5
+    )
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
-    assert json.loads(call(capsys, "predict --text", "an awful film, number 8", text_run).out)["label"] == "bad"
+    assert (
+        json.loads(call(capsys, "predict --text", "an awful film, number 8", text_run).out)["label"]
+        == "bad"
+    )
 
 
 @pytest.mark.parametrize("extension", sorted(WRITERS))
 def test_classification_of_a_table_keeps_rows_and_columns(text_run, tmp_path, capsys, extension):
-    new = texts(21).drop(columns="label").iloc[::-1].reset_index(drop=True)  # longest ids first, not sorted by length
+    new = (
+        texts(21).drop(columns="label").iloc[::-1].reset_index(drop=True)
+    )  # longest ids first, not sorted by length
     WRITERS[extension](new, tmp_path / f"new{extension}")
     output = tmp_path / f"out{extension}"
-    outcome = call(capsys, "predict --input", tmp_path / f"new{extension}", "--output", output, text_run)
+    outcome = call(
+        capsys, "predict --input", tmp_path / f"new{extension}", "--output", output, text_run
+    )
     assert outcome.code == 0 and outcome.out == ""
     result = read_table(output)
     assert list(result.columns) == ["id", "text", "label", "probability"]
-    assert result["id"].astype(int).tolist() == new["id"].tolist() and result["text"].tolist() == new["text"].tolist()
+    assert (
+        result["id"].astype(int).tolist() == new["id"].tolist()
+        and result["text"].tolist() == new["text"].tolist()
+    )
     assert result["label"].tolist() == ["bad" if n % 2 == 0 else "good" for n in new["id"]]
     assert (result["probability"].astype(float) > 0.5).all()
 
 
 def test_columns_of_the_input_that_a_prediction_would_hide_are_renamed(text_run, tmp_path, capsys):
     texts(5, label="?").to_csv(tmp_path / "new.csv", index=False)
-    call(capsys, "predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", text_run)
+    call(
+        capsys, "predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", text_run
+    )
     result = pd.read_csv(tmp_path / "out.csv")
     assert set(result["label_input"]) == {"?"} and set(result["label"]) == {"good", "bad"}
 
@@ -189,19 +244,36 @@ def test_columns_of_the_input_that_a_prediction_would_hide_are_renamed(text_run,
 def test_an_existing_output_is_kept_unless_asked(text_run, tmp_path, capsys):
     texts(3).to_csv(tmp_path / "new.csv", index=False)
     (tmp_path / "out.csv").write_text("mine\n")
-    arguments = ("predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", text_run)
+    arguments = (
+        "predict --input",
+        tmp_path / "new.csv",
+        "--output",
+        tmp_path / "out.csv",
+        text_run,
+    )
     outcome = call(capsys, *arguments)
-    assert outcome.code == 2 and "--overwrite" in outcome.err and (tmp_path / "out.csv").read_text() == "mine\n"
+    assert (
+        outcome.code == 2
+        and "--overwrite" in outcome.err
+        and (tmp_path / "out.csv").read_text() == "mine\n"
+    )
     assert call(capsys, *arguments, "--overwrite").code == 0
     assert len(pd.read_csv(tmp_path / "out.csv")) == 3
 
 
-@pytest.mark.parametrize("run, gates, inputs, units", [("series_run", 4, 1 + 6, 4), ("text_run", 3, 4, 8)])
+@pytest.mark.parametrize(
+    "run, gates, inputs, units", [("series_run", 4, 1 + 6, 4), ("text_run", 3, 4, 8)]
+)
 def test_the_cell_is_one_flag(request, run, gates, inputs, units):
-    """Both configs have an LSTM; one run was given `--model.cell gru`. Inputs: channel and calendar, or tokens."""
+    """Both configs have an LSTM; one run was given `--model.cell gru`. Inputs: channel and
+    calendar, or tokens."""
     leaves = jax.tree_util.tree_leaves_with_path(load(request.getfixturevalue(run)).params())
     shapes = {path[-1].key: leaf.shape for path, leaf in leaves}
-    assert shapes["input"] == (inputs, gates, units) and shapes["recurrent"] == (units, gates, units)
+    assert shapes["input"] == (inputs, gates, units) and shapes["recurrent"] == (
+        units,
+        gates,
+        units,
+    )
     assert ("recurrent_bias" in shapes) == (gates == 3)
 
 
@@ -214,9 +286,18 @@ def test_help_lists_every_knob(capsys):
     outcome = call(capsys, "train --config series_table --help")
     assert outcome.code == 0
     shown = " ".join(outcome.out.split())
-    for flag in ("--model.hidden-size", "--data.lookback", "--task.objective", "--train.ema", "--mesh.fsdp", "--seed"):
+    for flag in (
+        "--model.hidden-size",
+        "--data.lookback",
+        "--task.objective",
+        "--train.ema",
+        "--mesh.fsdp",
+        "--seed",
+    ):
         assert flag in shown
-    assert "units of a layer" in shown and "{lstm,gru,rnn}" in shown  # the comment behind the field, and the choices
+    assert (
+        "units of a layer" in shown and "{lstm,gru,rnn}" in shown
+    )  # the comment behind the field, and the choices
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
@@ -232,12 +313,21 @@ def test_usage_without_a_command(capsys):
     assert "Did you mean evaluate?" in call(capsys, "evalute DIR").err
 
 
-def test_train_py_from_outside_the_checkout_and_the_module_are_the_same_program(tmp_path, capsys, monkeypatch):
+def test_train_py_from_outside_the_checkout_and_the_module_are_the_same_program(
+    tmp_path, capsys, monkeypatch
+):
     series().to_csv(tmp_path / "load.csv", index=False)
     flags = f"{SERIES} --data.path load.csv --model.cell rnn".split()
-    command, environment = [sys.executable, ROOT / "train.py", *flags], {**os.environ, "XLA_FLAGS": ""}
-    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert first.returncode == 0 and first.stdout == "" and "best step" in first.stderr, first.stderr
+    command, environment = (
+        [sys.executable, ROOT / "train.py", *flags],
+        {**os.environ, "XLA_FLAGS": ""},
+    )
+    first = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert first.returncode == 0 and first.stdout == "" and "best step" in first.stderr, (
+        first.stderr
+    )
     workdir = tmp_path / "runs/series_table"  # NAME of the config, in the working directory
     assert (workdir / "result.json").exists() and load(workdir).config.model.cell == "rnn"
 
@@ -249,7 +339,11 @@ def test_train_py_from_outside_the_checkout_and_the_module_are_the_same_program(
 def test_a_config_by_path_or_by_bare_name(tmp_path, capsys):
     """Told apart by an impossible setting, which is found before anything is read."""
     for config in ("stocks", ROOT / "configs" / "stocks.py"):
-        outcome = call(capsys, f"train --workdir {tmp_path}/run --data.lookback 5000 --config", config)
+        outcome = call(
+            capsys, f"train --workdir {tmp_path}/run --data.lookback 5000 --config", config
+        )
         assert outcome.code == 2 and "stocks has" in outcome.err
     outcome = call(capsys, f"train --workdir {tmp_path}/run --config stock")
-    assert outcome.code == 2 and "Did you mean stocks?" in outcome.err and "quickstart" in outcome.err
+    assert (
+        outcome.code == 2 and "Did you mean stocks?" in outcome.err and "quickstart" in outcome.err
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs: loaded from files, overridden by flags, saved and read back as data, compared on resuming."""
+"""Configs: loaded from files, overridden by flags, saved and read back as data, compared on
+resuming."""
 
 import os
 import subprocess
@@ -8,20 +9,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import runs
+import small_runs
 
 from flax_lstm import Config, UserError, load_config
 from flax_lstm.__main__ import guarded
 from flax_lstm.config import TrainConfig, override, shipped_configs
-from flax_lstm.models import RecurrentModel
-from flax_lstm.records import open_workdir
-from flax_lstm.saved_config import flatten, read_config, resume_config, save_config
-from flax_lstm.segments import SegmentModel
-from flax_lstm.tasks import Forecasting
+from flax_lstm.nn.models import RecurrentModel
+from flax_lstm.nn.segments import SegmentModel
+from flax_lstm.runs.records import open_workdir
+from flax_lstm.runs.saved_config import flatten, read_config, resume_config, save_config
+from flax_lstm.tasks.forecasting import Forecasting
 
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
 PROMISED = {
-    *("quickstart", "imdb_lstm", "imdb_gru", "imdb_stacked", "imdb_bilstm", "imdb_lm", "rotten_tomatoes"),
+    *(
+        "quickstart",
+        "imdb_lstm",
+        "imdb_gru",
+        "imdb_stacked",
+        "imdb_bilstm",
+        "imdb_lm",
+        "rotten_tomatoes",
+    ),
     *("stocks", "electricity", "etth1", "adding_problem", "text_table", "series_table"),
 }
 
@@ -68,7 +77,9 @@ def test_unusual_values_are_read_back_equal(tmp_path):
         task=Forecasting(objective="quantile", quantiles=(0.1, 0.3, 0.5)),
         seed=-3,
     )
-    config = replace(config, data=replace(config.data, path="/tmp/ünï' \\ code.csv", targets=("a",)))
+    config = replace(
+        config, data=replace(config.data, path="/tmp/ünï' \\ code.csv", targets=("a",))
+    )
     save_config(config, tmp_path / "config.py")
     assert read_config(tmp_path / "config.py") == config
     save_config(replace(config, model=SegmentModel()), tmp_path / "config.py")
@@ -77,16 +88,18 @@ def test_unusual_values_are_read_back_equal(tmp_path):
 
 def test_reading_executes_nothing(tmp_path):
     saved, trace = tmp_path / "config.py", tmp_path / "trace"
-    save_config(runs.adding_run(), saved)
+    save_config(small_runs.adding_run(), saved)
     honest = saved.read_text()
     act = f"open({str(trace)!r}, 'w').close()"
     saved.write_text(f"{act}\n{honest}\n{act}\n")
-    assert read_config(saved) == runs.adding_run()
+    assert read_config(saved) == small_runs.adding_run()
     for wicked in (
         honest.replace("seed=0", f"seed={act}"),
         honest.replace("seed=0", "seed=__import__('os').getpid()"),
         honest.replace("get_config():", f"get_config():\n    {act}"),
-        honest.replace("def get_config", f"@{act}\ndef get_config").replace("seed=0", f"seed=[{act}]"),
+        honest.replace("def get_config", f"@{act}\ndef get_config").replace(
+            "seed=0", f"seed=[{act}]"
+        ),
         f"import os\n{honest}".replace("seed=0", "seed=os.getpid()"),
         honest.replace("flax_lstm.config import Config", "tests_wicked import Config"),
     ):
@@ -108,7 +121,8 @@ def test_reading_executes_nothing(tmp_path):
         "def get_config(:",
         "def get_config():\n    return 3",
         "def get_config():\n    pass",
-        "from flax_lstm.config import TrainConfig\n\ndef get_config():\n    return TrainConfig(stepz=3)",
+        "from flax_lstm.config import TrainConfig\n\ndef get_config():\n    return "
+        "TrainConfig(stepz=3)",
         "from flax_lstm.config import TrainConfig\n\ndef get_config():\n    return TrainConfig()",
         "from flax_lstm.config import Nothing\n\ndef get_config():\n    return Nothing()",
         "from flax_lstm.nowhere import Nothing\n\ndef get_config():\n    return Nothing()",
@@ -135,7 +149,9 @@ def test_classes_of_the_user_are_read_back_where_they_are_loaded(tmp_path):
     path = tmp_path / "config.py"
     save_config(config, path)
     assert read_config(path) == config
-    path.write_text(path.read_text().replace(f"from {__name__} import Own", "from elsewhere import Own"))
+    path.write_text(
+        path.read_text().replace(f"from {__name__} import Own", "from elsewhere import Own")
+    )
     with pytest.raises(UserError, match="class Own of the module elsewhere, which is not loaded"):
         read_config(path)
 
@@ -146,7 +162,9 @@ def test_a_config_file_that_does_not_exist_or_is_mistyped(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"Did you mean quickstart\?.*Shipped:.*etth1"):
         load_config("quikstart")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quickstart").mkdir()  # a folder of that name, say of a run, hides no shipped config
+    (
+        tmp_path / "quickstart"
+    ).mkdir()  # a folder of that name, say of a run, hides no shipped config
     assert load_config("quickstart").name == "quickstart"
 
 
@@ -154,11 +172,17 @@ def test_a_config_file_that_does_not_exist_or_is_mistyped(tmp_path, monkeypatch)
     ("content", "said"),
     [
         ("x = 1\ndef get_config(:\n", "line 2: SyntaxError"),
-        ("x = 1\n\nimport nowhere_at_all\n", "line 3: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        (
+            "x = 1\n\nimport nowhere_at_all\n",
+            "line 3: ModuleNotFoundError: No module named 'nowhere_at_all'",
+        ),
         ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
         ("x = 1\n", "AttributeError"),
         ("def get_config():\n    return 3\n", "must return a flax_lstm.Config"),
-        ("from flax_lstm import TrainConfig\nTrainConfig(steps=0)\n", "train.steps 0: must be at least 1"),
+        (
+            "from flax_lstm import TrainConfig\nTrainConfig(steps=0)\n",
+            "train.steps 0: must be at least 1",
+        ),
         ("from flax_lstm import TrainConfig\nTrainConfig(stepz=0)\n", "line 2: TypeError"),
     ],
 )
@@ -174,14 +198,46 @@ def test_flags_override_fields():
     config = load_config("series_table")
     changed = flags(
         config,
-        *("--model.hidden-size", "128", "64", "--train.batch_size", "16", "--train.learning-rate", "3e-4"),
-        *("--data.targets", "a", "b", "--task.quantiles", "0.2", "0.5", "--mesh.data", "-1", "--seed", "7"),
-        *("--model.bidirectional", "True", "--model.cell", "gru", "--data.split", "0.5", "0.25", "0.25"),
+        *(
+            "--model.hidden-size",
+            "128",
+            "64",
+            "--train.batch_size",
+            "16",
+            "--train.learning-rate",
+            "3e-4",
+        ),
+        *(
+            "--data.targets",
+            "a",
+            "b",
+            "--task.quantiles",
+            "0.2",
+            "0.5",
+            "--mesh.data",
+            "-1",
+            "--seed",
+            "7",
+        ),
+        *(
+            "--model.bidirectional",
+            "True",
+            "--model.cell",
+            "gru",
+            "--data.split",
+            "0.5",
+            "0.25",
+            "0.25",
+        ),
     )
-    assert changed.model == replace(config.model, hidden_size=(128, 64), bidirectional=True, cell="gru")
+    assert changed.model == replace(
+        config.model, hidden_size=(128, 64), bidirectional=True, cell="gru"
+    )
     assert changed.train == replace(config.train, batch_size=16, learning_rate=3e-4)
     assert changed.data == replace(config.data, targets=("a", "b"), split=(0.5, 0.25, 0.25))
-    assert changed.task.quantiles == (0.2, 0.5) and changed.seed == 7 and changed.mesh == config.mesh
+    assert (
+        changed.task.quantiles == (0.2, 0.5) and changed.seed == 7 and changed.mesh == config.mesh
+    )
     assert flags(config, "--model.hidden_size", "32").model.hidden_size == 32
     assert flags(config) == config
 
@@ -215,17 +271,29 @@ def test_a_wrong_flag_is_answered_on_one_screen(flag, value, said, capsys):
 @pytest.mark.parametrize("flag", ["--train.batch-size=-1", "--config=quikstart"])
 def test_a_mistake_ends_the_program_with_2(flag, tmp_path):
     outcome = subprocess.run(
-        [sys.executable, str(TRAIN_PY), flag], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, str(TRAIN_PY), flag],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert outcome.returncode == 2, outcome.stderr
-    assert outcome.stdout == "" and "Traceback" not in outcome.stderr and len(outcome.stderr.splitlines()) < 25
+    assert (
+        outcome.stdout == ""
+        and "Traceback" not in outcome.stderr
+        and len(outcome.stderr.splitlines()) < 25
+    )
     assert not os.listdir(tmp_path)
 
 
 def test_sizes_and_layers_must_agree():
     assert RecurrentModel(hidden_size=8, num_layers=3).sizes == (8, 8, 8)
     assert RecurrentModel(hidden_size=(8, 4)).sizes == (8, 4)
-    for wrong in ({"hidden_size": (8, 4), "num_layers": 3}, {"hidden_size": ()}, {"hidden_size": (8, 0)}):
+    for wrong in (
+        {"hidden_size": (8, 4), "num_layers": 3},
+        {"hidden_size": ()},
+        {"hidden_size": (8, 0)},
+    ):
         with pytest.raises(UserError, match="hidden-size"):
             RecurrentModel(**wrong)
 
@@ -235,7 +303,7 @@ def changed(config: Config, section: str, **values) -> Config:
 
 
 def test_what_may_differ_on_resuming(tmp_path):
-    saved = runs.adding_run(schedule_steps=10)
+    saved = small_runs.adding_run(schedule_steps=10)
     for wanted in (
         changed(saved, "mesh", data=2, fsdp=2),
         changed(saved, "train", log_every=7, eval_every=7, checkpoint_every=7),
@@ -249,8 +317,10 @@ def test_what_may_differ_on_resuming(tmp_path):
 
 
 def test_other_differences_are_refused_field_by_field(tmp_path):
-    saved = runs.adding_run(schedule_steps=10)
-    wanted = changed(changed(saved, "train", learning_rate=0.5, eval_every=9), "model", hidden_size=(4, 4))
+    saved = small_runs.adding_run(schedule_steps=10)
+    wanted = changed(
+        changed(saved, "train", learning_rate=0.5, eval_every=9), "model", hidden_size=(4, 4)
+    )
     wanted = replace(changed(wanted, "data", length=9), seed=4)
     with pytest.raises(UserError) as error:
         resume_config(saved, wanted, tmp_path)
@@ -275,13 +345,17 @@ def test_other_differences_are_refused_field_by_field(tmp_path):
 
 
 def test_flatten_names_the_types_of_the_sections():
-    flat = flatten(runs.adding_run())
-    assert flat["model"] == "RecurrentModel" and flat["task"] == "SequenceRegression" and flat["data.length"] == 8
+    flat = flatten(small_runs.adding_run())
+    assert (
+        flat["model"] == "RecurrentModel"
+        and flat["task"] == "SequenceRegression"
+        and flat["data.length"] == 8
+    )
     assert all(f"train.{name}" in flat for name in TrainConfig.__dataclass_fields__)
 
 
 def test_a_work_directory_that_is_none(tmp_path):
-    config = runs.adding_run()
+    config = small_runs.adding_run()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="a file of that name is in the way"):
         open_workdir(tmp_path / "file", config)
@@ -296,7 +370,7 @@ def test_a_work_directory_that_is_none(tmp_path):
 
 
 def test_a_work_directory_of_another_run(tmp_path):
-    config = runs.adding_run()
+    config = small_runs.adding_run()
     assert open_workdir(tmp_path / "a" / "b", config) == config
     (tmp_path / "a" / "b" / "checkpoints" / "3").mkdir(parents=True)
     assert open_workdir(tmp_path / "a" / "b", config) == config
@@ -306,5 +380,9 @@ def test_a_work_directory_of_another_run(tmp_path):
 
 
 def test_the_schedule_is_settled_in_the_saved_config(tmp_path):
-    config = open_workdir(tmp_path / "run", runs.adding_run(schedule_steps=0, steps=12))
-    assert config.train.schedule_steps == 12 == read_config(tmp_path / "run" / "config.py").train.schedule_steps
+    config = open_workdir(tmp_path / "run", small_runs.adding_run(schedule_steps=0, steps=12))
+    assert (
+        config.train.schedule_steps
+        == 12
+        == read_config(tmp_path / "run" / "config.py").train.schedule_steps
+    )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converting weights and back gives the same weights, and what cannot be converted is refused. That the converted
-weights compute the same is `test_parity.py`."""
+"""Converting weights and back gives the same weights, and what cannot be converted is refused. That
+the converted weights compute the same is `test_parity.py`."""
 
 from typing import Any
 
@@ -81,11 +81,22 @@ def test_torch_biases_are_added_but_for_the_candidate() -> None:
 
 
 def test_without_bias() -> None:
-    weights = {name: w for name, w in convert.to_torch(random_params("gru", False)).items() if "bias" not in name}
+    weights = {
+        name: w
+        for name, w in convert.to_torch(random_params("gru", False)).items()
+        if "bias" not in name
+    }
     cell = convert.from_torch(weights)["layers_1"]["cell"]
-    assert not cell["bias"].any() and not cell["recurrent_bias"].any() and cell["recurrent_bias"].shape == (H,)
+    assert (
+        not cell["bias"].any()
+        and not cell["recurrent_bias"].any()
+        and cell["recurrent_bias"].shape == (H,)
+    )
 
-    kernels = [[w for w in layer if w.shape[0] != 2] for layer in convert.to_keras(random_params("gru", True))]
+    kernels = [
+        [w for w in layer if w.shape[0] != 2]
+        for layer in convert.to_keras(random_params("gru", True))
+    ]
     assert [len(layer) for layer in kernels] == [4, 4]
     cell = convert.from_keras(kernels)["layers_1"]["backward"]["cell"]
     assert not cell["bias"].any() and cell["bias"].shape == (3, H)
@@ -130,11 +141,19 @@ def torch_weights(**changes: Any) -> Any:
     "refused, says",
     [
         (lambda: convert.from_torch(torch_weights(weight_hr_l0=np.zeros((2, H)))), "proj_size"),
-        (lambda: convert.from_torch({f"lstm.{k}": w for k, w in torch_weights().items()}), "weight_ih_l0"),
+        (
+            lambda: convert.from_torch({f"lstm.{k}": w for k, w in torch_weights().items()}),
+            "weight_ih_l0",
+        ),
         (lambda: convert.from_torch(torch_weights(**{"head.weight": np.zeros(1)})), "head.weight"),
         (lambda: convert.from_torch({}), "there are none"),
         (lambda: convert.from_torch(torch_weights(weight_hh_l0=np.zeros((2 * H, H)))), "4 x 4"),
-        (lambda: convert.from_keras([np.zeros((D, 3 * H)), np.zeros((H, 3 * H)), np.zeros(3 * H)]), "reset_after"),
+        (
+            lambda: convert.from_keras(
+                [np.zeros((D, 3 * H)), np.zeros((H, 3 * H)), np.zeros(3 * H)]
+            ),
+            "reset_after",
+        ),
         (lambda: convert.from_keras([[np.zeros((D, H))]]), "2, 3, 4 or 6"),
         (lambda: convert.from_keras([[np.zeros((3, 3, D, H)), np.zeros((3, 3, H, H))]]), "matrix"),
         (lambda: convert.from_flax({"if": {}, "in": {}, "hf": {}, "hn": {}}), "if, in, hf, hn"),

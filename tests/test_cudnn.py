@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is special to cuDNN: layers and directions in one call. That one layer equals the scan is in `test_backends.py`.
+"""What is special to cuDNN: layers and directions in one call. That one layer equals the scan is in
+`test_backends.py`.
 
-Without a GPU cuDNN has a stand-in (`cudnn_stand_in.py`); `JAX_PLATFORMS=cuda pytest tests/test_cudnn.py` calls it.
+Without a GPU cuDNN has a stand-in (`cudnn_stand_in.py`); `JAX_PLATFORMS=cuda pytest
+tests/test_cudnn.py` calls it.
 
 Axes: B batch, T time, D input features, H hidden units.
 """
@@ -15,12 +17,12 @@ import pytest
 from cudnn_stand_in import CALLS
 from jax.experimental import rnn
 
-from flax_lstm import recurrence
-from flax_lstm.cells import GRUCell, LSTMCell
 from flax_lstm.errors import UserError
-from flax_lstm.layers import RNN, Bidirectional, Stack
-from flax_lstm.recurrence import cudnn as backend
-from flax_lstm.sharding import batch_sharding, make_mesh, on_mesh, replicated
+from flax_lstm.machine.sharding import batch_sharding, make_mesh, on_mesh, replicated
+from flax_lstm.nn import recurrence
+from flax_lstm.nn.cells import GRUCell, LSTMCell
+from flax_lstm.nn.layers import RNN, Bidirectional, Stack
+from flax_lstm.nn.recurrence import cudnn as backend
 
 B, T, D, H = 6, 7, 3, 4
 LENGTHS = np.array([7, 3, 0, 1, 5, 7])
@@ -36,7 +38,8 @@ def both(name: str, size: int = H, **dropouts: float) -> Bidirectional:
     return Bidirectional(one(name, size, **dropouts), one(name, size, **dropouts))
 
 
-# How a model may be built, given the name of the backend, and the layers and directions of each call of cuDNN.
+# How a model may be built, given the name of the backend, and the layers and directions of each
+# call of cuDNN.
 DROPOUT = {"dropout": 0.3, "weight_dropout": 0.2}
 MODELS = {
     "both directions": (lambda name: both(name), [(1, True)]),
@@ -47,7 +50,10 @@ MODELS = {
         [(2, False)],
     ),
     "two widths": (lambda name: Stack([one(name), one(name, 5)]), [(1, False)] * 2),
-    "one direction after both": (lambda name: Stack([both(name), one(name)]), [(1, True), (1, False)]),
+    "one direction after both": (
+        lambda name: Stack([both(name), one(name)]),
+        [(1, True), (1, False)],
+    ),
     "residual": (lambda name: Stack([one(name), one(name)], residual=True), [(1, False)] * 2),
     "dropout on inputs": (lambda name: Stack([one(name), one(name, **DROPOUT)]), [(1, False)] * 2),
     "and of both directions": (lambda name: both(name, **DROPOUT), [(1, False)] * 2),
@@ -66,7 +72,8 @@ def random_like(tree: Any) -> Any:
 
 
 def problem(model: Any) -> Any:
-    """Random (weights, inputs, initial state), and the layer as a function of them, dropping what it drops."""
+    """Random (weights, inputs, initial state), and the layer as a function of them, dropping what
+    it drops."""
     x_BTD = jax.ShapeDtypeStruct((B, T, D), jnp.float32)
     (state, _), params = jax.eval_shape(model.init_with_output, jax.random.key(1), x_BTD)
 
@@ -129,7 +136,10 @@ def test_a_batch_over_eight_devices_in_one_call() -> None:
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     model = both("cudnn")
-    x_BTD, lengths_B = jax.random.normal(jax.random.key(0), (8, T, D)), np.array([7, 3, 0, 1, 5, 7, 2, 4])
+    x_BTD, lengths_B = (
+        jax.random.normal(jax.random.key(0), (8, T, D)),
+        np.array([7, 3, 0, 1, 5, 7, 2, 4]),
+    )
     variables = random_like(jax.eval_shape(model.init, jax.random.key(1), x_BTD))
 
     def loss(variables: Any, x_BTD: Any, lengths_B: Any) -> Any:
@@ -140,7 +150,9 @@ def test_a_batch_over_eight_devices_in_one_call() -> None:
     alone = jax.jit(gradient)(variables, x_BTD, lengths_B)
     CALLS.clear()
     mesh = make_mesh(4, 2, 1)
-    on_eight = jax.jit(on_mesh(gradient, mesh), in_shardings=(replicated(mesh), *[batch_sharding(mesh)] * 2))
+    on_eight = jax.jit(
+        on_mesh(gradient, mesh), in_shardings=(replicated(mesh), *[batch_sharding(mesh)] * 2)
+    )
     meshed = on_eight(variables, x_BTD, lengths_B)
     assert ON_GPU or [call["rows"] for call in CALLS] == [1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), meshed, alone)
@@ -150,12 +162,20 @@ def test_what_it_leaves_to_others() -> None:
     x_BTD = jnp.zeros((B, T, D))
     reasons = {
         "not LSTMCell": lambda: recurrence.resolve("cudnn", GRUCell(H), x_BTD),
-        "float32, not bfloat16": lambda: recurrence.resolve("cudnn", LSTMCell(H, dtype=jnp.bfloat16), x_BTD),
-        "recurrent dropout": lambda: one("cudnn", recurrent_dropout=0.2).init(jax.random.key(0), x_BTD),
-        "several devices": on_mesh(lambda: recurrence.resolve("cudnn", LSTMCell(H), x_BTD), make_mesh(1, 1, 2)),
+        "float32, not bfloat16": lambda: recurrence.resolve(
+            "cudnn", LSTMCell(H, dtype=jnp.bfloat16), x_BTD
+        ),
+        "recurrent dropout": lambda: one("cudnn", recurrent_dropout=0.2).init(
+            jax.random.key(0), x_BTD
+        ),
+        "several devices": on_mesh(
+            lambda: recurrence.resolve("cudnn", LSTMCell(H), x_BTD), make_mesh(1, 1, 2)
+        ),
     }
     for reason, ask in reasons.items():
-        with pytest.raises(UserError, match=f"model.backend cudnn cannot run this layer: .*{reason}"):
+        with pytest.raises(
+            UserError, match=f"model.backend cudnn cannot run this layer: .*{reason}"
+        ):
             ask()
 
 
@@ -169,7 +189,9 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_it_before_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with recurrence.noting() as notes:
-        model = Stack([RNN(LSTMCell(H)), Bidirectional(RNN(LSTMCell(H)), RNN(LSTMCell(H))), RNN(GRUCell(H))])
+        model = Stack(
+            [RNN(LSTMCell(H)), Bidirectional(RNN(LSTMCell(H)), RNN(LSTMCell(H))), RNN(GRUCell(H))]
+        )
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((B, T, D)))
     assert notes == {
         "layers_0": "cudnn",
@@ -180,7 +202,14 @@ def test_auto_takes_it_before_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked, tf32", [(None, True), ("bfloat16", True), ("tensorfloat32", True), ("float32", False), ("highest", False)]
+    "asked, tf32",
+    [
+        (None, True),
+        ("bfloat16", True),
+        ("tensorfloat32", True),
+        ("float32", False),
+        ("highest", False),
+    ],
 )
 def test_float32_or_tf32(asked: str | None, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.default_matmul_precision(asked):

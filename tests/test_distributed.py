@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes are one run: found by their launcher, equal to one process, stopped and resumed together."""
+"""Several processes are one run: found by their launcher, equal to one process, stopped and resumed
+together."""
 
 import json
 import os
@@ -13,10 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
+import small_runs
 
 from flax_lstm import MeshConfig, UserError, fit
-from flax_lstm.distributed import await_coordinator, check_port, find_launch, first_host, first_then_all
+from flax_lstm.machine.distributed import (
+    await_coordinator,
+    check_port,
+    find_launch,
+    first_host,
+    first_then_all,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +62,12 @@ CASES = {
         ("Open MPI", "[fe80::b9b]:62880", 8, 5, 1),
     ),
     "Open MPI 5 on one machine": (
-        {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "", "OMPI_COMM_WORLD_LOCAL_SIZE": "8", "PMIX_NAMESPACE": "prterun-a-1@1"},
+        {
+            **OPEN_MPI,
+            "OMPI_MCA_orte_hnp_uri": "",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
+            "PMIX_NAMESPACE": "prterun-a-1@1",
+        },
         ("Open MPI", "127.0.0.1:63321", 8, 5, 1),
     ),
     "Kubernetes JobSet": (
@@ -67,11 +79,19 @@ CASES = {
         ("Kubernetes JobSet", "train-workers-0-0.train:1234", 4, 3, None),
     ),
     "Kubeflow TrainJob": (
-        {"JAX_COORDINATOR_ADDRESS": "job-node-0-0.job", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {
+            "JAX_COORDINATOR_ADDRESS": "job-node-0-0.job",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": "0",
+        },
         ("Kubeflow TrainJob or JAX_PROCESS_ID", "job-node-0-0.job:8476", 2, 0, None),
     ),
     "SkyPilot": (
-        {"SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5\n", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2"},
+        {
+            "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5\n",
+            "SKYPILOT_NODE_RANK": "1",
+            "SKYPILOT_NUM_NODES": "2",
+        },
         ("SkyPilot", "10.0.0.4:8476", 2, 1, None),
     ),
     "TPU pod": (TPU, ("TPU pod", "t0:8476", 4, 2, None)),
@@ -85,7 +105,10 @@ CASES = {
         ("TPU pod", "s0-t0.svc:8476", 8, 6, None),
     ),
     "one TPU machine": ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
-    "a shell within a SLURM job": ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),
+    "a shell within a SLURM job": (
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+        None,
+    ),
     "srun of one task": ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
     "nothing": ({"HOME": "/root"}, None),
 }
@@ -110,7 +133,11 @@ def test_flags_count_more_than_the_environment():
         ({}, (None, 2, 0), "not given: --coordinator"),
         ({}, ("here:1", 2, 2), "process 2 of 2: processes count from 0 to 1"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, (), "JOB_COMPLETION_INDEX"),
-        ({**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": ""}, (), "Open MPI does not say where process 0 is.*--coordinator"),
+        (
+            {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": ""},
+            (),
+            "Open MPI does not say where process 0 is.*--coordinator",
+        ),
     ],
 )
 def test_what_is_missing_is_said(environment, flags, message):
@@ -119,14 +146,28 @@ def test_what_is_missing_is_said(environment, flags, message):
 
 
 def test_first_host_of_a_list():
-    lists = ["node001", "node001,host2", "node[001-0015],host2", "node[001,007-015],host2", "a-b[1]"]
-    assert [first_host(nodes) for nodes in lists] == ["node001", "node001", "node001", "node001", "a-b1"]
+    lists = [
+        "node001",
+        "node001,host2",
+        "node[001-0015],host2",
+        "node[001,007-015],host2",
+        "a-b[1]",
+    ]
+    assert [first_host(nodes) for nodes in lists] == [
+        "node001",
+        "node001",
+        "node001",
+        "node001",
+        "a-b1",
+    ]
 
 
 def test_a_coordinator_that_is_not_there_or_comes_late():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(UserError, match=rf"process 1 cannot reach the coordinator.*{port}, within 0 s .*refused"):
+    with pytest.raises(
+        UserError, match=rf"process 1 cannot reach the coordinator.*{port}, within 0 s .*refused"
+    ):
         await_coordinator(f"127.0.0.1:{port}", 0.3, "process 1")
     held = []
     late = threading.Timer(0.5, lambda: held.append(socket.create_server(("127.0.0.1", port))))
@@ -150,8 +191,9 @@ import hashlib, os, signal, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import jax
-import runs
-from flax_lstm import MeshConfig, loop
+import small_runs
+from flax_lstm import MeshConfig
+from flax_lstm.training import loop
 from dataclasses import replace
 
 put, taken = loop.put_batch, 0
@@ -173,8 +215,8 @@ def put_batch(batch, mesh):
 loop.put_batch = put_batch
 
 def get_config():
-    make, tables = getattr(runs, os.environ["RUN"] + "_run"), Path(os.environ["TABLES"])
-    config = make() if make is runs.adding_run else make(tables)
+    make, tables = getattr(small_runs, os.environ["RUN"] + "_run"), Path(os.environ["TABLES"])
+    config = make() if make is small_runs.adding_run else make(tables)
     return replace(config, mesh=MeshConfig())
 """
 
@@ -183,31 +225,50 @@ def get_config():
 def tables(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tables")
     for kind in ("text", "series", "language"):
-        getattr(runs, f"{kind}_run")(folder)
+        getattr(small_runs, f"{kind}_run")(folder)
     (folder / "own.py").write_text(CONFIG)
     return folder
 
 
 def environment(kind, tables, devices=1, **more):
     flags = f"--xla_force_host_platform_device_count={devices}"
-    own = {"RUN": kind, "TABLES": tables, "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": 1, **more}
+    own = {
+        "RUN": kind,
+        "TABLES": tables,
+        "XLA_FLAGS": flags,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": 1,
+        **more,
+    }
     return {**os.environ, **{name: str(value) for name, value in own.items()}}
 
 
 def train(folder, tables, kind="text", processes=2, devices=1, arguments=(), **more):
     """A run in some processes, started by one command, in the folder."""
-    command = [sys.executable, ROOT / "train.py", "--config", tables / "own.py", "--workdir", "run", *arguments]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--config",
+        tables / "own.py",
+        "--workdir",
+        "run",
+        *arguments,
+    ]
     if processes > 1:
         command += ["--local-processes", str(processes)]
     folder.mkdir(exist_ok=True)
     return subprocess.run(
-        command, cwd=folder, env=environment(kind, tables, devices, **more), capture_output=True, text=True, timeout=900
+        command,
+        cwd=folder,
+        env=environment(kind, tables, devices, **more),
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
 
 
 def assert_alike(one, other):
     """The same rows of the log to rounding, and the same result."""
-    a, b = (runs.timeless(runs.rows(folder / "run")) for folder in (one, other))
+    a, b = (small_runs.timeless(small_runs.rows(folder / "run")) for folder in (one, other))
     assert [row.pop("split") for row in a] == [row.pop("split") for row in b]
     for row, like in zip(a, b, strict=True):
         assert row == pytest.approx(like, rel=1e-4, abs=1e-5)
@@ -230,7 +291,7 @@ def test_two_processes_are_one_run(tables, tmp_path, quick_compile):
     outcome = train(tmp_path / "two", tables, "adding")
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stderr.count("2 processes (flags") == outcome.stderr.count("examples, ") == 1
-    fit(replace(runs.adding_run(), mesh=MeshConfig(data=2)), tmp_path / "one" / "run")
+    fit(replace(small_runs.adding_run(), mesh=MeshConfig(data=2)), tmp_path / "one" / "run")
     assert_alike(tmp_path / "two", tmp_path / "one")
     first, second = orders(tmp_path / "two")
     assert first == second and len(set(first.split())) == 10
@@ -242,7 +303,7 @@ def test_two_processes_are_one_run(tables, tmp_path, quick_compile):
 @pytest.mark.parametrize("kind", ["text", "series", "language", "imdb"])
 def test_processes_and_devices_make_no_difference(kind, processes, devices, tables, tmp_path):
     if kind == "imdb":
-        runs.real_reviews()
+        small_runs.real_reviews()
     mesh = ("--mesh.fsdp", "2") if devices == 2 else ()
     outcome = train(tmp_path / "many", tables, kind, processes, devices, mesh)
     assert outcome.returncode == 0, outcome.stderr
@@ -257,7 +318,7 @@ def test_processes_and_devices_make_no_difference(kind, processes, devices, tabl
 def test_stopped_together_and_resumed_by_any_number(kind, tables, tmp_path):
     """SIGTERM to process 1 in its 4th step. Bit-equal where the processes are as many as before."""
     if kind == "imdb":
-        runs.real_reviews()
+        small_runs.real_reviews()
     whole = tmp_path / "whole"
     assert train(whole, tables, kind).returncode == 0
     for processes in (2, 1, 4):
@@ -314,14 +375,28 @@ def test_a_mistake_is_told_once_and_ends_all_with_status_2(tables, tmp_path):
 def test_a_process_that_nobody_joins_gives_up(tables, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    flags = ("--coordinator", address, "--num-processes", "2", "--connect-seconds", "2", "--process-id")
+    flags = (
+        "--coordinator",
+        address,
+        "--num-processes",
+        "2",
+        "--connect-seconds",
+        "2",
+        "--process-id",
+    )
     for index, message in (("0", "not all processes met"), ("1", "cannot reach the coordinator")):
         outcome = train(tmp_path, tables, processes=1, arguments=(*flags, index))
-        assert outcome.returncode == 2 and message in outcome.stderr and "Traceback" not in outcome.stderr
+        assert (
+            outcome.returncode == 2
+            and message in outcome.stderr
+            and "Traceback" not in outcome.stderr
+        )
 
 
 @pytest.mark.slow
 def test_twenty_runs_without_a_deadlock(tables, tmp_path):
     for repeat in range(20):
-        outcome = train(tmp_path / str(repeat), tables, "series", devices=4, arguments=("--mesh.model", "2"))
+        outcome = train(
+            tmp_path / str(repeat), tables, "series", devices=4, arguments=("--mesh.model", "2")
+        )
         assert outcome.returncode == 0, outcome.stderr

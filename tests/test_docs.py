@@ -27,7 +27,10 @@ def run_in_order(path, name):
     sys.modules[name] = module  # dataclasses and saved configs find their classes by it
     try:
         for block in blocks(path, "python"):
-            exec(compile(block, f"{path.name}: {block.strip().splitlines()[0]}", "exec"), module.__dict__)
+            exec(
+                compile(block, f"{path.name}: {block.strip().splitlines()[0]}", "exec"),
+                module.__dict__,
+            )
     finally:
         del sys.modules[name]
     return module
@@ -36,11 +39,15 @@ def run_in_order(path, name):
 def test_extend(tmp_path, monkeypatch, quick_compile):
     monkeypatch.chdir(tmp_path)
     module = run_in_order(ROOT / "docs" / "extend.md", "extend_document")
-    assert module.result["task"] == "PoissonRegression" and (tmp_path / "runs/counts/result.json").exists()
+    assert (
+        module.result["task"] == "PoissonRegression"
+        and (tmp_path / "runs/counts/result.json").exists()
+    )
 
 
 def test_extend_as_the_config_file_it_says_it_is(tmp_path, monkeypatch, capsys, quick_compile):
-    """The same blocks, short of the last that trains, in a file: flags reach the own classes, and the run reloads."""
+    """The same blocks, short of the last that trains, in a file: flags reach the own classes, and
+    the run reloads."""
     monkeypatch.chdir(tmp_path)
     source = "\n".join(blocks(ROOT / "docs" / "extend.md", "python"))
     source = source[: source.index("\nresult = fit")]
@@ -68,14 +75,18 @@ def test_links_within_the_repository_lead_somewhere(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_files_that_documents_name_exist(path):
     text = path.read_text()
-    for name in re.findall(r"`((?:flax_lstm|configs|tests|tools|benchmarks|docs)/[\w./-]+\.\w+)`", text):
+    for name in re.findall(
+        r"`((?:flax_lstm|configs|tests|tools|benchmarks|docs)/[\w./-]+\.\w+)`", text
+    ):
         assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
 def commands(path, begin="python train.py "):
     """The lines of a document that begin so, without that and without comments."""
     lines = "\n".join(blocks(path, "bash")).splitlines()
-    return [shlex.split(line[len(begin) :], comments=True) for line in lines if line.startswith(begin)]
+    return [
+        shlex.split(line[len(begin) :], comments=True) for line in lines if line.startswith(begin)
+    ]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -83,7 +94,9 @@ def test_commands_of_documents_name_configs_and_flags_that_exist(path):
     for arguments in commands(path):
         options, rest = train_parser("train.py").parse_known_args(arguments)
         if not options.config.endswith(".py"):
-            override(load_config(options.config), rest, "train.py", "")  # exits at a flag that is not there
+            override(
+                load_config(options.config), rest, "train.py", ""
+            )  # exits at a flag that is not there
     for arguments in commands(path, "python -m flax_lstm plan "):
         options, rest = plan_parser("plan").parse_known_args(arguments)
         override(load_config(options.config), rest, "plan", "")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_lstm import recurrence
-from flax_lstm.cells import CELLS, GRUCell, LSTMCell
 from flax_lstm.errors import UserError
-from flax_lstm.layers import RNN
-from flax_lstm.recurrence import fused
+from flax_lstm.nn import recurrence
+from flax_lstm.nn.cells import CELLS, GRUCell, LSTMCell
+from flax_lstm.nn.layers import RNN
+from flax_lstm.nn.recurrence import fused
 
 B, T, D, H = 8, 5, 3, 4
 CELL_NAMES = sorted(CELLS)
@@ -29,12 +29,20 @@ class LeakyCell(LSTMCell):
 
 
 def example(name, dtype=jnp.float32):
-    """A cell, its weights (none of them zero), inputs, lengths, a state and a mask of recurrent dropout."""
+    """A cell, its weights (none of them zero), inputs, lengths, a state and a mask of recurrent
+    dropout."""
     keys = iter(jax.random.split(jax.random.key(0), 20))
     cell = CELLS[name](H, param_dtype=dtype)
     x_BTD = jax.random.normal(next(keys), (B, T, D), dtype)
-    weights = cell.apply(cell.init(next(keys), cell.initial_state(B, dtype), x_BTD[:, 0]), D, method="weights")
-    noise = lambda tree: jax.tree.map(lambda a: a + 0.5 * jax.random.normal(next(keys), a.shape, a.dtype), tree)  # noqa: E731
+    weights = cell.apply(
+        cell.init(next(keys), cell.initial_state(B, dtype), x_BTD[:, 0]), D, method="weights"
+    )
+
+    def noise(tree):
+        return jax.tree.map(
+            lambda a: a + 0.5 * jax.random.normal(next(keys), a.shape, a.dtype), tree
+        )
+
     state = noise(cell.initial_state(B, dtype))
     mask_BJ = jax.random.bernoulli(next(keys), 0.5, (B, H)).astype(dtype) * 2
     return cell, noise(weights), x_BTD, jnp.array([0, 1, 2, 3, 4, 5, 5, 3]), state, mask_BJ
@@ -58,28 +66,39 @@ def gradients(run, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse):
         out = run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
         leaves = jax.tree.leaves(out)
         return sum(
-            jnp.sum(a * jax.random.normal(jax.random.key(n), a.shape, a.dtype)) for n, a in enumerate(leaves)
+            jnp.sum(a * jax.random.normal(jax.random.key(n), a.shape, a.dtype))
+            for n, a in enumerate(leaves)
         ), out
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(weights, x_BTD, state, mask_BJ)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(
+        weights, x_BTD, state, mask_BJ
+    )
 
 
 def assert_close(a, b, tolerance):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=tolerance, atol=tolerance), a, b)
+    jax.tree.map(
+        lambda p, q: np.testing.assert_allclose(p, q, rtol=tolerance, atol=tolerance), a, b
+    )
 
 
-@pytest.mark.parametrize("devices, gpu, keep", [(1, False, 1 << 30), (8, True, 1 << 30), (8, False, 0)])
+@pytest.mark.parametrize(
+    "devices, gpu, keep", [(1, False, 1 << 30), (8, True, 1 << 30), (8, False, 0)]
+)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", CELL_NAMES)
-def test_gradients_of_everything_in_float64(name, reverse, devices, gpu, keep, x64, quick_compile, monkeypatch):
-    """The mask's gradient included, with the matmuls of one device and the arrays of a GPU, which other tests never
-    use, and with time in chunks."""
+def test_gradients_of_everything_in_float64(
+    name, reverse, devices, gpu, keep, x64, quick_compile, monkeypatch
+):
+    """The mask's gradient included, with the matmuls of one device and the arrays of a GPU, which
+    other tests never use, and with time in chunks."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     monkeypatch.setattr(fused, "on_gpu", lambda: gpu)
     monkeypatch.setattr(fused, "KEEP", keep)
     arguments = example(name, jnp.float64)
-    assert_close(gradients(fused.run, *arguments, reverse), gradients(by_hand, *arguments, reverse), 1e-12)
+    assert_close(
+        gradients(fused.run, *arguments, reverse), gradients(by_hand, *arguments, reverse), 1e-12
+    )
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
@@ -117,7 +136,11 @@ def test_chunks_of_time_keep_little(monkeypatch):
         monkeypatch.setattr(fused, "KEEP", keep)
 
         def loss(weights, x_BTD):
-            return jnp.sum(jnp.sin(fused.run(cell, weights, x_BTD, None, cell.initial_state(B), None, False)[1]))
+            return jnp.sum(
+                jnp.sin(
+                    fused.run(cell, weights, x_BTD, None, cell.initial_state(B), None, False)[1]
+                )
+            )
 
         compiled = jax.jit(jax.grad(loss)).lower(weights, x_BTD).compile()
         return compiled.memory_analysis().temp_size_in_bytes / 1e6
@@ -142,7 +165,9 @@ def test_no_lengths_no_selects():
     cell, weights, x_BTD, lengths_B, state, _ = example("lstm")
 
     def selects(lengths_B):
-        loss = lambda x_BTD: jnp.sum(fused.run(cell, weights, x_BTD, lengths_B, state, None, False)[1])  # noqa: E731
+        def loss(x_BTD):
+            return jnp.sum(fused.run(cell, weights, x_BTD, lengths_B, state, None, False)[1])
+
         return str(jax.make_jaxpr(jax.grad(loss))(x_BTD)).count("select_n")
 
     assert selects(None) == 0 < selects(lengths_B)
@@ -180,14 +205,18 @@ def test_bfloat16_keeps_a_float32_state(monkeypatch):
     x_BTD = jnp.zeros((B, 200, D))
     variables = rnn.init(jax.random.key(0), x_BTD)
     weights = jax.tree.map(jnp.zeros_like, variables["params"]["cell"])
-    weights["bias"] = weights["bias"].at[1].set(8).at[2].set(1)  # z close to 1: each step adds 3e-4 of what is missing
+    weights["bias"] = (
+        weights["bias"].at[1].set(8).at[2].set(1)
+    )  # z close to 1: each step adds 3e-4 of what is missing
     variables = {"params": {"cell": weights}}
     state, y_BTH = jax.jit(rnn.apply)(variables, x_BTD, state=jnp.full((B, H), 0.5))
     assert state.dtype == jnp.float32 and y_BTH.dtype == jnp.bfloat16
     update = 1 - 1 / (1 + np.exp(-8.0))
     expected = np.tanh(1) + (0.5 - np.tanh(1)) * (1 - update) ** 200
     np.testing.assert_allclose(state, expected, rtol=2e-3)
-    gradient = jax.jit(jax.grad(lambda v: jnp.sum(rnn.apply(v, x_BTD)[1].astype(jnp.float32))))(variables)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(rnn.apply(v, x_BTD)[1].astype(jnp.float32))))(
+        variables
+    )
     assert all(np.all(np.isfinite(g)) and g.dtype == jnp.float32 for g in jax.tree.leaves(gradient))
 
 
@@ -195,14 +224,22 @@ def test_vmap_and_empty_time():
     cell, weights, x_BTD, lengths_B, state, mask_BJ = example("gru")
 
     def loss(x_BTD):
-        return jnp.sum(jnp.sin(fused.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, False)[1]))
+        return jnp.sum(
+            jnp.sin(fused.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, False)[1])
+        )
 
     several = jnp.stack([x_BTD, 2 * x_BTD])
-    assert_close(jax.jit(jax.vmap(jax.grad(loss)))(several), jnp.stack([jax.grad(loss)(x) for x in several]), 1e-5)
+    assert_close(
+        jax.jit(jax.vmap(jax.grad(loss)))(several),
+        jnp.stack([jax.grad(loss)(x) for x in several]),
+        1e-5,
+    )
     assert jax.grad(loss)(x_BTD[:, :0]).shape == (B, 0, D)
 
 
 def test_forward_mode_is_refused():
     cell, weights, x_BTD, _, state, _ = example("lstm")
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: fused.run(cell, weights, x, None, state, None, False)[1], (x_BTD,), (x_BTD,))
+        jax.jvp(
+            lambda x: fused.run(cell, weights, x, None, state, None, False)[1], (x_BTD,), (x_BTD,)
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU would launch at each step of a recurrence, seen by compiling for one that is not there."""
+"""What a GPU would launch at each step of a recurrence, seen by compiling for one that is not
+there."""
 
 import importlib.util
 import json
@@ -13,7 +14,8 @@ from flax_lstm.plan import environment
 from flax_lstm.plan.chips import parse_topology
 
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax-cuda13-plugin, the GPU compiler, is not there"
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax-cuda13-plugin, the GPU compiler, is not there",
 )
 
 
@@ -26,7 +28,11 @@ def loops(cell, dtype, backend="fused"):
 
 
 def products(kernels):
-    return [name for name in kernels if any(word in name for word in ("gemm", "dot", "custom-call", "cublas"))]
+    return [
+        name
+        for name in kernels
+        if any(word in name for word in ("gemm", "dot", "custom-call", "cublas"))
+    ]
 
 
 @needs_compiler

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
+import small_runs
 
 from flax_lstm.data import download as downloading
 from flax_lstm.data import imdb
@@ -83,13 +83,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers["Range"]
         self.server.requests.append(wanted)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.ranges else 0
+        start = (
+            int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if wanted and self.server.ranges
+            else 0
+        )
         body = self.server.content[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         cuts = self.server.cuts
-        end = cuts[len(self.server.requests) - 1] if len(self.server.requests) <= len(cuts) else len(body)
+        end = (
+            cuts[len(self.server.requests) - 1]
+            if len(self.server.requests) <= len(cuts)
+            else len(body)
+        )
         self.wfile.write(body[:end])
 
     def log_message(self, *_) -> None:
@@ -165,7 +173,9 @@ def test_spoilt_archive_of_the_user_is_named_and_left(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="bytes instead of"):
         Imdb(data_dir=str(tmp_path), archive=str(archive)).load(tmp_path / "assets")
     with pytest.raises(UserError, match="does not exist"):
-        Imdb(data_dir=str(tmp_path), archive=str(tmp_path / "none.tar.gz")).load(tmp_path / "assets")
+        Imdb(data_dir=str(tmp_path), archive=str(tmp_path / "none.tar.gz")).load(
+            tmp_path / "assets"
+        )
 
 
 def test_without_network_the_ways_out_are_named(server, tmp_path, monkeypatch):
@@ -207,7 +217,8 @@ def test_reviews(prepared):
     files = Imdb(data_dir=str(prepared))
     train = files.reviews("train")
     assert sorted(zip(*train, strict=True)) == sorted(
-        [(f"film {i} is  a joy", "pos") for i in range(40)] + [(f"film {i} is a bore", "neg") for i in range(40)]
+        [(f"film {i} is  a joy", "pos") for i in range(40)]
+        + [(f"film {i} is a bore", "neg") for i in range(40)]
     )
     assert len(files.reviews("unsupervised").texts) == 11
 
@@ -215,9 +226,16 @@ def test_reviews(prepared):
 def test_splits_are_disjoint_and_of_train_alone(prepared):
     splits = Imdb(data_dir=str(prepared)).splits()
     train, validation, test = (set(splits[name].texts) for name in ("train", "validation", "test"))
-    assert len(train) + len(validation) == 80 and not train & validation and not (train | validation) & test
+    assert (
+        len(train) + len(validation) == 80
+        and not train & validation
+        and not (train | validation) & test
+    )
     assert 0 < len(validation) < 20
-    assert Imdb(data_dir=str(prepared), split_seed=1).splits()["validation"].texts != splits["validation"].texts
+    assert (
+        Imdb(data_dir=str(prepared), split_seed=1).splits()["validation"].texts
+        != splits["validation"].texts
+    )
 
 
 def test_language_model_never_sees_test_or_validation_text(prepared, tmp_path):
@@ -230,7 +248,8 @@ def test_language_model_never_sees_test_or_validation_text(prepared, tmp_path):
     assert vocabulary.encode(["secretword"])[0].tolist() == [1]
     assert vocabulary.encode(["rareword"])[0].tolist() != [1]
     assert not any(
-        "song" in text for text in ImdbLanguage(data_dir=str(prepared), unsupervised=False).documents()["train"]
+        "song" in text
+        for text in ImdbLanguage(data_dir=str(prepared), unsupervised=False).documents()["train"]
     )
 
 
@@ -270,8 +289,13 @@ def test_paths_are_made_absolute(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_reviews(tmp_path):
-    runs.real_reviews()
+    small_runs.real_reviews()
     dataset = Imdb().load(tmp_path)
-    assert dataset.size("train") + dataset.size("validation") == 25_000 and dataset.size("test") == 25_000
-    labels = np.concatenate([batch.targets[batch.weights > 0] for batch in dataset.evaluation("test", 256)])
+    assert (
+        dataset.size("train") + dataset.size("validation") == 25_000
+        and dataset.size("test") == 25_000
+    )
+    labels = np.concatenate(
+        [batch.targets[batch.weights > 0] for batch in dataset.evaluation("test", 256)]
+    )
     assert np.bincount(labels).tolist() == [12_500, 12_500]

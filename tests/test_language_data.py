@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents for language models: every token once, lanes that go on, epochs in orders of their own."""
+"""Documents for language models: every token once, lanes that go on, epochs in orders of their
+own."""
 
 from collections import Counter
 
@@ -26,7 +27,9 @@ def read(batches) -> tuple[list[int], list[int]]:
     return inputs[valid].tolist(), targets[valid].tolist()
 
 
-@pytest.mark.parametrize(("count", "lanes", "length"), [(40, 4, 7), (40, 4, 5), (3, 8, 5), (1, 1, 3), (17, 3, 1)])
+@pytest.mark.parametrize(
+    ("count", "lanes", "length"), [(40, 4, 7), (40, 4, 5), (3, 8, 5), (1, 1, 3), (17, 3, 1)]
+)
 def test_lanes_read_the_stream_once(count, lanes, length):
     stream = np.concatenate([np.array([END], np.int32), *documents(count)])
     source = Lanes(stream, lanes, length)
@@ -38,10 +41,16 @@ def test_lanes_read_the_stream_once(count, lanes, length):
         assert batch.inputs.shape == batch.targets.shape == batch.weights.shape == (lanes, length)
         assert batch.inputs.dtype == batch.targets.dtype == batch.lengths.dtype == np.int32
         assert batch.reset.tolist() == [step == 0] * lanes
-        assert (batch.weights == (np.arange(length) < batch.lengths[:, None])).all()  # padding on the right
+        assert (
+            batch.weights == (np.arange(length) < batch.lengths[:, None])
+        ).all()  # padding on the right
         assert (batch.inputs[batch.weights == 0] == 0).all()
         if step + 1 < len(batches):
-            full = [lane for lane in range(lanes) if (lane + 1) * -(-(len(stream) - 1) // lanes) < len(stream)]
+            full = [
+                lane
+                for lane in range(lanes)
+                if (lane + 1) * -(-(len(stream) - 1) // lanes) < len(stream)
+            ]
             assert (batch.lengths[full] == length).all()
 
 
@@ -53,7 +62,9 @@ def test_epochs_have_their_own_order_of_documents():
         return read([source[number * len(source) + i] for i in range(len(source))])[1]
 
     first, second = epoch(source, 0), epoch(source, 1)
-    assert first != second and Counter(first) == Counter(second) == Counter(np.concatenate(docs).tolist())
+    assert first != second and Counter(first) == Counter(second) == Counter(
+        np.concatenate(docs).tolist()
+    )
     assert epoch(source, 0) == first
     assert epoch(LanguageBatches(docs, 4, 6, seed=1), 1) == second
     assert epoch(LanguageBatches(docs, 4, 6, seed=2), 0) != first
@@ -73,7 +84,10 @@ def test_table(data, tmp_path):
     dataset = data.load(tmp_path / "assets")
     info = dataset.info
     assert sum(dataset.size(split) for split in ("train", "validation", "test")) == 400
-    assert sum(info.token_counts) == dataset.size("train") and len(info.token_counts) == info.vocabulary_size
+    assert (
+        sum(info.token_counts) == dataset.size("train")
+        and len(info.token_counts) == info.vocabulary_size
+    )
     assert info.token_counts[END] == dataset.size("train") // 4
     for split in ("train", "test"):
         targets = read(list(dataset.evaluation(split, 3)))[1]
@@ -89,9 +103,9 @@ def test_folder_of_texts(tmp_path):
         path = tmp_path / "texts" / str(i % 3) / f"{i}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"text {i}")
-    dataset = LanguageTable(str(tmp_path / "texts"), validation_fraction=0.2, test_fraction=0.2).load(
-        tmp_path / "assets"
-    )
+    dataset = LanguageTable(
+        str(tmp_path / "texts"), validation_fraction=0.2, test_fraction=0.2
+    ).load(tmp_path / "assets")
     assert sum(dataset.size(split) for split in ("train", "validation", "test")) == 90
     with pytest.raises(UserError, match=r"no \.txt files"):
         LanguageTable(str(tmp_path / "assets")).load(tmp_path / "assets")

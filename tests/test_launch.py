@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch recipes: each is read or run as it is, with the variables of its launcher, in two processes here."""
+"""The launch recipes: each is read or run as it is, with the variables of its launcher, in two
+processes here."""
 
 import json
 import os
@@ -15,17 +16,19 @@ import pytest
 import yaml
 
 from flax_lstm.config import load_config
-from flax_lstm.distributed import find_launch
+from flax_lstm.machine.distributed import find_launch
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SMALL = """
-    --config adding_problem --workdir run --data.length 8 --data.examples 40 --data.validation-examples 10
-    --data.test-examples 10 --model.hidden-size 4 --train.steps 4 --train.batch-size 8 --train.eval-every 4
+    --config adding_problem --workdir run --data.length 8 --data.examples 40
+    --data.validation-examples 10 --data.test-examples 10 --model.hidden-size 4 --train.steps 4
+    --train.batch-size 8 --train.eval-every 4
 """
 SHORT = shlex.split(SMALL)
 
-# Stands for srun and mpirun: starts the command twice, each with the variables that the launcher sets for it.
+# Stands for srun and mpirun: starts the command twice, each with the variables that the launcher
+# sets for it.
 LAUNCHER = """#!{python}
 import json, os, subprocess, sys
 command = sys.argv[sys.argv.index("python"):]
@@ -49,7 +52,11 @@ def pod(name):
         return document, trainer["command"] + trainer["args"], {}
     (job,) = document["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    return document, container["command"] + container["args"], {v["name"]: v["value"] for v in container["env"]}
+    return (
+        document,
+        container["command"] + container["args"],
+        {v["name"]: v["value"] for v in container["env"]},
+    )
 
 
 def test_kubernetes_recipes():
@@ -65,7 +72,10 @@ def test_kubernetes_recipes():
     (container,) = pods["template"]["spec"]["containers"]
     assert container["ports"] == [{"containerPort": 8476}]
     trainjob, other, _ = pod("trainjob.yaml")
-    assert trainjob["kind"] == "TrainJob" and trainjob["spec"]["runtimeRef"]["name"] == "jax-distributed"
+    assert (
+        trainjob["kind"] == "TrainJob"
+        and trainjob["spec"]["runtimeRef"]["name"] == "jax-distributed"
+    )
     for line in (command, other):
         assert line[:2] == ["python", "train.py"] and load_config(line[line.index("--config") + 1])
 
@@ -74,7 +84,10 @@ def test_other_recipes_can_be_read():
     for path in (*LAUNCH.glob("*.sbatch"), *LAUNCH.glob("*.sh")):
         subprocess.run(["bash", "-n", path], check=True)
         assert "python train.py" in path.read_text() or "python3 train.py" in path.read_text()
-    options = [dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", path.read_text())) for path in LAUNCH.glob("*.sbatch")]
+    options = [
+        dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", path.read_text()))
+        for path in LAUNCH.glob("*.sbatch")
+    ]
     assert sorted(o["ntasks-per-node"] for o in options) == ["1", "8"]
     assert all(o["gpus-per-node"] == "8" and o["signal"].startswith("TERM@") for o in options)
     sky = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
@@ -126,9 +139,12 @@ def variables_of(launcher, rank):
 
 
 def both(commands, folder):
-    """Two processes, each a command with variables of its own; they must end well, as one run of four steps."""
+    """Two processes, each a command with variables of its own; they must end well, as one run of
+    four steps."""
     children = [
-        subprocess.Popen(command, cwd=folder, env={**os.environ, **mine}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **mine}, stderr=subprocess.PIPE, text=True
+        )
         for command, mine in commands
     ]
     said = [child.communicate(timeout=900)[1] for child in children]
@@ -172,7 +188,9 @@ def run_script(script, launcher, folder, monkeypatch, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.parametrize("script", ["slurm_node.sbatch", pytest.param("slurm_gpu.sbatch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "script", ["slurm_node.sbatch", pytest.param("slurm_gpu.sbatch", marks=pytest.mark.slow)]
+)
 def test_slurm(script, tools, tmp_path, monkeypatch):
     outcome = run_script(script, "slurm", tmp_path, monkeypatch, *SHORT)
     assert outcome.returncode == 0, outcome.stderr
@@ -200,7 +218,11 @@ def test_open_mpi(tools, tmp_path, monkeypatch):
 def test_kubernetes(name, tools, tmp_path):
     _, command, variables = pod(name)
     index = "JOB_COMPLETION_INDEX" if name == "jobset.yaml" else "JAX_PROCESS_ID"
-    here = {"JAX_NUM_PROCESSES": "2", **variables, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
+    here = {
+        "JAX_NUM_PROCESSES": "2",
+        **variables,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+    }
     both([([*command, *SHORT], {**here, index: str(rank)}) for rank in range(2)], tmp_path)
 
 
@@ -213,7 +235,9 @@ def test_skypilot(tools, tmp_path):
 
 @pytest.mark.slow
 def test_tpu_pod(tools, tmp_path):
-    both([(["python", "train.py", *SHORT], variables_of("tpu", rank)) for rank in range(2)], tmp_path)
+    both(
+        [(["python", "train.py", *SHORT], variables_of("tpu", rank)) for rank in range(2)], tmp_path
+    )
 
 
 @pytest.mark.slow
@@ -226,4 +250,10 @@ jax.distributed.initialize("127.0.0.1:{free_port()}", 2, int(sys.argv[1]))
 import ray_train
 ray_train.work({{"arguments": {SHORT!r}}})
 """
-    both([([sys.executable, "-c", program, str(rank)], {"JAX_PLATFORMS": "cpu"}) for rank in range(2)], tmp_path)
+    both(
+        [
+            ([sys.executable, "-c", program, str(rank)], {"JAX_PLATFORMS": "cpu"})
+            for rank in range(2)
+        ],
+        tmp_path,
+    )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers promise of padding, states, direction, causality, dropout and parameters. The recurrences themselves
-are checked in `test_cells.py`, `test_parity.py` and `test_backends.py`."""
+"""What the layers promise of padding, states, direction, causality, dropout and parameters. The
+recurrences themselves are checked in `test_cells.py`, `test_parity.py` and `test_backends.py`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ import pytest
 from flax import linen as nn
 
 from flax_lstm import convert
-from flax_lstm.cells import CELLS, Cell, LSTMCell
-from flax_lstm.layers import RNN, Bidirectional, Stack
+from flax_lstm.nn.cells import CELLS, Cell, LSTMCell
+from flax_lstm.nn.layers import RNN, Bidirectional, Stack
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -30,7 +30,9 @@ def both(name: str, hidden: int = H, **options: Any) -> Bidirectional:
     return Bidirectional(rnn(name, hidden, **options), rnn(name, hidden, **options))
 
 
-KINDS: dict[str, Callable[[str], tuple[nn.Module, dict[str, Any]]]] = {  # the layer, and how to call it
+KINDS: dict[
+    str, Callable[[str], tuple[nn.Module, dict[str, Any]]]
+] = {  # the layer, and how to call it
     "forward": lambda name: (rnn(name), {}),
     "reverse": lambda name: (rnn(name), {"reverse": True}),
     "bidirectional": lambda name: (both(name), {}),
@@ -62,7 +64,8 @@ def assert_close(a: Any, b: Any, atol: float = 1e-5) -> None:
 @each_kind
 @each_cell
 def test_padding_is_never_seen(kind: str, name: str) -> None:
-    """Other numbers in it change nothing, outputs and gradients are zero there, and an empty row keeps its state."""
+    """Other numbers in it change nothing, outputs and gradients are zero there, and an empty row
+    keeps its state."""
     layer, options = KINDS[kind](name)
     variables = random_variables(layer)
     begin = jax.tree.map(lambda s: random(*s.shape, seed=1), state_shapes(layer, variables))
@@ -73,15 +76,21 @@ def test_padding_is_never_seen(kind: str, name: str) -> None:
             return layer.apply(variables, x_BTD, LENGTHS, begin, **options)
 
         out, pull = jax.vjp(run, variables, x_BTD, begin)
-        return out, pull(jax.tree.map(lambda o: jnp.cos(jnp.arange(o.size, dtype=o.dtype)).reshape(o.shape), out))
+        return out, pull(
+            jax.tree.map(lambda o: jnp.cos(jnp.arange(o.size, dtype=o.dtype)).reshape(o.shape), out)
+        )
 
     x_BTD = random(B, T, D)
     first = everything(jnp.where(VALID, x_BTD, 0))
     assert_close(everything(jnp.where(VALID, x_BTD, 1e4 * random(B, T, D, seed=2))), first, atol=0)
 
     (final, y), (_, dx, d_begin) = first
-    assert np.all(np.asarray(y)[~np.broadcast_to(VALID, y.shape)] == 0) and np.all(np.asarray(y)[0] != 0)
-    assert np.all(np.asarray(dx)[~np.broadcast_to(VALID, dx.shape)] == 0) and np.all(np.asarray(dx)[0] != 0)
+    assert np.all(np.asarray(y)[~np.broadcast_to(VALID, y.shape)] == 0) and np.all(
+        np.asarray(y)[0] != 0
+    )
+    assert np.all(np.asarray(dx)[~np.broadcast_to(VALID, dx.shape)] == 0) and np.all(
+        np.asarray(dx)[0] != 0
+    )
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2], b[2]), final, begin)
     assert all(np.all(leaf[2] != 0) for leaf in jax.tree.leaves(d_begin))
 
@@ -92,19 +101,24 @@ def test_each_row_is_as_if_alone(name: str) -> None:
     layer, _ = KINDS["stack"](name)
     variables, x_BTD = random_variables(layer), random(B, T, D)
     final, y_BTH = jax.jit(layer.apply)(variables, x_BTD, LENGTHS)
-    wide, z_BTH = jax.jit(layer.apply)(variables, jnp.pad(x_BTD, ((0, 0), (0, 3), (0, 0)), constant_values=7), LENGTHS)
+    wide, z_BTH = jax.jit(layer.apply)(
+        variables, jnp.pad(x_BTD, ((0, 0), (0, 3), (0, 0)), constant_values=7), LENGTHS
+    )
     assert_close((wide, z_BTH[:, :T]), (final, y_BTH))
     assert not z_BTH[:, T:].any()
     for row, length in enumerate(LENGTHS):
         if length:
             one = slice(row, row + 1)
             end, y = jax.jit(layer.apply)(variables, x_BTD[one, :length])
-            assert_close((end, y), (jax.tree.map(lambda s, one=one: s[one], final), y_BTH[one, :length]))
+            assert_close(
+                (end, y), (jax.tree.map(lambda s, one=one: s[one], final), y_BTH[one, :length])
+            )
 
 
 @each_cell
 def test_state_carries_on(name: str) -> None:
-    """All steps at once, or half of them and then the rest from the state reached; rows may end in either half."""
+    """All steps at once, or half of them and then the rest from the state reached; rows may end in
+    either half."""
     layer = Stack([rnn(name, 3), rnn(name, 5)])
     variables, x_BTD, half = random_variables(layer), random(B, T, D), T // 2
     begin = jax.tree.map(lambda s: random(*s.shape, seed=1), state_shapes(layer, variables))
@@ -118,7 +132,10 @@ def test_state_carries_on(name: str) -> None:
 
 
 def reversed_rows(x_BTD: jax.Array) -> jax.Array:
-    rows = [np.concatenate([x[:n][::-1], x[n:]]) for x, n in zip(np.asarray(x_BTD), LENGTHS, strict=True)]
+    rows = [
+        np.concatenate([x[:n][::-1], x[n:]])
+        for x, n in zip(np.asarray(x_BTD), LENGTHS, strict=True)
+    ]
     return jnp.asarray(np.stack(rows))
 
 
@@ -154,7 +171,9 @@ def test_who_sees_whom(kind: str, name: str) -> None:
 def test_parameters_have_these_names_and_shapes() -> None:
     layer = Stack([rnn("lstm", 5), both("gru", 2), rnn("rnn", 7)])
     shapes = jax.tree.map(lambda w: w.shape, random_variables(layer))
-    gru = {"cell": {"input": (5, 3, 2), "recurrent": (2, 3, 2), "bias": (3, 2), "recurrent_bias": (2,)}}
+    gru = {
+        "cell": {"input": (5, 3, 2), "recurrent": (2, 3, 2), "bias": (3, 2), "recurrent_bias": (2,)}
+    }
     assert shapes == {
         "params": {
             "layers_0": {"cell": {"input": (D, 4, 5), "recurrent": (5, 4, 5), "bias": (4, 5)}},
@@ -232,18 +251,24 @@ def masks_of(layer: nn.Module, x_BTD: Any, *seeds: int, deterministic: bool = Fa
     """The weights and, for each seed, the outputs."""
     variables = random_variables(layer, x_BTD.shape[-1])
     run = jax.jit(
-        lambda key: layer.apply(variables, x_BTD, deterministic=deterministic, rngs={"dropout": jax.random.key(key)})[1]
+        lambda key: layer.apply(
+            variables, x_BTD, deterministic=deterministic, rngs={"dropout": jax.random.key(key)}
+        )[1]
     )
     return variables, *(np.asarray(run(seed)) for seed in seeds)
 
 
 @pytest.mark.parametrize(
-    "layer", [RNN(Echo(), dropout=0.2), RNN(ShowMask(200), recurrent_dropout=0.2)], ids=["input", "recurrent"]
+    "layer",
+    [RNN(Echo(), dropout=0.2), RNN(ShowMask(200), recurrent_dropout=0.2)],
+    ids=["input", "recurrent"],
 )
 def test_one_mask_a_sequence(layer: RNN) -> None:
     x_BTD = jnp.ones((20, 5, 200))
     _, mask, again, other = masks_of(layer, x_BTD, 1, 1, 2)
-    np.testing.assert_array_equal(mask, np.broadcast_to(mask[:, :1], mask.shape), "the same at every step")
+    np.testing.assert_array_equal(
+        mask, np.broadcast_to(mask[:, :1], mask.shape), "the same at every step"
+    )
     assert set(np.unique(mask)) == {0, np.float32(1 / 0.8)}
     assert abs(np.mean(mask[:, 0] == 0) - 0.2) < 0.03
     assert np.all(np.any(mask[1:, 0] != mask[:-1, 0], axis=-1)), "another for every row"
@@ -256,7 +281,9 @@ def test_one_mask_a_sequence(layer: RNN) -> None:
 def test_drop_connect_is_on_the_weights() -> None:
     layer, x_BTD = RNN(ShowWeights(300), weight_dropout=0.2), jnp.ones((3, 2, D))
     variables, y_BTH = masks_of(layer, x_BTD, 1)
-    np.testing.assert_array_equal(y_BTH, np.broadcast_to(y_BTH[:1, :1], y_BTH.shape), "one for batch and steps")
+    np.testing.assert_array_equal(
+        y_BTH, np.broadcast_to(y_BTH[:1, :1], y_BTH.shape), "one for batch and steps"
+    )
     row = np.asarray(variables["params"]["cell"]["recurrent"][0, 0])
     kept = y_BTH[0, 0] != 0
     np.testing.assert_allclose(y_BTH[0, 0], np.where(kept, row / 0.8, 0), rtol=1e-5)
@@ -288,13 +315,16 @@ def test_deterministic_is_without_dropout() -> None:
 
 
 def test_recurrent_dropout_reaches_the_matmul_alone() -> None:
-    """With all recurrent weights zero it has nothing to act on: the carried state is as without it."""
+    """With all recurrent weights zero it has nothing to act on: the carried state is as without
+    it."""
     plain, dropping = rnn("lstm"), rnn("lstm", recurrent_dropout=0.9)
     variables, x_BTD = random_variables(plain), random(B, T, D)
     weights = variables["params"]["cell"]
     cut = {"params": {"cell": weights | {"recurrent": jnp.zeros_like(weights["recurrent"])}}}
     rngs = {"dropout": jax.random.key(0)}
-    assert_close(dropping.apply(cut, x_BTD, deterministic=False, rngs=rngs), plain.apply(cut, x_BTD))
+    assert_close(
+        dropping.apply(cut, x_BTD, deterministic=False, rngs=rngs), plain.apply(cut, x_BTD)
+    )
 
 
 def test_auto_is_the_scan_to_within_rounding() -> None:

@@ -11,34 +11,42 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import runs
+import small_runs
 
-from flax_lstm import UserError, fit, load, loop
-from flax_lstm.inference import CHECKPOINTS
-from flax_lstm.loop import Best, batches
-from flax_lstm.records import MetricsLog, params_sha256
-from flax_lstm.signals import Signals
+from flax_lstm import UserError, fit, load
+from flax_lstm.runs.records import MetricsLog, params_sha256
+from flax_lstm.runs.workdir import CHECKPOINTS
+from flax_lstm.training import loop
+from flax_lstm.training.loop import Best, batches
+from flax_lstm.training.signals import Signals
 
 
 @pytest.fixture(autouse=True)
 def quick(quick_compile, monkeypatch):
-    runs.quicken(monkeypatch)
+    small_runs.quicken(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run whose validation figure is best in the middle, for its learning rate is far too high, and its result."""
+    """A run whose validation figure is best in the middle, for its learning rate is far too high,
+    and its result."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    config = runs.adding_run(learning_rate=0.3, schedule="constant", eval_every=1, warmup_steps=0)
+    config = small_runs.adding_run(
+        learning_rate=0.3, schedule="constant", eval_every=1, warmup_steps=0
+    )
     config = replace(config, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        runs.quicken(patch)
+        small_runs.quicken(patch)
         result = fit(config, workdir)
     return config, workdir, result
 
 
 def unchanged(workdir):
-    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and "tensorboard" not in str(path)}
+    return {
+        path: path.read_bytes()
+        for path in workdir.rglob("*")
+        if path.is_file() and "tensorboard" not in str(path)
+    }
 
 
 def test_result_has_what_is_promised(finished):
@@ -56,19 +64,25 @@ def test_result_has_what_is_promised(finished):
     assert result["backend"] in ("cpu", "fused")  # with a compiler, and without
     assert list(result["baselines"]) == ["mean"]
     for figures in (result["validation"], result["test"], *result["baselines"].values()):
-        assert figures.keys() == {"loss", "mse", "mae"} and all(math.isfinite(value) for value in figures.values())
+        assert figures.keys() == {"loss", "mse", "mae"} and all(
+            math.isfinite(value) for value in figures.values()
+        )
     assert {"python", "jax", "flax", "optax"} <= result["versions"].keys()
-    assert result["parameters"] == 4 * 4 * (2 + 4 + 1) + 4 + 1  # LSTM of 4 units over 2 features, and its head
+    assert (
+        result["parameters"] == 4 * 4 * (2 + 4 + 1) + 4 + 1
+    )  # LSTM of 4 units over 2 features, and its head
     assert not list(workdir.glob("*.part"))
 
 
 def test_figures_come_from_the_best_checkpoint(finished):
     _, workdir, result = finished
-    validation = {row["step"]: row["mse"] for row in runs.rows(workdir) if row["split"] == "validation"}
+    validation = {
+        row["step"]: row["mse"] for row in small_runs.rows(workdir) if row["split"] == "validation"
+    }
     assert sorted(validation) == list(range(1, 11))
     assert result["best_step"] == min(validation, key=validation.get) < 10
     assert result["validation"]["mse"] == pytest.approx(validation[result["best_step"]], rel=1e-6)
-    (test,) = (row for row in runs.rows(workdir) if row["split"] == "test")
+    (test,) = (row for row in small_runs.rows(workdir) if row["split"] == "test")
     assert test["step"] == result["best_step"] and test["mse"] == result["test"]["mse"]
     run = load(workdir)
     assert run.step("best") == result["best_step"] and run.step("latest") == 10
@@ -80,7 +94,7 @@ def test_figures_come_from_the_best_checkpoint(finished):
 
 def test_params_sha256_by_its_definition(finished):
     config, workdir, result = finished
-    arrays, _ = runs.saved(config, workdir, 10)  # of the last step, not the best
+    arrays, _ = small_runs.saved(config, workdir, 10)  # of the last step, not the best
     digest = hashlib.sha256()
     params = {
         name.removeprefix(".params['").removesuffix("']").replace("']['", "/"): array
@@ -110,12 +124,16 @@ def test_params_sha256_sees_names_shapes_and_values():
 
 def test_rows_of_the_log(finished):
     _, workdir, _ = finished
-    log = runs.rows(workdir)
+    log = small_runs.rows(workdir)
     train = [row for row in log if row["split"] == "train"]
     assert [row["step"] for row in train] == [2, 4, 6, 8, 10]
     keys = {"step", "split", "loss", "seconds", "learning_rate", "grad_norm", "examples_per_second"}
     assert all(row.keys() == keys for row in train)
-    assert all(row.keys() == {"step", "split", "loss", "seconds", "mse", "mae"} for row in log if row not in train)
+    assert all(
+        row.keys() == {"step", "split", "loss", "seconds", "mse", "mae"}
+        for row in log
+        if row not in train
+    )
     assert [row["seconds"] for row in log] == sorted(row["seconds"] for row in log)
     assert len({(row["step"], row["split"]) for row in log}) == len(log)
     assert any((workdir / "tensorboard").iterdir())
@@ -127,19 +145,32 @@ def test_the_same_command_on_a_finished_run_trains_nothing(finished, monkeypatch
     monkeypatch.setattr(loop, "assemble", lambda *_: pytest.fail("a finished run was trained"))
     assert fit(config, workdir) == result
     said = capsys.readouterr().err
-    assert "this run is finished" in said and "mean" in said and f"{result['test']['mse']:.4g}" in said
+    assert (
+        "this run is finished" in said and "mean" in said and f"{result['test']['mse']:.4g}" in said
+    )
     assert unchanged(workdir) == before
 
 
 def test_more_steps_go_on_after_a_finished_run(tmp_path):
-    first = fit(runs.adding_run(schedule="constant"), tmp_path)
-    longer = fit(runs.adding_run(schedule="constant", steps=12), tmp_path)
-    assert longer["steps"] == 12 and longer["sessions"] == 2 and longer["wall_seconds"] >= first["wall_seconds"] / 2
+    first = fit(small_runs.adding_run(schedule="constant"), tmp_path)
+    longer = fit(small_runs.adding_run(schedule="constant", steps=12), tmp_path)
+    assert (
+        longer["steps"] == 12
+        and longer["sessions"] == 2
+        and longer["wall_seconds"] >= first["wall_seconds"] / 2
+    )
     assert json.loads((tmp_path / "result.10.json").read_text()) == first
     assert json.loads((tmp_path / "result.json").read_text()) == longer
-    assert [row["step"] for row in runs.rows(tmp_path) if row["split"] == "train"] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in small_runs.rows(tmp_path) if row["split"] == "train"] == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]
     with pytest.raises(UserError, match="longer, not shorter"):
-        fit(runs.adding_run(schedule="constant"), tmp_path)
+        fit(small_runs.adding_run(schedule="constant"), tmp_path)
 
 
 def test_patience_ends_a_run_and_it_stays_ended(finished, tmp_path):
@@ -147,7 +178,9 @@ def test_patience_ends_a_run_and_it_stays_ended(finished, tmp_path):
     patient = replace(config, train=replace(config.train, patience=2))
     stopped = fit(patient, tmp_path)
     assert stopped["stopped_early"] and stopped["steps"] < 10
-    validation = {row["step"]: row["mse"] for row in runs.rows(tmp_path) if row["split"] == "validation"}
+    validation = {
+        row["step"]: row["mse"] for row in small_runs.rows(tmp_path) if row["split"] == "validation"
+    }
     assert stopped["best_step"] == min(validation, key=validation.get) == stopped["steps"] - 2
     assert fit(patient, tmp_path) == stopped
 
@@ -157,15 +190,20 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatc
 
     def put_batch(batch, mesh):
         taken.append(1)
-        return put(batch._replace(inputs=batch.inputs * np.float32("nan")) if len(taken) == 4 else batch, mesh)
+        return put(
+            batch._replace(inputs=batch.inputs * np.float32("nan")) if len(taken) == 4 else batch,
+            mesh,
+        )
 
     monkeypatch.setattr(loop, "put_batch", put_batch)
-    config = runs.adding_run(checkpoint_every=1)
+    config = small_runs.adding_run(checkpoint_every=1)
     with pytest.raises(UserError, match=r"the loss is nan.* at step 4: try a lower"):
         fit(config, tmp_path)
-    latest = max(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir() if path.name.isdigit())
+    latest = max(
+        int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir() if path.name.isdigit()
+    )
     assert latest <= 3
-    arrays, _ = runs.saved(config, tmp_path, latest)
+    arrays, _ = small_runs.saved(config, tmp_path, latest)
     assert all(np.isfinite(array).all() for array in arrays.values())
     monkeypatch.setattr(loop, "put_batch", put)
     assert fit(config, tmp_path)["steps"] == 10  # once the cause is gone, it goes on
@@ -174,16 +212,18 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatc
 def test_memory_is_given_back_after_the_first_steps_and_ever_less_often(tmp_path, monkeypatch):
     done, trimmed = [], []
     monkeypatch.setattr(
-        loop, "put_batch", lambda batch, mesh, put=loop.put_batch: done.append(batch) or put(batch, mesh)
+        loop,
+        "put_batch",
+        lambda batch, mesh, put=loop.put_batch: done.append(batch) or put(batch, mesh),
     )
     monkeypatch.setattr(loop, "trim_malloc", lambda: trimmed.append(len(done)))
-    fit(runs.adding_run(schedule="constant"), tmp_path)
+    fit(small_runs.adding_run(schedule="constant"), tmp_path)
     assert trimmed == [1, 2, 4, 8]
 
 
 def test_default_work_directory_and_its_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fit(runs.adding_run())
+    fit(small_runs.adding_run())
     assert (tmp_path / "runs" / "adding" / "result.json").is_file()
 
 
@@ -204,7 +244,7 @@ def test_best_keeps_the_earliest_of_equals_and_counts_what_is_stale():
 
 
 def test_without_test_that_split_is_never_read(tmp_path, monkeypatch, capsys):
-    config = runs.adding_run()
+    config = small_runs.adding_run()
     load_data = type(config.data).load
 
     def guarded(*arguments):
@@ -221,23 +261,28 @@ def test_without_test_that_split_is_never_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(type(config.data), "load", guarded)
     result = fit(config, tmp_path, test=False)
     assert result["test"] is None and math.isfinite(result["validation"]["mse"])
-    assert {row["split"] for row in runs.rows(tmp_path)} == {"train", "validation"}
+    assert {row["split"] for row in small_runs.rows(tmp_path)} == {"train", "validation"}
     said = " ".join(capsys.readouterr().err.split())
-    assert "adding: validation, best step" in said and f"{result['baselines']['mean']['mse']:.4g}" in said
+    assert (
+        "adding: validation, best step" in said
+        and f"{result['baselines']['mean']['mse']:.4g}" in said
+    )
 
 
 @pytest.mark.parametrize("plots", [True, False])
 def test_plots_are_drawn_unless_they_are_not_wanted(tmp_path, monkeypatch, plots):
     drawn = []
     monkeypatch.setattr(loop, "plot_curves", lambda rows, path: drawn.append(path.name))
-    config = runs.adding_run()
+    config = small_runs.adding_run()
     monkeypatch.setattr(type(config.task), "illustrate", lambda *_: drawn.append("illustrated"))
     fit(config, tmp_path, plots=plots)
     assert drawn == (["curves.png", "illustrated"] if plots else [])
 
 
 def test_a_second_signal_acts_at_once(capfd, request):
-    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    earlier = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, earlier))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), Signals() as signals:
@@ -278,11 +323,17 @@ def test_log_sets_aside_what_is_beyond_or_torn(tmp_path):
     with log.path.open("a") as file:
         file.write('{"step": 2, "sp')
     log.rewind(2)
-    assert [(row["step"], row["split"]) for row in log.rows()] == [(1, "train"), (2, "train"), (2, "test")]
+    assert [(row["step"], row["split"]) for row in log.rows()] == [
+        (1, "train"),
+        (2, "train"),
+        (2, "test"),
+    ]
     discarded = (tmp_path / "metrics.discarded.jsonl").read_text().splitlines()
     assert [json.loads(discarded[0])["step"], discarded[1]] == [3, '{"step": 2, "sp']
     log.rewind(1)
-    assert len((tmp_path / "metrics.discarded.jsonl").read_text().splitlines()) == 4  # added to, not replaced
+    assert (
+        len((tmp_path / "metrics.discarded.jsonl").read_text().splitlines()) == 4
+    )  # added to, not replaced
 
 
 def test_a_row_that_lost_its_line_end_is_kept_whole(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 PROBE = """
 import ctypes, os
 from pathlib import Path
-from flax_lstm.malloc import trim_malloc, tune_malloc
+from flax_lstm.machine.malloc import trim_malloc, tune_malloc
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
@@ -29,7 +29,9 @@ print(kept - before, resident() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not Linux")
 def test_what_is_freed_is_kept_until_it_is_given_back():
-    output = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
+    ).stdout
     kept, left = map(int, output.split())
     assert kept >= 99
     assert left <= 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flax_lstm import UserError
-from flax_lstm.models import (
+from flax_lstm.nn.models import (
     AttentionPool,
     ConcatPool,
     RecurrentModel,
@@ -18,7 +18,7 @@ from flax_lstm.models import (
     max_pool,
     mean_pool,
 )
-from flax_lstm.segments import SegmentModel
+from flax_lstm.nn.segments import SegmentModel
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,11 +35,14 @@ def outputs_BTH(seed: int = 0) -> np.ndarray:
 def by_row(rule, y=None):
     y = outputs_BTH() if y is None else y
     width = rule(np.ones((1, y.shape[-1]))).shape[-1]
-    return np.stack([rule(row[:n]) if n else np.zeros(width) for row, n in zip(y, LENGTHS, strict=True)])
+    return np.stack(
+        [rule(row[:n]) if n else np.zeros(width) for row, n in zip(y, LENGTHS, strict=True)]
+    )
 
 
 def initial(module, *inputs):
-    """Variables of the right shapes, all of them drawn, so that no bias is zero; nothing is compiled."""
+    """Variables of the right shapes, all of them drawn, so that no bias is zero; nothing is
+    compiled."""
     generator = np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, KEY, *inputs)
     return jax.tree.map(lambda s: generator.normal(0, 0.5, s.shape).astype(s.dtype), shapes)
@@ -58,7 +61,9 @@ def test_pools_by_hand_for_rows_of_none_one_some_and_all_steps():
     close(last_pool(y, lengths), by_row(lambda steps: steps[-1]))
     close(mean_pool(y, lengths), by_row(lambda steps: steps.mean(0)))
     close(max_pool(y, lengths), by_row(lambda steps: steps.max(0)))
-    close(ends_pool(y, lengths), by_row(lambda steps: np.concatenate([steps[-1, :3], steps[0, 3:]])))
+    close(
+        ends_pool(y, lengths), by_row(lambda steps: np.concatenate([steps[-1, :3], steps[0, 3:]]))
+    )
     concatenated = by_row(lambda steps: np.concatenate([steps[-1], steps.max(0), steps.mean(0)]))
     close(ConcatPool()(y, lengths), concatenated)
     spoilt = jnp.where((jnp.arange(5)[None] < lengths[:, None])[..., None], y, 7.0)
@@ -84,24 +89,40 @@ def test_attention_by_hand_ignores_padding_and_empty_rows():
 
 @pytest.mark.parametrize(
     ("pooling", "bidirectional"),
-    [("last", False), ("last", True), ("max", True), ("mean", False), ("concat", True), ("attention", True)],
+    [
+        ("last", False),
+        ("last", True),
+        ("max", True),
+        ("mean", False),
+        ("concat", True),
+        ("attention", True),
+    ],
 )
 def test_padding_changes_nothing(pooling, bidirectional):
     settings = RecurrentModel(
-        hidden_size=4, embed_size=4, pooling=pooling, bidirectional=bidirectional, dense=4, cell="gru"
+        hidden_size=4,
+        embed_size=4,
+        pooling=pooling,
+        bidirectional=bidirectional,
+        dense=4,
+        cell="gru",
     )
     module = settings.sequence(3, vocabulary_size=9)
     tokens = np.random.default_rng(1).integers(1, 9, (4, 5)).astype(np.int32)
     variables = initial(module, tokens, LENGTHS)
     state, outputs = apply(module, variables, tokens, LENGTHS)
     assert outputs.shape == (4, 3) and outputs.dtype == jnp.float32
-    wide = np.random.default_rng(2).integers(1, 9, (4, 8)).astype(np.int32)  # another padding, and more of it
+    wide = (
+        np.random.default_rng(2).integers(1, 9, (4, 8)).astype(np.int32)
+    )  # another padding, and more of it
     wide[:, :5] = np.where(np.arange(5) < LENGTHS[:, None], tokens, wide[:, :5])
     wide_state, wide_outputs = apply(module, variables, wide, LENGTHS)
     close(outputs, wide_outputs)
     jax.tree.map(close, state, wide_state)
     if pooling == "concat":  # of all the others
-        _, alone = apply(module, variables, tokens[2:3, :3], None)  # a row alone, without any padding
+        _, alone = apply(
+            module, variables, tokens[2:3, :3], None
+        )  # a row alone, without any padding
         close(outputs[2], alone[0])
 
 
@@ -125,7 +146,9 @@ def test_tied_embeddings_are_the_head():
     table = params["embed"]["embedding"] + (np.arange(9) == 8)[:, None].astype(np.float32)
     changed = {**params, "embed": {"embedding": table}}
     tokens = np.minimum(tokens, 7)  # 8 is read nowhere: only the head can see the change
-    difference = np.abs(apply(module, {"params": changed}, tokens)[1] - apply(module, {"params": params}, tokens)[1])
+    difference = np.abs(
+        apply(module, {"params": changed}, tokens)[1] - apply(module, {"params": params}, tokens)[1]
+    )
     assert difference[..., 8].max() > 1e-3 and difference[..., :8].max() == 0
     narrow = RecurrentModel(hidden_size=6, embed_size=4, tied=True).sequence(9, 9, pooled=False)
     params = jax.eval_shape(narrow.init, KEY, tokens)["params"]
@@ -160,8 +183,12 @@ def test_a_shifted_series_has_a_shifted_forecast():
         assert plain.shape == (4, 3, 2, 1)
         close(shifted - plain, np.broadcast_to(shift[None, None, :2, None], plain.shape), atol=1e-4)
     variables, plain = forecast(RecurrentModel(hidden_size=4, subtract_last=False), x)
-    _, shifted = forecast(RecurrentModel(hidden_size=4, subtract_last=False), x + shift, variables=variables)
-    assert np.abs(shifted - plain).max() < 50  # bounded hidden units: nothing of the shift comes through
+    _, shifted = forecast(
+        RecurrentModel(hidden_size=4, subtract_last=False), x + shift, variables=variables
+    )
+    assert (
+        np.abs(shifted - plain).max() < 50
+    )  # bounded hidden units: nothing of the shift comes through
 
 
 def test_forecasts_have_their_channels_and_quantiles_in_place():
@@ -189,7 +216,12 @@ def test_segments_of_any_look_back_and_horizon(steps, horizon):
     assert variables["params"]["position"].shape == (-(-horizon // 3), 2)
     moved = x.copy()
     moved[:, steps % 3] += 1
-    assert np.abs(forecast(settings, moved, horizon, per_value=2, variables=variables)[1] - whole).max() > 1e-4
+    assert (
+        np.abs(
+            forecast(settings, moved, horizon, per_value=2, variables=variables)[1] - whole
+        ).max()
+        > 1e-4
+    )
 
 
 def test_segment_forecasts_of_channels_do_not_depend_on_each_other():
@@ -202,12 +234,19 @@ def test_segment_forecasts_of_channels_do_not_depend_on_each_other():
     assert np.abs(other[:, :, 1] - plain[:, :, 1]).max() > 0.1
 
 
-@pytest.mark.parametrize("settings", [RecurrentModel(hidden_size=4), SegmentModel(hidden_size=4, segment=3)])
+@pytest.mark.parametrize(
+    "settings", [RecurrentModel(hidden_size=4), SegmentModel(hidden_size=4, segment=3)]
+)
 def test_known_covariates_of_past_and_future_are_read(settings):
     x = series(7)
     known = np.random.default_rng(6).normal(size=(4, 7 + 4, 2)).astype(np.float32)
     variables, plain = forecast(settings, x, horizon=4, covariates=known)
-    for step, matters in ((0, isinstance(settings, RecurrentModel)), (3, True), (7, True), (10, True)):
+    for step, matters in (
+        (0, isinstance(settings, RecurrentModel)),
+        (3, True),
+        (7, True),
+        (10, True),
+    ):
         moved = known.copy()
         moved[:, step] += 3
         _, other = forecast(settings, x, horizon=4, covariates=moved, variables=variables)
@@ -221,11 +260,16 @@ def test_a_segment_longer_than_the_look_back_is_a_user_error():
 
 def test_bfloat16_keeps_weights_and_outputs_in_float32():
     x = series()
-    for settings in (RecurrentModel(hidden_size=4, dtype="bfloat16"), SegmentModel(hidden_size=4, segment=3)):
+    for settings in (
+        RecurrentModel(hidden_size=4, dtype="bfloat16"),
+        SegmentModel(hidden_size=4, segment=3),
+    ):
         variables, outputs = forecast(settings, x)
         assert outputs.dtype == np.float32
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    exact = forecast(RecurrentModel(hidden_size=4), x, variables=forecast(RecurrentModel(hidden_size=4), x)[0])[1]
+    exact = forecast(
+        RecurrentModel(hidden_size=4), x, variables=forecast(RecurrentModel(hidden_size=4), x)[0]
+    )[1]
     rough = forecast(RecurrentModel(hidden_size=4, dtype="bfloat16"), x)[1]
     np.testing.assert_allclose(rough, exact, atol=0.05)
     assert np.abs(rough - exact).max() > 0

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native kernel: built once for the processor, in every variant, by many processes at a time, or not at all.
+"""The native kernel: built once for the processor, in every variant, by many processes at a time,
+or not at all.
 
-That it equals the scan is tested in test_backends.py; here with each instruction set that this machine can run.
+That it equals the scan is tested in test_backends.py; here with each instruction set that this
+machine can run.
 """
 
 import os
@@ -13,19 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_lstm.recurrence import native
+from flax_lstm.nn.recurrence import native
 
 HERE = Path(__file__).parent
 KERNEL = HERE.parent / "flax_lstm" / "recurrence" / "native"
 HARNESS = HERE / "native_harness.cc"
 
-# Prints which backend `auto` takes and its distance from the scan, over ragged rows, with gradients.
+# Prints which backend `auto` takes and its distance from the scan, over ragged rows, with
+# gradients.
 PROBE = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 import jax, jax.numpy as jnp
 from flax_lstm import RNN, GRUCell, LSTMCell, SimpleRNNCell
-from flax_lstm.recurrence import resolve
+from flax_lstm.nn.recurrence import resolve
 x, lengths = jax.random.normal(jax.random.key(0), (5, 9, 6)), jnp.array([9, 0, 1, 5, 9])
 chosen, worst = resolve("auto", LSTMCell(19), x, None), 0.0
 for cell in (LSTMCell(19), GRUCell(19), SimpleRNNCell(19)):
@@ -39,11 +42,19 @@ for cell in (LSTMCell(19), GRUCell(19), SimpleRNNCell(19)):
 print(chosen.__name__.split(".")[-1], worst)
 """
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler"
+)
 
 
 def environment(cache: Path, **extra: str) -> dict[str, str]:
-    return {**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **extra}
+    return {
+        **os.environ,
+        "XDG_CACHE_HOME": str(cache),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        **extra,
+    }
 
 
 def start_probe(cache: Path, **extra: str) -> subprocess.Popen:
@@ -66,7 +77,11 @@ def probe(cache: Path, **extra: str) -> tuple[str, float, str]:
 
 
 def possible() -> list[str]:
-    return [name for name, (needs, _) in native.VARIANTS.items() if native.processor_flags().issuperset(needs)]
+    return [
+        name
+        for name, (needs, _) in native.VARIANTS.items()
+        if native.processor_flags().issuperset(needs)
+    ]
 
 
 @needs_compiler
@@ -118,8 +133,8 @@ for last; do :; done
 echo half > "$last"
 : > "{begun}/$$"
 tries=0
-while [ $(ls "{begun}" | wc -l) -lt 3 ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1)); done
-exec {compiler} "$@"
+while [ $(ls "{begun}" | wc -l) -lt 3 ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1));
+done exec {compiler} "$@"
 """
 
 
@@ -134,12 +149,27 @@ def test_processes_that_begin_together_share_one_library(tmp_path: Path) -> None
     assert all(process.returncode == 0 for process in processes), outputs
     assert all(out.startswith("cpu ") for out, _ in outputs)
     assert len(list(tmp_path.rglob("*.so"))) == 1
-    assert [path.name for path in (tmp_path / "flax_lstm").iterdir() if path.is_dir() and path.name != "xla"] == []
+    assert [
+        path.name
+        for path in (tmp_path / "flax_lstm").iterdir()
+        if path.is_dir() and path.name != "xla"
+    ] == []
 
 
 def run_harness(folder: Path, compiler: str, flags: list[str], runner: tuple[str, ...] = ()) -> str:
     program = folder / "harness"
-    command = [compiler, "-std=c++17", "-g", *flags, "-I", str(KERNEL), str(HARNESS), "-o", str(program), "-pthread"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-g",
+        *flags,
+        "-I",
+        str(KERNEL),
+        str(HARNESS),
+        "-o",
+        str(program),
+        "-pthread",
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     done = subprocess.run([*runner, str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -170,4 +200,6 @@ def test_neon_under_emulation_equals_this_processor(tmp_path: Path) -> None:
     flags = ["-O3", "-static", *native.VARIANTS["neon"][1]]
     there = numbers(run_harness(tmp_path, compiler, flags, (emulator,)))
     assert here.shape == (12, 11)
-    np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-3)  # printed with six digits, of sums that cancel
+    np.testing.assert_allclose(
+        there, here, rtol=1e-3, atol=1e-3
+    )  # printed with six digits, of sums that cancel

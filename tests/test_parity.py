@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs, final states and gradients equal PyTorch's, Keras' and Flax's, from their weights.
 
-The fixtures are made by `tools/make_fixtures.py` and say in its docstring what they hold. The live tests at the end run
-where the library is installed.
+The fixtures are made by `tools/make_fixtures.py` and say in its docstring what they hold. The live
+tests at the end run where the library is installed.
 """
 
 import os
@@ -16,8 +16,8 @@ import pytest
 from flax import linen as nn
 
 from flax_lstm import convert
-from flax_lstm.cells import CELLS, LSTMState
-from flax_lstm.layers import RNN, Bidirectional, Stack
+from flax_lstm.nn.cells import CELLS, LSTMState
+from flax_lstm.nn.layers import RNN, Bidirectional, Stack
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -46,8 +46,8 @@ class Case:
         return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
 
     def params(self, prefix: str, gradient: bool = False) -> Any:
-        """Weights or their gradients in our tree. Where a library adds up two biases, both have the gradient of the
-        sum, and one of them is ours."""
+        """Weights or their gradients in our tree. Where a library adds up two biases, both have the
+        gradient of the sum, and one of them is ours."""
         weights = self.under(prefix)
         if self.library == "torch":
             if gradient:
@@ -56,7 +56,10 @@ class Case:
                         g[: 2 * H if self.cell == "gru" else None] = 0
             return convert.from_torch(weights)
         if self.library == "keras":
-            layers = [[weights[f"{n}/{i}"] for i in range(3 * self.directions)] for n in range(self.layers)]
+            layers = [
+                [weights[f"{n}/{i}"] for i in range(3 * self.directions)]
+                for n in range(self.layers)
+            ]
             if gradient and self.cell == "gru":
                 for layer in layers:
                     for bias in layer[2::3]:
@@ -94,7 +97,9 @@ def check(case: Case, dtype: Any, **tolerance: float) -> None:
 
     @jax.jit
     def run(cotangent: Any, *primal: Any) -> Any:
-        out, pull = jax.vjp(lambda p, x, initial: stack.apply({"params": p}, x, lengths, initial), *primal)
+        out, pull = jax.vjp(
+            lambda p, x, initial: stack.apply({"params": p}, x, lengths, initial), *primal
+        )
         return out, pull(cotangent)
 
     cotangent = case.states("cotangent/final/"), case.arrays["cotangent/y"]
@@ -132,7 +137,9 @@ def test_near_in_float32(path: Path) -> None:
 def test_every_library_has_fixtures() -> None:
     names = {path.stem for path in FIXTURES}
     shapes = [f"{cell}{shape}" for cell in CELLS for shape in ("", "_bidirectional")]
-    assert {f"{library}_{shape}" for library in ("torch", "keras", "flax") for shape in shapes} <= names
+    assert {
+        f"{library}_{shape}" for library in ("torch", "keras", "flax") for shape in shapes
+    } <= names
 
 
 # Live: theirs -> ours and ours -> theirs compute the same.
@@ -140,7 +147,9 @@ def test_every_library_has_fixtures() -> None:
 
 def ours(cell: str, params: Any, layers: int, bidirectional: bool) -> np.ndarray:
     stack = stack_of(cell, layers, bidirectional, jnp.float32)
-    return np.asarray(jax.jit(lambda params: stack.apply({"params": params}, inputs, LENGTHS)[1])(params))
+    return np.asarray(
+        jax.jit(lambda params: stack.apply({"params": params}, inputs, LENGTHS)[1])(params)
+    )
 
 
 def random_params(cell: str, layers: int, bidirectional: bool) -> Any:
@@ -167,7 +176,11 @@ def test_live_torch(cell: str, bidirectional: bool) -> None:
         packed = torch.nn.utils.rnn.pack_padded_sequence(
             torch.tensor(inputs), LENGTHS, batch_first=True, enforce_sorted=False
         )
-        return torch.nn.utils.rnn.pad_packed_sequence(module(packed)[0], batch_first=True)[0].detach().numpy()
+        return (
+            torch.nn.utils.rnn.pad_packed_sequence(module(packed)[0], batch_first=True)[0]
+            .detach()
+            .numpy()
+        )
 
     params = convert.from_torch(module.state_dict())
     np.testing.assert_allclose(ours(cell, params, 2, bidirectional), theirs(), atol=1e-6)
@@ -187,7 +200,9 @@ def test_live_keras(cell: str, bidirectional: bool) -> None:
 
     with jax.numpy_rank_promotion("allow"):
         layers = [kind(H, return_sequences=True) for _ in range(2)]
-        layers = [keras.layers.Bidirectional(layer) for layer in layers] if bidirectional else layers
+        layers = (
+            [keras.layers.Bidirectional(layer) for layer in layers] if bidirectional else layers
+        )
 
         def theirs() -> np.ndarray:
             x = inputs
@@ -206,7 +221,13 @@ def test_live_keras(cell: str, bidirectional: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "cell, kind", [("lstm", nn.LSTMCell), ("lstm", nn.OptimizedLSTMCell), ("gru", nn.GRUCell), ("rnn", nn.SimpleCell)]
+    "cell, kind",
+    [
+        ("lstm", nn.LSTMCell),
+        ("lstm", nn.OptimizedLSTMCell),
+        ("gru", nn.GRUCell),
+        ("rnn", nn.SimpleCell),
+    ],
 )
 @each_case
 def test_live_flax(cell: str, kind: Any, bidirectional: bool) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner: what it reads from programs, counts and predicts; its compiler stays in a process of its own."""
+"""The planner: what it reads from programs, counts and predicts; its compiler stays in a process of
+its own."""
 
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
-import runs
+import small_runs
 from commands import ROOT, call
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -28,20 +29,22 @@ from flax_lstm import (
     UserError,
     load_config,
 )
-from flax_lstm.assembly import assemble
 from flax_lstm.config import shipped_configs
 from flax_lstm.data.imdb import Imdb
 from flax_lstm.data.language import ImdbLanguage, LanguageTable
+from flax_lstm.machine.sharding import AXES, abstract_batch, make_mesh, platform
+from flax_lstm.nn.recurrence import cpu, fused
 from flax_lstm.plan import compile_for, environment, exchange_seconds, plan, predict, report, scaled
 from flax_lstm.plan.chips import CHIPS, Topology, parse_topology
 from flax_lstm.plan.compiler import measure, out_of_memory, read_program, trace, whole
 from flax_lstm.plan.program import Program, groups_of, size_of
-from flax_lstm.recurrence import cpu, fused
-from flax_lstm.sharding import AXES, abstract_batch, make_mesh, platform
+from flax_lstm.training.assembly import assemble
 
 CPU8 = Topology("cpu", (8,))
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="the TPU compiler (libtpu) is not installed")
+needs_libtpu = pytest.mark.skipif(
+    not HAS_LIBTPU, reason="the TPU compiler (libtpu) is not installed"
+)
 
 
 # --- topologies and mistakes
@@ -49,7 +52,12 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="the TPU compiler (libt
 
 def test_topologies_and_their_halves():
     assert parse_topology("v5p:4x4x4") == Topology("v5p", (4, 4, 4))
-    assert [t.name for t in parse_topology("v5e:4x2").smaller()] == ["v5e:4x2", "v5e:2x2", "v5e:2x1", "v5e:1x1"]
+    assert [t.name for t in parse_topology("v5e:4x2").smaller()] == [
+        "v5e:4x2",
+        "v5e:2x2",
+        "v5e:2x1",
+        "v5e:1x1",
+    ]
     assert [t.chips for t in parse_topology("h200:64").smaller()] == [64, 32, 16, 8, 4, 2, 1]
     assert [t.chips for t in parse_topology("cpu:6").smaller()] == [6]
 
@@ -86,7 +94,9 @@ def test_a_mesh_that_does_not_fit(flags, said, capsys):
     assert pd.Series([outcome.err]).str.contains(said).all(), outcome.err
 
 
-@pytest.mark.parametrize(("topology", "said"), [("v5e:2x2", r"'flax_lstm\[plan\]'"), ("h200:8", "jax-cuda13-plugin==")])
+@pytest.mark.parametrize(
+    ("topology", "said"), [("v5e:2x2", r"'flax_lstm\[plan\]'"), ("h200:8", "jax-cuda13-plugin==")]
+)
 def test_a_compiler_that_is_not_installed(topology, said, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"{said}.*--topology cpu:"):
@@ -122,7 +132,12 @@ def loop_program(model=8):
     mesh = make_mesh(8 // model, 1, model)
 
     @jax.jit
-    @jax.shard_map(mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)
+    @jax.shard_map(
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
     def run(w, x):
         def inner(x, _):
             return jax.lax.psum(jnp.tanh(x @ w), "model"), None
@@ -133,40 +148,56 @@ def loop_program(model=8):
         return jax.lax.scan(outer, x, None, length=5)[0]
 
     whole = NamedSharding(mesh, PartitionSpec())
-    return run.lower(*(jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for s in ((16, 16), (4, 16)))).compile()
+    return run.lower(
+        *(jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for s in ((16, 16), (4, 16)))
+    ).compile()
 
 
 def test_what_is_in_a_loop_counts_as_often_as_it_runs():
     program = Program(loop_program().as_text())
     (exchange,) = program.collectives()
-    assert (exchange.kind, exchange.bytes, exchange.times, exchange.in_loop) == ("all-reduce", 4 * 16 * 4, 35, True)
+    assert (exchange.kind, exchange.bytes, exchange.times, exchange.in_loop) == (
+        "all-reduce",
+        4 * 16 * 4,
+        35,
+        True,
+    )
     assert exchange.groups.tolist() == [list(range(8))]
     assert len(program.loops()) == 2
     launched = [found for found in program.executed() if found.operation.is_kernel()]
     products = [found for found in launched if "dot_general" in found.operation.line]
     assert [product.times for product in products] == [35]
-    assert program.traffic(products[0]) == 4 * (16 * 16 + 2 * 4 * 16)  # both operands, and the product
+    assert program.traffic(products[0]) == 4 * (
+        16 * 16 + 2 * 4 * 16
+    )  # both operands, and the product
 
 
 def test_slices_count_alone():
-    """A loop that reads one row of a large array and writes one of another moves rows, not arrays."""
+    """A loop that reads one row of a large array and writes one of another moves rows, not
+    arrays."""
 
     def run(x_TD):
         return jax.lax.scan(lambda total, x: (total + x, jnp.sin(total) * x), jnp.zeros(256), x_TD)
 
-    program = Program(jax.jit(run).lower(jax.ShapeDtypeStruct((1000, 256), jnp.float32)).compile().as_text())
+    program = Program(
+        jax.jit(run).lower(jax.ShapeDtypeStruct((1000, 256), jnp.float32)).compile().as_text()
+    )
     moved = sum(e.times * program.traffic(e) for e in program.executed() if e.in_loop)
-    assert 2 * 1000 * 1024 <= moved < 20 * 1000 * 1024  # 1 KB each; the whole would be 1000 times 1 MB
+    assert (
+        2 * 1000 * 1024 <= moved < 20 * 1000 * 1024
+    )  # 1 KB each; the whole would be 1000 times 1 MB
 
 
 TPU_LOOP = """
 %start (p: bf16[2,4]) -> bf16[2,16] {
   %p = bf16[2,4]{1,0} parameter(0)
-  ROOT %g.1 = bf16[2,16]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+  ROOT %g.1 = bf16[2,16]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}},
+  frontend_attributes={chain_id="0"}
 }
 %done (p: bf16[2,4]) -> bf16[2,16] {
   %p = bf16[2,4]{1,0} parameter(0)
-  ROOT %g.2 = bf16[2,16]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+  ROOT %g.2 = bf16[2,16]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}},
+  frontend_attributes={chain_id="0"}
 }
 %condition (c: (s32[], bf16[2,4])) -> pred[] {
   %c = (s32[], bf16[2,4]) parameter(0)
@@ -179,10 +210,10 @@ TPU_LOOP = """
   %i = s32[]{:T(128)} get-tuple-element(%c), index=0
   %x = bf16[2,4]{1,0:T(8,128)S(1)} get-tuple-element(%c), index=1
   %one = s32[]{:T(128)} constant(1)
-  %begin = bf16[2,16]{1,0} fusion(%x), kind=kCustom, calls=%start, backend_config={"estimated_cycles":"100"}
-  %end = bf16[2,16]{1,0} fusion(%x), kind=kCustom, calls=%done, backend_config={"estimated_cycles":"20"}
-  %next = s32[]{:T(128)} add(%i, %one)
-  ROOT %t = (s32[], bf16[2,4]) tuple(%next, %x)
+  %begin = bf16[2,16]{1,0} fusion(%x), kind=kCustom, calls=%start,
+  backend_config={"estimated_cycles":"100"} %end = bf16[2,16]{1,0} fusion(%x), kind=kCustom,
+  calls=%done, backend_config={"estimated_cycles":"20"} %next = s32[]{:T(128)} add(%i, %one) ROOT %t
+  = (s32[], bf16[2,4]) tuple(%next, %x)
 }
 ENTRY %main (p: (s32[], bf16[2,4])) -> (s32[], bf16[2,4]) {
   %p = (s32[], bf16[2,4]) parameter(0)
@@ -192,10 +223,16 @@ ENTRY %main (p: (s32[], bf16[2,4])) -> (s32[], bf16[2,4]) {
 
 
 def test_the_text_of_a_tpu_program():
-    """Steps by the condition, one gather spread over two fusions, arrays in fast memory, estimates of the compiler."""
+    """Steps by the condition, one gather spread over two fusions, arrays in fast memory, estimates
+    of the compiler."""
     found = read_program(Program(TPU_LOOP))
     (gather,) = found["collectives"]
-    assert (gather["kind"], gather["bytes"], gather["times"], gather["in_loop"]) == ("all-gather", 64, 70, True)
+    assert (gather["kind"], gather["bytes"], gather["times"], gather["in_loop"]) == (
+        "all-gather",
+        64,
+        70,
+        True,
+    )
     assert found["cycles"] == {"outside": 0, "in_loops": 70 * 120}
     assert found["kernels"] == {"outside": 0, "in_loops": 70 * 2}
     assert found["traffic"]["in_loops"] == 70 * 2 * 64  # what is read is in fast memory
@@ -205,21 +242,33 @@ def test_the_text_of_a_tpu_program():
 
 
 def classifier(mesh=(8, 1, 1), **model):
-    settings = RecurrentModel(hidden_size=32, embed_size=16, dense=8, recurrent_dropout=0.2, **model)
+    settings = RecurrentModel(
+        hidden_size=32, embed_size=16, dense=8, recurrent_dropout=0.2, **model
+    )
     data = Imdb(vocabulary_size=64, max_length=24)
-    return Config("text", data, Classification(), settings, TrainConfig(batch_size=16), MeshConfig(*mesh))
+    return Config(
+        "text", data, Classification(), settings, TrainConfig(batch_size=16), MeshConfig(*mesh)
+    )
 
 
 def language_model(mesh=(8, 1, 1), data=None, **train):
     data = data or ImdbLanguage(vocabulary_size=64, sequence_length=12)
     settings = RecurrentModel(cell="gru", hidden_size=(32, 48), num_layers=2, embed_size=16)
-    return Config("lm", data, LanguageModeling(), settings, TrainConfig(batch_size=16, **train), MeshConfig(*mesh))
+    return Config(
+        "lm",
+        data,
+        LanguageModeling(),
+        settings,
+        TrainConfig(batch_size=16, **train),
+        MeshConfig(*mesh),
+    )
 
 
 def layer(B, T, D, H, G, first=False):
-    """(in the loops, outside) of a recurrent layer with its gradient. In the loops: h R forwards, da R^T backwards.
-    Outside: W x, its two gradients (one where x needs none), the gradient of R, and da R^T once more, for the state
-    before the first step."""
+    """(in the loops, outside) of a recurrent layer with its gradient. In the loops: h R forwards,
+    da R^T backwards.
+    Outside: W x, its two gradients (one where x needs none), the gradient of R, and da R^T once
+    more, for the state before the first step."""
     loop = 2 * B * T * H * G * H
     project = 2 * B * T * D * G * H
     return np.array([2 * loop, (2 if first else 3) * project + loop])
@@ -231,7 +280,9 @@ def test_flops_of_a_classifier_by_hand(mesh):
     _, found = trace(classifier(mesh), CPU8)
     expected = layer(B, T, D, H, 4) + np.array([0, 3 * 2 * B * (H * K + K * O)])
     assert found["longest"] == T and found["tokens"] == B * T
-    np.testing.assert_allclose([found["flops"]["in_loops"], found["flops"]["outside"]], expected, rtol=1e-3)
+    np.testing.assert_allclose(
+        [found["flops"]["in_loops"], found["flops"]["outside"]], expected, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -239,7 +290,8 @@ def test_flops_of_a_language_model_by_hand(parts):
     B, T, D, H, J, V = 16, 12, 16, 32, 48, 64
     _, found = trace(language_model((2, 1, 4), accumulate=parts), CPU8)
     expected = layer(B, T, D, H, 3) + layer(B, T, H, J, 3) + np.array([0, 3 * 2 * B * T * J * V])
-    # The state that is carried into the batch needs no gradient; 2 B G H^2 a layer may or may not be counted for it.
+    # The state that is carried into the batch needs no gradient; 2 B G H^2 a layer may or may not
+    # be counted for it.
     slack = 2 * B * 3 * (H * H + J * J)
     total = sum(found["flops"].values())
     assert abs(total - sum(expected)) <= slack
@@ -249,7 +301,8 @@ def test_flops_of_a_language_model_by_hand(parts):
 
 @pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_bytes_are_those_of_the_real_step(mesh, tmp_path, quick_compile):
-    """Planned from settings alone, against the step compiled for the loaded data on real (virtual CPU) devices."""
+    """Planned from settings alone, against the step compiled for the loaded data on real (virtual
+    CPU) devices."""
     words = [f"w{n}" for n in range(61)]  # 64 with the special ones
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.permutation(words)) for _ in range(60)]
@@ -261,7 +314,9 @@ def test_bytes_are_those_of_the_real_step(mesh, tmp_path, quick_compile):
     dataset = data.load(tmp_path / "assets")
     made, steps, _ = assemble(config, dataset.info)
     batch = dataset.train(16, 0)[0]
-    memory = steps.train.lower(steps.abstract, abstract_batch(batch, made)).compile().memory_analysis()
+    memory = (
+        steps.train.lower(steps.abstract, abstract_batch(batch, made)).compile().memory_analysis()
+    )
     state = steps.init()
 
     def on_device(tree):
@@ -278,14 +333,17 @@ def test_bytes_are_those_of_the_real_step(mesh, tmp_path, quick_compile):
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2), (1, 2, 4)])
 def test_the_large_model_is_whole_nowhere(mesh):
-    """No parameter and no moment is: each device has its share of them. Nothing of that size is made here."""
+    """No parameter and no moment is: each device has its share of them. Nothing of that size is
+    made here."""
     config = replace(load_config("imdb_lm_large"), mesh=MeshConfig(*mesh))
     state = assemble(config, config.data.outline()).steps.abstract
     stored = {"parameters": state.params, "optimizer": state.opt_state}
     assert whole(stored) == []
     share = mesh[1] * mesh[2]
     for leaf in jax.tree.leaves(stored):
-        assert leaf.size < 10_000 or leaf.size == share * np.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert leaf.size < 10_000 or leaf.size == share * np.prod(
+            leaf.sharding.shard_shape(leaf.shape)
+        )
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
     gradients = total / 3
     assert total + gradients > 0.8 * CHIPS["v5e"].memory > (total + gradients) / share
@@ -294,7 +352,11 @@ def test_the_large_model_is_whole_nowhere(mesh):
 @pytest.mark.parametrize(
     ("message", "size"),
     [
-        ("the total memory required for HLO temporaries (17.50G) exceeds available HBM (15.75G).", 17.5 * 2**30),
+        (
+            "the total memory required for HLO temporaries (17.50G) exceeds available HBM "
+            "(15.75G).",
+            17.5 * 2**30,
+        ),
         ("Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm.", 2**29),
         ("something else", None),
     ],
@@ -304,26 +366,42 @@ def test_what_would_be_taken_is_read_from_a_refusal(message, size):
 
 
 def test_whole_arrays_are_named():
-    config = replace(classifier((1, 2, 4)), model=RecurrentModel(hidden_size=7, embed_size=9, dense=5))
+    config = replace(
+        classifier((1, 2, 4)), model=RecurrentModel(hidden_size=7, embed_size=9, dense=5)
+    )
     _, found = trace(config, CPU8)
-    assert "parameters/dense/bias (5,)" in found["whole"] and "optimizer/1/0/mu/dense/kernel (7, 5)" in found["whole"]
-    assert not any("embedding" in name or "cell" in name for name in found["whole"])  # vocabulary 64, four gates
+    assert (
+        "parameters/dense/bias (5,)" in found["whole"]
+        and "optimizer/1/0/mu/dense/kernel (7, 5)" in found["whole"]
+    )
+    assert not any(
+        "embedding" in name or "cell" in name for name in found["whole"]
+    )  # vocabulary 64, four gates
 
 
 # --- what data say of themselves
 
 
-@pytest.mark.parametrize("run", [runs.adding_run, runs.language_run, runs.text_run, runs.series_run])
+@pytest.mark.parametrize(
+    "run",
+    [small_runs.adding_run, small_runs.language_run, small_runs.text_run, small_runs.series_run],
+)
 def test_an_outline_has_the_form_of_the_data(run, tmp_path):
-    config = run() if run is runs.adding_run else run(tmp_path)
+    config = run() if run is small_runs.adding_run else run(tmp_path)
     outline, dataset = config.data.outline(), config.data.load(tmp_path / "assets")
     longest = dataset.info.sample(4)
-    assert max(dataset.train(4, 0)[step].inputs.shape[1] for step in range(4)) <= longest.inputs.shape[1]
-    if run in (runs.text_run, runs.series_run):
+    assert (
+        max(dataset.train(4, 0)[step].inputs.shape[1] for step in range(4))
+        <= longest.inputs.shape[1]
+    )
+    if run in (small_runs.text_run, small_runs.series_run):
         assert outline is None  # labels and columns are in the file
         return
     for found, expected in zip(outline.sample(4), longest, strict=True):
-        assert found is expected is None or (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        assert found is expected is None or (found.shape, found.dtype) == (
+            expected.shape,
+            expected.dtype,
+        )
 
 
 def test_outlines_of_texts():
@@ -340,7 +418,9 @@ def test_time_of_an_exchange():
     one = {"kind": "all-gather", "devices": 4, "bytes": 4e9, "times": 3, "ids": [0, 1, 2, 3]}
     torus, host = CHIPS["v5e"], CHIPS["h200"]
     np.testing.assert_allclose(exchange_seconds(one, torus), 3 * 3e9 / torus.link)
-    np.testing.assert_allclose(exchange_seconds({**one, "kind": "all-reduce"}, torus), 6 * 3e9 / torus.link)
+    np.testing.assert_allclose(
+        exchange_seconds({**one, "kind": "all-reduce"}, torus), 6 * 3e9 / torus.link
+    )
     np.testing.assert_allclose(exchange_seconds({**one, "bytes": 4}, torus), 3 * 2 * torus.latency)
     np.testing.assert_allclose(exchange_seconds({**one, "bytes": 4}, host), 3 * host.latency)
     np.testing.assert_allclose(exchange_seconds(one, host), 3 * 3e9 / host.link)
@@ -364,7 +444,9 @@ def test_a_prediction_by_hand():
     }
     predicted = predict(found, chip)
     assert "compiler" not in predicted
-    np.testing.assert_allclose(predicted["roofline"], 1 + 3)  # arithmetic outside, memory in the loops
+    np.testing.assert_allclose(
+        predicted["roofline"], 1 + 3
+    )  # arithmetic outside, memory in the loops
     np.testing.assert_allclose(predicted["tokens_per_second"], 250)
     np.testing.assert_allclose(predicted["examples_per_second_and_chip"], 1.25)
     on_tpu = predict({**found, "cycles": {"outside": 1.5e9, "in_loops": 3e9}}, CHIPS["v5e"])
@@ -377,8 +459,16 @@ def test_fewer_chips_have_the_same_share_of_the_batch():
     pod = parse_topology("v5e:16x16")
     sizes = {t.chips: t for t in pod.smaller()}
     found = {n: scaled(config, pod, sizes[n]) for n in (256, 64, 16, 4, 1)}
-    meshes = {n: (c.mesh.data, c.mesh.fsdp, c.mesh.model, c.train.batch_size) for n, c in found.items()}
-    assert meshes == {256: (8, 4, 8, 1024), 64: (2, 4, 8, 256), 16: (1, 2, 8, 64), 4: (1, 1, 4, 16), 1: (1, 1, 1, 4)}
+    meshes = {
+        n: (c.mesh.data, c.mesh.fsdp, c.mesh.model, c.train.batch_size) for n, c in found.items()
+    }
+    assert meshes == {
+        256: (8, 4, 8, 1024),
+        64: (2, 4, 8, 256),
+        16: (1, 2, 8, 64),
+        4: (1, 1, 4, 16),
+        1: (1, 1, 1, 4),
+    }
     few = replace(config, train=TrainConfig(batch_size=128))
     assert scaled(few, pod, sizes[1]) is None
 
@@ -388,22 +478,34 @@ def test_fewer_chips_have_the_same_share_of_the_batch():
 
 def test_steps_know_what_they_are_traced_for():
     assert platform() == "cpu" and not fused.on_gpu()
-    assert not (cpu.supports(LSTMCell(4), jnp.zeros((1, 1, 4)), None) or "").startswith("the arrays")
+    assert not (cpu.supports(LSTMCell(4), jnp.zeros((1, 1, 4)), None) or "").startswith(
+        "the arrays"
+    )
     for kind, name in (("NVIDIA H200", "gpu"), ("TPU v5 lite", "tpu")):
         device = AbstractDevice(device_kind=kind, num_cores=1, platform=name)
         mesh = AbstractMesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
             assert platform() == name and fused.on_gpu() == (name == "gpu")
-            assert cpu.supports(LSTMCell(4), jnp.zeros((1, 1, 4)), None) == f"the arrays are on a {name}, not on a CPU"
+            assert (
+                cpu.supports(LSTMCell(4), jnp.zeros((1, 1, 4)), None)
+                == f"the arrays are on a {name}, not on a CPU"
+            )
 
 
 def test_the_command(capsys):
     before = dict(os.environ)
-    flags = "--config adding_problem --data.length 20 --model.hidden-size 16 --mesh.model 2 --topology cpu:4"
+    flags = (
+        "--config adding_problem --data.length 20 --model.hidden-size 16 --mesh.model 2 "
+        "--topology cpu:4"
+    )
     outcome = call(capsys, f"plan {flags} --json")
     assert outcome.code == 0, outcome.err
     (found,) = json.loads(outcome.out)
-    assert found["mesh"] == {"data": 2, "fsdp": 1, "model": 2} and found["backend"] == "fused" and found["fits"]
+    assert (
+        found["mesh"] == {"data": 2, "fsdp": 1, "model": 2}
+        and found["backend"] == "fused"
+        and found["fits"]
+    )
     assert {one["kind"] for one in found["collectives"] if one["in_loop"]} >= {"all-gather"}
     assert {one["times"] for one in found["collectives"] if one["in_loop"]} == {20}
     assert dict(os.environ) == before and len(jax.devices()) == 8
@@ -414,7 +516,14 @@ def test_the_command(capsys):
 
 def test_a_report_with_predictions(capsys):
     """Of one that fits eight GPUs and not one."""
-    gather = {"kind": "all-gather", "devices": 2, "bytes": 2**20, "times": 70, "in_loop": True, "ids": [0, 1]}
+    gather = {
+        "kind": "all-gather",
+        "devices": 2,
+        "bytes": 2**20,
+        "times": 70,
+        "in_loop": True,
+        "ids": [0, 1],
+    }
     both = {"outside": 10, "in_loops": 1000}
     one = {
         "topology": "h200:8",
@@ -437,11 +546,21 @@ def test_a_report_with_predictions(capsys):
         "collectives": [gather],
     }
     one["predicted"] = {**predict(one, CHIPS["h200"]), "efficiency": 0.87}
-    refused = {"topology": "h200:1", "fits": False, "too_large": "it said no", "bytes": {"parameters": 2**31}}
+    refused = {
+        "topology": "h200:1",
+        "fits": False,
+        "too_large": "it said no",
+        "bytes": {"parameters": 2**31},
+    }
     report("lm", [one, refused], parse_topology("h200:8"))
     told = " ".join(capsys.readouterr().out.split())
     for part in (
-        *("activations 3 GiB ?", "total 4 GiB ?", "fits in 131 GiB fits DOES NOT FIT", "h200:1: it said no"),
+        *(
+            "activations 3 GiB ?",
+            "total 4 GiB ?",
+            "fits in 131 GiB fits DOES NOT FIT",
+            "h200:1: it said no",
+        ),
         *("all-gather 2 in a loop, 70 times 1 70 MiB", "8 4x1x2 64", "tokens/s eff.", "87%"),
         *("Predictions, not measurements", "docs.nvidia.com/dgx-basepod"),
     ):
@@ -449,20 +568,32 @@ def test_a_report_with_predictions(capsys):
 
 
 def plainly(code):
-    """A program in the environment of a user: no platform named, no flag set. Neither may it wait for a TPU."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XLA", "TPU", "LIBTPU"))}
+    """A program in the environment of a user: no platform named, no flag set. Neither may it wait
+    for a TPU."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX", "XLA", "TPU", "LIBTPU"))
+    }
     env |= {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 @needs_libtpu
-@pytest.mark.skipif(os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"), reason="there may be a TPU here")
+@pytest.mark.skipif(
+    os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"), reason="there may be a TPU here"
+)
 def test_an_installed_compiler_changes_no_device():
-    """Nor does the planner's import, or making its environment: what train.py sees are the devices that are there."""
-    names = "sorted(n for n in os.environ if n.startswith(('JAX', 'XLA', 'TPU', 'LIBTPU', 'ALLOW')))"
+    """Nor does the planner's import, or making its environment: what train.py sees are the devices
+    that are there."""
+    names = (
+        "sorted(n for n in os.environ if n.startswith(('JAX', 'XLA', 'TPU', 'LIBTPU', 'ALLOW')))"
+    )
     plain = f"import jax, os; print([d.platform for d in jax.devices()], {names})"
     planner = "import flax_lstm.plan as p; p.environment(p.Topology('v5e', (1, 1)))"
     seen = plainly(plain)
@@ -496,7 +627,9 @@ def test_every_config_compiles_for_a_pod(name, files):
     found = compile_for(parse_topology("v5e:16x16"), name, [*files.get(name, []), *mesh])
     assert found["backend"] == "fused" and found["bytes"]["total"] < CHIPS["v5e"].memory
     assert sum(found["cycles"].values()) > 0 and sum(found["flops"].values()) > 0
-    assert any(one["in_loop"] for one in found["collectives"]) or name in ("stocks",)  # its 50 units do not divide by 4
+    assert any(one["in_loop"] for one in found["collectives"]) or name in (
+        "stocks",
+    )  # its 50 units do not divide by 4
 
 
 @needs_libtpu

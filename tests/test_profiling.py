@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from commands import call
 
-from flax_lstm.profiling import STEPS, Profiler
+from flax_lstm.training.profiling import STEPS, Profiler
 
 
 def test_a_trace_of_ten_steps_names_what_took_longest(tmp_path):

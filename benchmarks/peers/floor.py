@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No implementation: the matrix products alone that every one of them needs, with nothing between them.
+"""No implementation: the matrix products alone that every one of them needs, with nothing between
+them.
 
-For each layer and direction: the projection of the inputs and the weight gradients over all steps at once, and step by
-step, in order, the recurrent product forward and its transpose backward. Written into arrays that exist already.
+For each layer and direction: the projection of the inputs and the weight gradients over all steps
+at once, and step by step, in order, the recurrent product forward and its transpose backward.
+Written into arrays that exist already.
 """
 
 from collections.abc import Callable
@@ -31,14 +33,21 @@ def make(work: Work, library: str) -> Callable[[int], None]:
         for number, hidden in enumerate(w.hidden):
             columns = hidden * {"lstm": 4, "gru": 3}[w.cell]
             input_grad = bool(number or w.vocabulary)  # real inputs need none
-            made += [direction(time, batch, features, hidden, columns, input_grad) for _ in range(1 + w.bidirectional)]
+            made += [
+                direction(time, batch, features, hidden, columns, input_grad)
+                for _ in range(1 + w.bidirectional)
+            ]
             features = hidden * (1 + w.bidirectional)
         return made
 
     def direction(
         time: int, batch: int, features: int, hidden: int, columns: int, input_grad: bool
     ) -> Callable[[], None]:
-        x, h, gates = array(time * batch, features), array(time * batch, hidden), array(time * batch, columns)
+        x, h, gates = (
+            array(time * batch, features),
+            array(time * batch, hidden),
+            array(time * batch, columns),
+        )
         weights, recurrent = array(features, columns), array(hidden, columns)
         x_grad, h_grad = array(time * batch, features), array(time * batch, hidden)
         weights_grad, recurrent_grad = array(features, columns), array(hidden, columns)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Haiku: `hk.dynamic_unroll` over `hk.LSTM`. It knows no lengths: a backward layer reads rows reversed by an index."""
+"""Haiku: `hk.dynamic_unroll` over `hk.LSTM`. It knows no lengths: a backward layer reads rows
+reversed by an index."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,15 +43,21 @@ def make(work: Work) -> Callable[[int], Any]:
     if weights.embedding is not None:
         params["embed"] = {"embeddings": weights.embedding}
     for n, tree in enumerate(weights.stack.values()):
-        for side, part in enumerate([tree] if "cell" in tree else [tree["forward"], tree["backward"]]):
+        for side, part in enumerate(
+            [tree] if "cell" in tree else [tree["forward"], tree["backward"]]
+        ):
             params[f"layer_{n}_{side}/linear"] = convert(part["cell"])
     apply = hk.without_apply_rng(hk.transform(forward)).apply
     return make_step(work, params, apply)
 
 
 def convert(cell: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One matrix for input and state, gates i, g, f, o instead of i, f, g, o; it adds 1 to the forget gate itself."""
+    """One matrix for input and state, gates i, g, f, o instead of i, f, g, o; it adds 1 to the
+    forget gate itself."""
     order = [0, 2, 1, 3]
-    w_KGH, b_GH = np.concatenate([cell["input"], cell["recurrent"]])[:, order], cell["bias"][order].copy()
+    w_KGH, b_GH = (
+        np.concatenate([cell["input"], cell["recurrent"]])[:, order],
+        cell["bias"][order].copy(),
+    )
     b_GH[2] -= 1
     return {"w": w_KGH.reshape(len(w_KGH), -1), "b": b_GH.reshape(-1)}

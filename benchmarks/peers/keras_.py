@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keras on TensorFlow or JAX: its layers and its Adam in the training loops of its guides ("Writing a training loop
-from scratch"), which have less overhead a step than `fit`."""
+"""Keras on TensorFlow or JAX: its layers and its Adam in the training loops of its guides ("Writing
+a training loop from scratch"), which have less overhead a step than `fit`."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,9 @@ def build(work: Work) -> Any:
     w, weights, layers = work.workload, work.weights, keras.layers
     time = None if w.ragged else w.time
     kind = {"lstm": layers.LSTM, "gru": layers.GRU}[w.cell]
-    stack = [kind(hidden, return_sequences=n + 1 < len(w.hidden)) for n, hidden in enumerate(w.hidden)]
+    stack = [
+        kind(hidden, return_sequences=n + 1 < len(w.hidden)) for n, hidden in enumerate(w.hidden)
+    ]
     stack = [layers.Bidirectional(layer) for layer in stack] if w.bidirectional else stack
     head = layers.Dense(w.outputs)
     if w.vocabulary:
@@ -44,7 +46,10 @@ def make(work: Work, backend: str) -> Callable[[int], Any]:
             values = keras.ops.square(outputs - targets)
         return keras.ops.mean(values)
 
-    placed = [(keras.ops.convert_to_tensor(b.inputs), keras.ops.convert_to_tensor(b.targets)) for b in work.batches]
+    placed = [
+        (keras.ops.convert_to_tensor(b.inputs), keras.ops.convert_to_tensor(b.targets))
+        for b in work.batches
+    ]
     run = {"tensorflow": with_tensorflow, "jax": with_jax}[backend]
     forward, train = run(model, optimizer, loss)
     if not work.workload.train:
@@ -68,21 +73,27 @@ def with_tensorflow(model: Any, optimizer: Any, loss: Any) -> tuple[Any, Any]:
 def with_jax(model: Any, optimizer: Any, loss: Any) -> tuple[Any, Any]:
     import jax
 
-    weights, rest = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
+    weights, rest = (
+        [v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)
+    )
     moments = [v.value for v in optimizer.variables]
 
     def forward(weights: Any, inputs: Any) -> Any:
         return model.stateless_call(weights, rest, inputs)[0]
 
     def update(weights: Any, moments: Any, inputs: Any, targets: Any) -> Any:
-        value, grads = jax.value_and_grad(lambda weights: loss(forward(weights, inputs), targets))(weights)
+        value, grads = jax.value_and_grad(lambda weights: loss(forward(weights, inputs), targets))(
+            weights
+        )
         return value, *optimizer.stateless_apply(moments, grads, weights)
 
     forward_jit, update_jit = jax.jit(forward), jax.jit(update, donate_argnums=(0, 1))
 
     def train(inputs: Any, targets: Any) -> Any:
         nonlocal weights, moments
-        value, weights, moments = jax.block_until_ready(update_jit(weights, moments, inputs, targets))
+        value, weights, moments = jax.block_until_ready(
+            update_jit(weights, moments, inputs, targets)
+        )
         return value
 
     return lambda inputs: forward_jit(weights, inputs), train

@@ -24,7 +24,8 @@ class Model(nn.Module):
 
 
 def last_step(y_BTH: Any, lengths_B: Any, bidirectional: bool) -> Any:
-    """The last valid output of each row; of the backward half the first, which has read everything."""
+    """The last valid output of each row; of the backward half the first, which has read
+    everything."""
     import jax.numpy as jnp
 
     if lengths_B is None:
@@ -42,11 +43,16 @@ def make(work: Work) -> Callable[[int], Any]:
     def rnn(hidden: int) -> nn.Module:
         return nn.RNN({"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}[w.cell](hidden))
 
-    layers = [nn.Bidirectional(rnn(hidden), rnn(hidden)) if w.bidirectional else rnn(hidden) for hidden in w.hidden]
+    layers = [
+        nn.Bidirectional(rnn(hidden), rnn(hidden)) if w.bidirectional else rnn(hidden)
+        for hidden in w.hidden
+    ]
     embed = nn.Embed(w.vocabulary, w.features) if w.vocabulary else None
     model = Model(layers, nn.Dense(w.outputs), embed, w.bidirectional)
     kernel, bias = weights.head
-    params = {f"layers_{n}": layer for n, layer in enumerate(weights.flax)} | {"head": {"kernel": kernel, "bias": bias}}
+    params = {f"layers_{n}": layer for n, layer in enumerate(weights.flax)} | {
+        "head": {"kernel": kernel, "bias": bias}
+    }
     if weights.embedding is not None:
         params["embed"] = {"embedding": weights.embedding}
     return make_step(work, params, lambda params, *inputs: model.apply({"params": params}, *inputs))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flax NNX: `nnx.RNN` over `nnx.OptimizedLSTMCell` or `nnx.GRUCell`, by the functional API (split once, merge inside
-of jit), which has less overhead than `nnx.jit`."""
+"""Flax NNX: `nnx.RNN` over `nnx.OptimizedLSTMCell` or `nnx.GRUCell`, by the functional API (split
+once, merge inside of jit), which has less overhead than `nnx.jit`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,8 @@ class Model(nnx.Module):
 
 
 def make_cell(kind: str, weights: dict[str, np.ndarray], rngs: nnx.Rngs) -> nnx.Module:
-    """The cell with these weights, gates in our order. The LSTM has its bias at `dense_h`, the GRU at `dense_i`."""
+    """The cell with these weights, gates in our order. The LSTM has its bias at `dense_h`, the GRU
+    at `dense_i`."""
     features, gates, hidden = weights["input"].shape
     cell = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell}[kind](features, hidden, rngs=rngs)
     cell.dense_i.kernel[...] = weights["input"].reshape(features, gates * hidden)
@@ -49,4 +50,6 @@ def make_cell(kind: str, weights: dict[str, np.ndarray], rngs: nnx.Rngs) -> nnx.
 
 def make(work: Work) -> Callable[[int], Any]:
     graph, params, rest = nnx.split(Model(work), nnx.Param, ...)
-    return make_step(work, params, lambda params, *inputs: nnx.merge(graph, params, rest, copy=True)(*inputs))
+    return make_step(
+        work, params, lambda params, *inputs: nnx.merge(graph, params, rest, copy=True)(*inputs)
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step that a user of JAX writes around `apply`: value_and_grad, optax.adam, jit, donated arguments."""
+"""The training step that a user of JAX writes around `apply`: value_and_grad, optax.adam, jit,
+donated arguments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,16 @@ import optax
 from workloads import Work
 
 
-def make_step(work: Work, params: Any, apply: Callable[[Any, Any, Any], jax.Array]) -> Callable[[int], Any]:
+def make_step(
+    work: Work, params: Any, apply: Callable[[Any, Any, Any], jax.Array]
+) -> Callable[[int], Any]:
     """apply: (params, inputs, lengths) -> outputs; lengths None where every row is full."""
     workload = work.workload
     params = jax.tree.map(jnp.asarray, params)
-    placed = [jax.tree.map(jnp.asarray, b if workload.ragged else b._replace(lengths=None)) for b in work.batches]
+    placed = [
+        jax.tree.map(jnp.asarray, b if workload.ragged else b._replace(lengths=None))
+        for b in work.batches
+    ]
     optimizer = optax.adam(1e-3)
 
     def loss(params: Any, batch: Any) -> jax.Array:

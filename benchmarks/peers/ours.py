@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flax_lstm: the training step of `flax_lstm.steps`, as `train.py` runs it."""
+"""flax_lstm: the training step of `flax_lstm.training.steps`, as `train.py` runs it."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,10 +11,10 @@ from workloads import Work
 
 from flax_lstm import Classification, RecurrentModel, SequenceRegression
 from flax_lstm.data.base import Batch
-from flax_lstm.malloc import trim_malloc
-from flax_lstm.optim import learning_rate, make_optimizer
-from flax_lstm.sharding import make_mesh, put_batch
-from flax_lstm.steps import TrainState, make_steps
+from flax_lstm.machine.malloc import trim_malloc
+from flax_lstm.machine.sharding import make_mesh, put_batch
+from flax_lstm.training.optim import learning_rate, make_optimizer
+from flax_lstm.training.steps import TrainState, make_steps
 
 
 def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:

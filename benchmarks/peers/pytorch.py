@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch: `nn.LSTM` and `nn.GRU`, time first, which spares them a copy.
 
-Rows of different lengths are read padded, the backward direction by a module of its own over rows reversed by an index:
-on the CPU that is several times as fast as `pack_padded_sequence`, which `packed` takes.
+Rows of different lengths are read padded, the backward direction by a module of its own over rows
+reversed by an index: on the CPU that is several times as fast as `pack_padded_sequence`, which
+`packed` takes.
 """
 
 from collections.abc import Callable
@@ -20,20 +21,32 @@ class Model(torch.nn.Module):
         kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[w.cell]
         self.packed, self.embed = packed, None
         if weights.embedding is not None:
-            self.embed = torch.nn.Embedding.from_pretrained(torch.tensor(weights.embedding), freeze=False)
-        self.layers, self.backwards, features = torch.nn.ModuleList(), torch.nn.ModuleList(), w.features
+            self.embed = torch.nn.Embedding.from_pretrained(
+                torch.tensor(weights.embedding), freeze=False
+            )
+        self.layers, self.backwards, features = (
+            torch.nn.ModuleList(),
+            torch.nn.ModuleList(),
+            w.features,
+        )
         for hidden, arrays in zip(w.hidden, weights.torch, strict=True):
             if packed:
-                self.layers.append(load(kind(features, hidden, bidirectional=w.bidirectional), arrays))
+                self.layers.append(
+                    load(kind(features, hidden, bidirectional=w.bidirectional), arrays)
+                )
             else:
                 self.layers.append(load(kind(features, hidden), select(arrays, backward=False)))
                 if w.bidirectional:
-                    self.backwards.append(load(kind(features, hidden), select(arrays, backward=True)))
+                    self.backwards.append(
+                        load(kind(features, hidden), select(arrays, backward=True))
+                    )
             features = hidden * (1 + w.bidirectional)
         kernel, bias = weights.head
         self.head = load(torch.nn.Linear(features, w.outputs), {"weight": kernel.T, "bias": bias})
 
-    def forward(self, inputs_TB: torch.Tensor, lengths_B: torch.Tensor | None, reversed_TB: Any) -> torch.Tensor:
+    def forward(
+        self, inputs_TB: torch.Tensor, lengths_B: torch.Tensor | None, reversed_TB: Any
+    ) -> torch.Tensor:
         if self.packed:
             x_TBD = self.embed(inputs_TB)
             packed = torch.nn.utils.rnn.pack_padded_sequence(x_TBD, lengths_B, enforce_sorted=False)
@@ -51,13 +64,19 @@ class Model(torch.nn.Module):
 
 
 def load(module: torch.nn.Module, arrays: dict[str, np.ndarray]) -> torch.nn.Module:
-    module.load_state_dict({name: torch.tensor(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    module.load_state_dict(
+        {name: torch.tensor(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    )
     return module
 
 
 def select(arrays: dict[str, np.ndarray], backward: bool) -> dict[str, np.ndarray]:
     """The weights of one direction, under the names of a module that has no other."""
-    return {k.removesuffix("_reverse"): a for k, a in arrays.items() if k.endswith("_reverse") == backward}
+    return {
+        k.removesuffix("_reverse"): a
+        for k, a in arrays.items()
+        if k.endswith("_reverse") == backward
+    }
 
 
 def last(y_TBH: torch.Tensor, lengths_B: torch.Tensor | None) -> torch.Tensor:
@@ -81,7 +100,9 @@ def make(work: Work, fused: bool = False, packed: bool = False) -> Callable[[int
             order_TB = (lengths_B - 1 - torch.arange(time)[:, None]) % time
             reversed_TB = torch.gather(inputs, 0, order_TB)
         targets = torch.tensor(batch.targets)
-        placed.append(((inputs, lengths_B, reversed_TB), targets.long() if w.vocabulary else targets))
+        placed.append(
+            ((inputs, lengths_B, reversed_TB), targets.long() if w.vocabulary else targets)
+        )
     loss = torch.nn.functional.cross_entropy if w.vocabulary else torch.nn.functional.mse_loss
 
     def step(n: int) -> float:

@@ -29,7 +29,8 @@ def take(rows: Rows, chosen: np.ndarray) -> Rows:
 
 
 def pad(rows: Rows, boundaries: Sequence[int], batch_size: int) -> Batch:
-    """Up to `batch_size` rows as one batch of exactly that many; T is the smallest boundary that holds the longest."""
+    """Up to `batch_size` rows as one batch of exactly that many; T is the smallest boundary that
+    holds the longest."""
     lengths_B = np.zeros(batch_size, np.int32)
     lengths_B[: len(rows.tokens)] = [len(ids) for ids in rows.tokens]
     longest = int(lengths_B.max(initial=0))
@@ -42,16 +43,24 @@ def pad(rows: Rows, boundaries: Sequence[int], batch_size: int) -> Batch:
     return Batch(inputs_BT, targets_B, lengths_B, weights_B)
 
 
-def choose_boundaries(lengths: Sequence[int], max_length: int, buckets: int = BUCKETS) -> tuple[int, ...]:
-    """At most `buckets` padded lengths, multiples of 8 up to `max_length` rounded up, with the fewest padded cells.
+def choose_boundaries(
+    lengths: Sequence[int], max_length: int, buckets: int = BUCKETS
+) -> tuple[int, ...]:
+    """At most `buckets` padded lengths, multiples of 8 up to `max_length` rounded up, with the
+    fewest padded cells.
 
-    Exact, by dynamic programming over the rounded lengths (the k-segmentation of a histogram): with n(j) rows up to
-    candidate c(j), cost_k(j) = min over i < j of cost_(k-1)(i) + (n(j) - n(i)) c(j).
+    Exact, by dynamic programming over the rounded lengths (the k-segmentation of a histogram): with
+    n(j) rows up to candidate c(j), cost_k(j) = min over i < j of cost_(k-1)(i) + (n(j) - n(i))
+    c(j).
     """
     unit = 8 * max(1, math.ceil(max_length / 2048))  # at most 256 candidates
     candidates = np.arange(unit, max_length + unit, unit)
-    rows = np.concatenate([[0], np.searchsorted(np.sort(lengths), candidates, side="right")])  # n(j), with n(0) = 0
-    steps_ij = (rows[None, 1:] - rows[:-1, None]) * candidates.astype(np.float64)  # one bucket over candidates i+1..j+1
+    rows = np.concatenate(
+        [[0], np.searchsorted(np.sort(lengths), candidates, side="right")]
+    )  # n(j), with n(0) = 0
+    steps_ij = (rows[None, 1:] - rows[:-1, None]) * candidates.astype(
+        np.float64
+    )  # one bucket over candidates i+1..j+1
     steps_ij[np.tril_indices(len(candidates), -1)] = np.inf
     cost, choices = steps_ij[0], []
     for _ in range(min(buckets, len(candidates)) - 1):
@@ -70,14 +79,22 @@ def choose_boundaries(lengths: Sequence[int], max_length: int, buckets: int = BU
 class BucketedBatches:
     """Training batches of rows of similar length; item `step` is a function of (seed, step) alone.
 
-    An epoch visits every row once: a permutation seeded by (seed, epoch), sorted by length within pools of 50 batches,
-    cut into batches, and the batches shuffled. The one batch that the rows do not fill has rows of weight 0.
+    An epoch visits every row once: a permutation seeded by (seed, epoch), sorted by length within
+    pools of 50 batches, cut into batches, and the batches shuffled. The one batch that the rows do
+    not fill has rows of weight 0.
     """
 
     def __init__(self, rows: Rows, boundaries: Sequence[int], batch_size: int, seed: int):
-        self._rows, self._boundaries, self._batch_size, self._seed = rows, boundaries, batch_size, seed
+        self._rows, self._boundaries, self._batch_size, self._seed = (
+            rows,
+            boundaries,
+            batch_size,
+            seed,
+        )
         self._lengths = np.array([len(ids) for ids in rows.tokens])
-        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)  # thread-safe, and cheap next to an epoch
+        self._plan = functools.lru_cache(maxsize=2)(
+            self._make_plan
+        )  # thread-safe, and cheap next to an epoch
 
     def __len__(self) -> int:
         return -(-len(self._lengths) // self._batch_size)
@@ -89,7 +106,9 @@ class BucketedBatches:
         for start in range(0, len(order), POOL * self._batch_size):
             pool = order[start : start + POOL * self._batch_size]
             pool = pool[np.argsort(self._lengths[pool], kind="stable")]
-            batches += [pool[i : i + self._batch_size] for i in range(0, len(pool), self._batch_size)]
+            batches += [
+                pool[i : i + self._batch_size] for i in range(0, len(pool), self._batch_size)
+            ]
         return [batches[i] for i in generator.permutation(len(batches))]
 
     def __getitem__(self, step: int) -> Batch:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from flax_lstm.cache import cache_folder
+from flax_lstm.machine.cache import cache_folder
 
 FILES_KEPT = 16  # the ones used last
 
@@ -29,7 +29,10 @@ def fingerprint(parts: Iterable[str]) -> str:
 def remember(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """What `make` returns, or returned earlier for the same key."""
     path = cache_folder() / f"{key}.npz"
-    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as saved:
+    with (
+        contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile),
+        np.load(path) as saved,
+    ):
         arrays = dict(saved)
         path.touch()
         return arrays
@@ -40,7 +43,9 @@ def remember(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
         with partial.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types the names it reserves
         partial.replace(path)
-        for old in sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)[:-FILES_KEPT]:
+        for old in sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)[
+            :-FILES_KEPT
+        ]:
             old.unlink()
     with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)

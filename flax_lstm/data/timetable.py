@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables with one row per time, read strictly: whatever is wrong is said with its column and row (counted from 1).
+"""Tables with one row per time, read strictly: whatever is wrong is said with its column and row
+(counted from 1).
 
 Axes: R rows, D channels.
 """
@@ -25,19 +26,32 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = Path(str(resources.files("flax_lstm") / "data" / "embedded"))
 DAY = 86400.0  # seconds
-NO_VALUE = ("", "na", "n/a", "nan", "null", "none")  # how text files write an absent number, in any case
+NO_VALUE = (
+    "",
+    "na",
+    "n/a",
+    "nan",
+    "null",
+    "none",
+)  # how text files write an absent number, in any case
 
 
 def read_series(path: str | Path) -> pd.DataFrame:
-    """The table in a CSV, TSV, JSON-lines or Parquet file, also with .gz, or an embedded series by its name.
+    """The table in a CSV, TSV, JSON-lines or Parquet file, also with .gz, or an embedded series by
+    its name.
 
     Raises UserError for a file that is missing, empty, malformed, or of another kind.
     """
     file = EMBEDDED / f"{path}.csv.gz" if str(path) in embedded() else Path(path)
     require(not file.is_dir(), f"{file} is a folder; data.path names a table of a time series")
-    require(file.exists(), f"{file} does not exist, nor is it an embedded series ({listing(embedded())})")
+    require(
+        file.exists(),
+        f"{file} does not exist, nor is it an embedded series ({listing(embedded())})",
+    )
     frame = _read_gzip(file) if file.suffix.lower() == ".gz" else read_table(file)
-    if not isinstance(frame.index, pd.RangeIndex):  # Parquet keeps an index of times apart from the columns
+    if not isinstance(
+        frame.index, pd.RangeIndex
+    ):  # Parquet keeps an index of times apart from the columns
         frame = frame.reset_index()
     return frame.rename(columns=str)
 
@@ -62,16 +76,21 @@ def _read_gzip(file: Path) -> pd.DataFrame:
 def clean(
     frame: pd.DataFrame, time_column: str, channels: tuple[str, ...], missing: Missing, where: str
 ) -> tuple[pd.DatetimeIndex, Array]:
-    """Times and float64 values (R, D) of the channels, checked; what is absent is treated as `missing` says.
+    """Times and float64 values (R, D) of the channels, checked; what is absent is treated as
+    `missing` says.
 
-    Raises UserError that names column and rows (counted from 1) of what is absent, no number, infinite or out of order.
+    Raises UserError that names column and rows (counted from 1) of what is absent, no number,
+    infinite or out of order.
     """
     there = list(frame.columns)
     for name in (time_column, *channels):
         if name not in there:
-            raise UserError(f"{where} has no column {name!r}.{nearest(name, there)} Columns: {listing(there)}")
+            raise UserError(
+                f"{where} has no column {name!r}.{nearest(name, there)} Columns: {listing(there)}"
+            )
     require(
-        len({time_column, *channels}) == len(channels) + 1, f"{where}: a column is named twice: {listing(channels)}"
+        len({time_column, *channels}) == len(channels) + 1,
+        f"{where}: a column is named twice: {listing(channels)}",
     )
     require(len(frame) > 0, f"{where} has no rows")
     times = _times(frame[time_column], where)
@@ -79,25 +98,41 @@ def clean(
     if (steps <= 0).any():
         row = int(np.argmax(steps <= 0)) + 1
         kind = "repeats" if steps[row - 1] == 0 else "is earlier than"
-        hint = "one row per time is needed, sorted; times that repeat as clocks go back are written in UTC"
-        raise UserError(f"{where}: row {row + 1} ({times[row]}) {kind} the time of row {row}; {hint}")
+        hint = (
+            "one row per time is needed, sorted; times that repeat as clocks go back are written "
+            "in UTC"
+        )
+        raise UserError(
+            f"{where}: row {row + 1} ({times[row]}) {kind} the time of row {row}; {hint}"
+        )
     values_RD = np.stack([_numbers(frame[name], where) for name in channels], axis=1)
     for name, values in zip(channels, values_RD.T, strict=True):
         infinite = np.flatnonzero(np.isinf(values)) + 1
-        require(len(infinite) == 0, f"{where}: column {name!r} is infinite in row {listing(infinite, 5)}")
+        require(
+            len(infinite) == 0,
+            f"{where}: column {name!r} is infinite in row {listing(infinite, 5)}",
+        )
     return _fill(times, values_RD, channels, missing, where)
 
 
 def _fill(
-    times: pd.DatetimeIndex, values_RD: Array, channels: tuple[str, ...], missing: Missing, where: str
+    times: pd.DatetimeIndex,
+    values_RD: Array,
+    channels: tuple[str, ...],
+    missing: Missing,
+    where: str,
 ) -> tuple[pd.DatetimeIndex, Array]:
     absent_RD = np.isnan(values_RD)
     if not absent_RD.any():
         return times, values_RD
     gaps = {
-        name: np.flatnonzero(absent) + 1 for name, absent in zip(channels, absent_RD.T, strict=True) if absent.any()
+        name: np.flatnonzero(absent) + 1
+        for name, absent in zip(channels, absent_RD.T, strict=True)
+        if absent.any()
     }
-    report = "; ".join(f"column {name!r} in {len(rows)} row(s): {listing(rows, 5)}" for name, rows in gaps.items())
+    report = "; ".join(
+        f"column {name!r} in {len(rows)} row(s): {listing(rows, 5)}" for name, rows in gaps.items()
+    )
     choices = "choose data.missing: drop (those rows), interpolate (in time) or forward_fill"
     require(missing != "error", f"{where}: absent values, {report}; {choices}")
     log.warning("%s: absent values, %s; data.missing: %s", where, report, missing)
@@ -111,25 +146,41 @@ def _fill(
         if missing == "interpolate":
             values[:] = np.interp(times.asi8, times.asi8[known], values[known])
         else:
-            require(known[0] == 0, f"{where}: column {name!r} has no value before row {known[0] + 1} to fill forward")
-            values[:] = values[known[np.searchsorted(known, np.arange(len(values)), side="right") - 1]]
+            require(
+                known[0] == 0,
+                f"{where}: column {name!r} has no value before row {known[0] + 1} to fill forward",
+            )
+            values[:] = values[
+                known[np.searchsorted(known, np.arange(len(values)), side="right") - 1]
+            ]
     return times, values_RD
 
 
 def _times(column: pd.Series, where: str) -> pd.DatetimeIndex:
     if not pd.api.types.is_datetime64_any_dtype(column):
         text = column.astype(object).where(column.notna(), "").astype(str).str.strip()
-        bad = np.flatnonzero(pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True).isna())
+        bad = np.flatnonzero(
+            pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True).isna()
+        )
         if len(bad):
             value = f"{text.iloc[bad[0]]!r} in row {bad[0] + 1}"
-            hint = "write times as 2024-12-31 or 2024-12-31 23:00, or name the right column with --data.time-column"
-            raise UserError(f"{where}: column {column.name!r} holds {value}, no time in ISO 8601; {hint}")
+            hint = (
+                "write times as 2024-12-31 or 2024-12-31 23:00, or name the right column with "
+                "--data.time-column"
+            )
+            raise UserError(
+                f"{where}: column {column.name!r} holds {value}, no time in ISO 8601; {hint}"
+            )
         try:
             column = pd.to_datetime(text, format="ISO8601")
         except ValueError:
-            raise UserError(f"{where}: column {column.name!r} mixes time zones; write all times in UTC") from None
+            raise UserError(
+                f"{where}: column {column.name!r} mixes time zones; write all times in UTC"
+            ) from None
     absent = np.flatnonzero(column.isna()) + 1
-    require(len(absent) == 0, f"{where}: column {column.name!r} has no time in row {listing(absent, 5)}")
+    require(
+        len(absent) == 0, f"{where}: column {column.name!r} has no time in row {listing(absent, 5)}"
+    )
     return pd.DatetimeIndex(column)
 
 
@@ -146,20 +197,30 @@ def _numbers(column: pd.Series, where: str) -> Array:
     if wrong.any():
         rows = np.flatnonzero(wrong)
         found = listing((f"{column.iloc[row]!r} (row {row + 1})" for row in rows), 3)
-        raise UserError(f"{where}: column {column.name!r} holds what is no number: {found}; mend it or leave it empty")
+        raise UserError(
+            f"{where}: column {column.name!r} holds what is no number: {found}; mend it or leave "
+            "it empty"
+        )
     return values
 
 
-def numeric_columns(frame: pd.DataFrame, time_column: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
+def numeric_columns(
+    frame: pd.DataFrame, time_column: str, inputs: tuple[str, ...]
+) -> tuple[str, ...]:
     """Columns that hold numbers, apart from the times and those that are inputs only."""
     rest = [name for name in frame.columns if name not in (time_column, *inputs)]
-    # One bad value does not make a column text: such a column stays in, and is reported when its numbers are read.
+    # One bad value does not make a column text: such a column stays in, and is reported when its
+    # numbers are read.
     numeric = tuple(name for name in rest if not np.isnan(_parse(frame[name])[0]).all())
     require(
-        len(numeric) > 0, f"no numeric column to forecast besides {time_column!r}; columns: {listing(frame.columns)}"
+        len(numeric) > 0,
+        f"no numeric column to forecast besides {time_column!r}; columns: {listing(frame.columns)}",
     )
     if len(numeric) < len(rest):
-        log.warning("columns without numbers are left out: %s", listing(name for name in rest if name not in numeric))
+        log.warning(
+            "columns without numbers are left out: %s",
+            listing(name for name in rest if name not in numeric),
+        )
     return numeric
 
 
@@ -169,7 +230,8 @@ def median_step(times: pd.DatetimeIndex) -> float:
 
 
 def frequency(times: pd.DatetimeIndex, where: str) -> str:
-    """What pandas calls the frequency; "B" for business days with gaps (holidays), else that of the median step."""
+    """What pandas calls the frequency; "B" for business days with gaps (holidays), else that of the
+    median step."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pandas 3 announces an offset in place of its name
         found = pd.infer_freq(times)
@@ -179,5 +241,7 @@ def frequency(times: pd.DatetimeIndex, where: str) -> str:
     if step == DAY and (times.day_of_week < 5).all():
         return "B"
     name = str(to_offset(pd.Timedelta(seconds=step)).freqstr)
-    log.warning("%s: uneven times; future times are counted in steps of %s, the median", where, name)
+    log.warning(
+        "%s: uneven times; future times are counted in steps of %s, the median", where, name
+    )
     return name

@@ -15,26 +15,33 @@ from flax_lstm.errors import UserError
 
 PAD, UNKNOWN, END = 0, 1, 2  # ids that every vocabulary has; END also separates documents
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<eos>"]
-LARGE = 5_000_000  # characters from which a corpus is worth a file in the cache folder: seconds of work
+LARGE = (
+    5_000_000  # characters from which a corpus is worth a file in the cache folder: seconds of work
+)
 
 TokenizerKind = Literal["word", "bpe"]
 
 
 class Vocabulary:
-    """Lower-cased words, or byte pairs, as int32 ids. Ids 0, 1, 2 are padding, unknown, and end of text.
+    """Lower-cased words, or byte pairs, as int32 ids. Ids 0, 1, 2 are padding, unknown, and end of
+    text.
 
-    `word` cuts at white space and around punctuation ("don't." becomes don ' t .) and maps rare words to <unk>: the
-    usual choice for classification. `bpe` learns byte pairs (Sennrich et al. 2016, over bytes as in GPT-2): nothing is
-    unknown, at the price of longer sequences and ids 3 to 258 spent on single bytes.
+    `word` cuts at white space and around punctuation ("don't." becomes don ' t .) and maps rare
+    words to <unk>: the usual choice for classification. `bpe` learns byte pairs (Sennrich et al.
+    2016, over bytes as in GPT-2): nothing is unknown, at the price of longer sequences and ids 3 to
+    258 spent on single bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        tokenizer.encode_special_tokens = True  # a "<pad>" that someone wrote in a text is four characters, not id 0
+        tokenizer.encode_special_tokens = (
+            True  # a "<pad>" that someone wrote in a text is four characters, not id 0
+        )
         self._tokenizer = tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int, kind: TokenizerKind = "word") -> "Vocabulary":
-        """The `size` most frequent tokens of `texts`, special ones included. The same texts give the same ids."""
+        """The `size` most frequent tokens of `texts`, special ones included. The same texts give
+        the same ids."""
         if kind == "word":
             tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -56,13 +63,19 @@ class Vocabulary:
         return cls(tokenizer)
 
     @classmethod
-    def train_cached(cls, texts: Sequence[str], size: int, kind: TokenizerKind = "word") -> "Vocabulary":
+    def train_cached(
+        cls, texts: Sequence[str], size: int, kind: TokenizerKind = "word"
+    ) -> "Vocabulary":
         """`train`, which the next program finds in the cache folder if the texts are many."""
         if sum(map(len, texts)) < LARGE:
             return cls.train(texts, size, kind)
 
         def arrays() -> dict[str, np.ndarray]:
-            return {"json": np.frombuffer(cls.train(texts, size, kind)._tokenizer.to_str().encode(), np.uint8)}
+            return {
+                "json": np.frombuffer(
+                    cls.train(texts, size, kind)._tokenizer.to_str().encode(), np.uint8
+                )
+            }
 
         saved = remember(fingerprint([tokenizers.__version__, f"{size} {kind}", *texts]), arrays)
         return cls(Tokenizer.from_str(saved["json"].tobytes().decode()))
@@ -71,7 +84,11 @@ class Vocabulary:
     def blank(cls, size: int) -> "Vocabulary":
         """One of that size without real words."""
         words = [*SPECIAL_TOKENS, *map(str, range(size - len(SPECIAL_TOKENS)))]
-        return cls(Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")))
+        return cls(
+            Tokenizer(
+                models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
+            )
+        )
 
     @property
     def size(self) -> int:
@@ -81,13 +98,19 @@ class Vocabulary:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array of ids per text, of its natural length (0 for a text without tokens)."""
         ids: list[np.ndarray] = []
-        for start in range(0, len(texts), 1024):  # in chunks: the library's encodings are far larger than the ids
+        for start in range(
+            0, len(texts), 1024
+        ):  # in chunks: the library's encodings are far larger than the ids
             chunk = [_valid(text) for text in texts[start : start + 1024]]
-            ids += [np.asarray(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(chunk)]
+            ids += [
+                np.asarray(encoding.ids, np.int32)
+                for encoding in self._tokenizer.encode_batch_fast(chunk)
+            ]
         return ids
 
     def encode_cached(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` for a whole corpus, which the next program finds in the cache folder if it is large."""
+        """`encode` for a whole corpus, which the next program finds in the cache folder if it is
+        large."""
         if sum(map(len, texts)) < LARGE:
             return self.encode(texts)
 
@@ -95,7 +118,9 @@ class Vocabulary:
             ids = self.encode(texts)
             return {"ids": np.concatenate(ids), "lengths": np.array([len(row) for row in ids])}
 
-        saved = remember(fingerprint([tokenizers.__version__, self._tokenizer.to_str(), *texts]), arrays)
+        saved = remember(
+            fingerprint([tokenizers.__version__, self._tokenizer.to_str(), *texts]), arrays
+        )
         return np.split(saved["ids"], np.cumsum(saved["lengths"])[:-1])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -124,5 +149,6 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _valid(text: str) -> str:
-    """Lone surrogates (from JSON escapes or a broken argv) have no UTF-8: they become a question mark."""
+    """Lone surrogates (from JSON escapes or a broken argv) have no UTF-8: they become a question
+    mark."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes as one run: who they are, how they meet, and how they act together.
+
+JAX's own distributed runtime does the work (`jax.distributed`); here is what tells it from the
+launcher's environment. Every process runs the same program on the same data; process 0 alone logs
+and writes files, checkpoints excepted, to which each adds its part. The work directory must lie on
+a file system that all of them share.
+"""
+
+import importlib.util
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flax_lstm.errors import UserError, require
+
+T = TypeVar("T")
+Environment = Mapping[str, str]
+
+CONNECT_SECONDS = 300  # for all processes to start and find each other
+HEARTBEAT_SECONDS = 30  # after which a silent process counts as lost, and the others end
+SHUTDOWN_SECONDS = 30  # that a process waits for the others at its end
+PORT = 8476  # of the coordinator, where neither launcher nor user names one
+
+
+class Launch(NamedTuple):
+    """What a launcher says: how many processes there are, which this is, and where process 0
+    listens."""
+
+    launcher: str
+    coordinator: str  # host:port
+    processes: int
+    process: int
+    device: int | None = None  # the one of this machine's devices that is this process's; None: all
+
+
+def job_port(job: int) -> int:
+    """A port in the upper ephemeral range, different for most pairs of jobs on a machine (JAX's own
+    rule)."""
+    return 61440 + job % 4096
+
+
+def first_host(nodes: str) -> str:
+    """The first name in a SLURM list such as `node[001-004,7],login`."""
+    return re.sub(r"^([^,\[]*)(?:\[(\w+))?.*$", r"\1\2", nodes)
+
+
+def one_device(local_rank: str, local_size: int, env: Environment) -> int | None:
+    """Which device is a process's own where several share a machine, unless the launcher shows it
+    just one."""
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    return int(local_rank) if local_size > 1 and (not visible or "," in visible) else None
+
+
+def by_variables_of_jax(env: Environment) -> Launch | None:
+    """JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES with JAX_PROCESS_ID (Kubeflow TrainJob) or the
+    completion index of an indexed Kubernetes job (JobSet)."""
+    if not env.keys() >= {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"}:
+        return None
+    index = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX", ""))
+    require(
+        index.isdigit(),
+        "JAX_COORDINATOR_ADDRESS is set, but neither JAX_PROCESS_ID nor JOB_COMPLETION_INDEX is",
+    )
+    launcher = (
+        "Kubeflow TrainJob or JAX_PROCESS_ID" if "JAX_PROCESS_ID" in env else "Kubernetes JobSet"
+    )
+    return Launch(
+        launcher, env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(index)
+    )
+
+
+def by_skypilot(env: Environment) -> Launch | None:
+    """One process a node; SKYPILOT_NODE_IPS has a line for each."""
+    if not env.keys() >= {"SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK"}:
+        return None
+    addresses = env["SKYPILOT_NODE_IPS"].split()
+    return Launch("SkyPilot", addresses[0], len(addresses), int(env["SKYPILOT_NODE_RANK"]))
+
+
+def by_open_mpi(env: Environment) -> Launch | None:
+    """`mpirun python train.py`, from the machine of rank 0. Version 5 does not tell the others
+    which that is."""
+    if "OMPI_COMM_WORLD_SIZE" not in env:
+        return None
+    size, rank = int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"])
+    local_size, local_rank = (
+        int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)),
+        env["OMPI_COMM_WORLD_LOCAL_RANK"],
+    )
+    place = env.get("OMPI_MCA_orte_hnp_uri", "")
+    if found := re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", place):
+        coordinator = f"{found[2] or f'[{found[3]}]'}:{job_port(int(found[1]) >> 12)}"
+    else:  # "" where it takes --coordinator to know
+        port = job_port(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode()))
+        coordinator = f"127.0.0.1:{port}" if local_size == size else ""
+    return Launch("Open MPI", coordinator, size, rank, one_device(local_rank, local_size, env))
+
+
+def by_slurm(env: Environment) -> Launch | None:
+    """`srun python train.py`: one process a node, or one a GPU."""
+    if not env.keys() >= {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}:
+        return None
+    size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
+    nodes = int(env.get("SLURM_STEP_NUM_NODES", size))
+    coordinator = f"{first_host(env['SLURM_STEP_NODELIST'])}:{job_port(int(env['SLURM_JOB_ID']))}"
+    device = one_device(env["SLURM_LOCALID"], -(-size // nodes), env)
+    return Launch("SLURM", coordinator, size, int(env["SLURM_PROCID"]), device)
+
+
+def by_tpu_hosts(env: Environment) -> Launch | None:
+    """The hosts of a TPU slice, as GKE (xpk) and Ray name them; with several slices, those of
+    all."""
+    hosts = env.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    slices, number = int(env.get("MEGASCALE_NUM_SLICES", 1)), int(env.get("MEGASCALE_SLICE_ID", 0))
+    if "TPU_WORKER_ID" not in env or len(hosts) * slices == 1:
+        return None
+    first = env.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).rsplit(":", 1)[0]
+    return Launch(
+        "TPU pod", first, slices * len(hosts), number * len(hosts) + int(env["TPU_WORKER_ID"])
+    )
+
+
+RECOGNISED = (
+    by_variables_of_jax,
+    by_skypilot,
+    by_open_mpi,
+    by_slurm,
+    by_tpu_hosts,
+)  # the first that applies
+
+
+def find_launch(
+    env: Environment,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Launch | None:
+    """What the flags and the environment say of this process; flags count more. None: there is but
+    one process."""
+    launch = next((launch for recognise in RECOGNISED if (launch := recognise(env))), None)
+    given = {
+        "--coordinator": coordinator,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    if launch is None:
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == len(given):
+            return None
+        require(
+            not missing,
+            "several processes need --coordinator HOST:PORT, --num-processes N and --process-id "
+            "I; "
+            f"not given: {', '.join(missing)}",
+        )
+        launch = Launch("flags", "", 1, 0)
+    launch = launch._replace(
+        coordinator=coordinator or launch.coordinator,
+        processes=launch.processes if num_processes is None else num_processes,
+        process=launch.process if process_id is None else process_id,
+    )
+    if launch.processes == 1:
+        return None
+    require(
+        0 <= launch.process < launch.processes,
+        f"process {launch.process} of {launch.processes}: processes count from 0 to "
+        f"{launch.processes - 1}",
+    )
+    require(
+        bool(launch.coordinator),
+        f"{launch.launcher} does not say where process 0 is; name it by --coordinator HOST:PORT",
+    )
+    named = re.fullmatch(
+        r"(.+):(\d+)", launch.coordinator.removesuffix(":")
+    ) and not launch.coordinator.endswith("]")
+    return launch if named else launch._replace(coordinator=f"{launch.coordinator}:{PORT}")
+
+
+def init_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    connect_seconds: float = CONNECT_SECONDS,
+) -> None:
+    """Joins the processes of a run, before JAX is used for anything else, and says what it found.
+    Does nothing in a process that is alone, or that somebody (Ray Train) has joined to others
+    already.
+
+    Raises UserError where the coordinator is not reached within `connect_seconds`; where not all
+    processes come, says so and ends the program with status 2, for JAX would end it without a word
+    of ours.
+    """
+    if jax.distributed.is_initialized():
+        announce("joined already")
+        return
+    launch = find_launch(os.environ, coordinator, num_processes, process_id)
+    limits: dict[str, Any] = {
+        "initialization_timeout": int(connect_seconds) + 60,  # ours comes first
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
+    if launch is None:
+        if on_tpu_machine(os.environ):  # whose pod JAX asks the metadata server for
+            jax.distributed.initialize(**limits)
+            announce("TPU machine")
+        return
+    who = f"process {launch.process} of {launch.processes} ({launch.launcher})"
+    if launch.process:
+        await_coordinator(launch.coordinator, connect_seconds, who)
+    else:
+        check_port(launch.coordinator, who)
+    too_long = threading.Timer(connect_seconds, give_up, [who, launch.coordinator, connect_seconds])
+    too_long.start()
+    try:
+        jax.distributed.initialize(
+            launch.coordinator,
+            launch.processes,
+            launch.process,
+            None if launch.device is None else [launch.device],
+            cluster_detection_method="deactivate",
+            **limits,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"{who} cannot join at {launch.coordinator}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        too_long.cancel()
+    announce(f"{launch.launcher}, coordinator {launch.coordinator}")
+
+
+def on_tpu_machine(env: Environment) -> bool:
+    devices = any(Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0"))
+    return (
+        devices
+        and "cpu" not in env.get("JAX_PLATFORMS", "")
+        and importlib.util.find_spec("libtpu") is not None
+    )
+
+
+def await_coordinator(address: str, seconds: float, who: str) -> None:
+    """Returns once somebody listens at the address."""
+    host, port = address.rsplit(":", 1)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{who} cannot reach the coordinator, process 0 at {address}, within "
+                    f"{seconds:.0f} s ({error}). It "
+                    "must have started, under that name, and its port be open between the machines"
+                ) from error
+            time.sleep(0.2)
+
+
+def check_port(address: str, who: str) -> None:
+    """That nobody else listens where process 0 is to; JAX would crash."""
+    try:
+        socket.create_server(("", int(address.rsplit(":", 1)[1]))).close()
+    except OSError as error:
+        raise UserError(
+            f"{who} cannot listen at {address} ({error.strerror}): name another port"
+        ) from error
+
+
+def give_up(who: str, address: str, seconds: float) -> None:
+    print(
+        f"error: {who}: not all processes met at {address} within {seconds:.0f} s. See what the "
+        "others say, and "
+        "that all were started",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+def announce(found: str) -> None:
+    if not is_first():
+        logging.getLogger("flax_lstm").setLevel(logging.ERROR)
+        return
+    logging.getLogger(__name__).info(
+        "%d processes (%s), %d devices, %d of them here",
+        jax.process_count(),
+        found,
+        jax.device_count(),
+        jax.local_device_count(),
+    )
+
+
+# --- acting together
+
+
+def process_count() -> int:
+    """The processes of this run. Does not start JAX's backend where there is but one."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that logs and writes."""
+    return process_count() == 1 or jax.process_index() == 0
+
+
+def first_then_all(action: Callable[[], T]) -> T:
+    """Does it in process 0 and then, with what that has written, in the others. Where it fails in
+    one, all fail."""
+    if process_count() == 1:
+        return action()
+    result: Any = None
+    for turn in (is_first(), not is_first()):
+        failure: Exception | None = None
+        if turn:
+            try:
+                result = action()
+            except Exception as error:
+                failure = error
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(failure is not None)))
+        if failure is not None:
+            raise failure
+        if len(failed):
+            raise UserError(
+                f"process {jax.process_index()} ends, for process {failed[0]} failed: see its "
+                "message"
+            )
+    return result
+
+
+def stop_agreed(step: int) -> bool:
+    """Whether all processes are to stop before this step, because one of them was sent SIGTERM. All
+    must ask at each step."""
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def leave(error: Exception) -> None:
+    """Ends this process at once after an error that the others do not know of, so that they notice
+    now and not at the end of a time limit."""
+    traceback.print_exception(error)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} ends; if the lines "
+            "above speak of a "
+            "connection or of another task, another process ended first: see its message. The "
+            "same command goes on "
+            "from the last checkpoint",
+            file=sys.stderr,
+        )
+    sys.stderr.flush()
+    os._exit(1)
+
+
+# --- several processes on this machine
+
+
+def run_locally(processes: int, arguments: Sequence[str]) -> int:
+    """Starts `python -m flax_lstm train` with these arguments that many times on this machine, on
+    the CPU unless JAX_PLATFORMS says otherwise, and returns the status of the first that fails,
+    having ended the others."""
+    require(processes >= 1, f"--local-processes {processes}: must be at least 1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    here = str(Path(__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    env = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-m", "flax_lstm", "train", *arguments, "--coordinator", address]
+    children = [
+        subprocess.Popen(
+            [*command, "--num-processes", str(processes), "--process-id", str(index)], env=env
+        )
+        for index in range(processes)
+    ]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the children, too
+    signal.signal(signal.SIGTERM, lambda *_: children[0].terminate())
+    while (codes := [child.poll() for child in children]) and all(
+        code in (None, 0) for code in codes
+    ):
+        if None not in codes:
+            return 0
+        time.sleep(0.1)
+    index, code = next((index, code) for index, code in enumerate(codes) if code)
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
+    if code < 0:
+        print(
+            f"error: process {index} was ended by signal {-code}, and so are the others now. The "
+            "same command goes on "
+            "from the last checkpoint",
+            file=sys.stderr,
+        )
+        deadline = 0
+    for child in children:
+        try:
+            child.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    return code if code > 0 else 1

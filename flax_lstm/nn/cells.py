@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recurrences: pure equations, and Flax modules that own their weights.
+
+Axes: B batch, T time, D input features, H hidden units, J hidden units of the previous step (same
+size as H), G gates. Gates have an axis of their own, so that hidden units can be sharded without
+cutting a gate in two.
+
+A cell is used in two halves. `project` multiplies the inputs of all steps by the input weights, one
+large matmul outside the time loop; `step` does what depends on the previous state. `RNN` in
+`layers.py` puts them together; a cell can also be called step by step, `state, h_BH = cell(state,
+x_BD)`, and scanned by `flax.linen.RNN`, for it is a `RNNCellBase`.
+"""
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_lstm.machine.sharding import named
+
+Array = jax.Array
+CellName = Literal["lstm", "gru", "rnn"]
+
+
+class LSTMState(NamedTuple):
+    """The memory of an LSTM: cell state c and hidden state h (which is also the output)."""
+
+    c_BH: Array
+    h_BH: Array
+
+
+class Weights(NamedTuple):
+    """The weights of one direction of one layer. `recurrent_bias` is for the GRU's candidate
+    alone."""
+
+    input_DGH: Array
+    recurrent_JGH: Array
+    bias_GH: Array
+    recurrent_bias_H: Any = None
+
+
+def recurrent_matmul(h_BJ: Array, recurrent_JGH: Array, mask_BJ: Array | None) -> Array:
+    """`h @ recurrent`, gates kept apart; the mask is recurrent dropout. Multiplies in the dtype of
+    the weights and adds up in that of the state."""
+    h_in = h_BJ if mask_BJ is None else h_BJ * mask_BJ
+    h_in = h_in.astype(recurrent_JGH.dtype)
+    return jnp.einsum("bj,jgh->bgh", h_in, recurrent_JGH, preferred_element_type=h_BJ.dtype)
+
+
+def lstm_step(
+    weights: Weights, state: LSTMState, x_BGH: Array, mask_BJ: Array | None = None
+) -> LSTMState:
+    """One step of the LSTM without peepholes; gates in the order i, f, g, o.
+
+        i, f, o = sigmoid(Wx + Rh + b)     input, forget and output gate
+        g       = tanh(Wx + Rh + b)        candidate
+        c'      = f c + i g
+        h'      = o tanh(c')
+
+    Hochreiter & Schmidhuber 1997 with the forget gate of Gers, Schmidhuber & Cummins 2000. `x_BGH`
+    is Wx + b.
+    """
+    z_BGH = x_BGH + recurrent_matmul(state.h_BH, weights.recurrent_JGH, mask_BJ)
+    i, f, g, o = (z_BGH[:, gate] for gate in range(4))
+    c = nn.sigmoid(f) * state.c_BH + nn.sigmoid(i) * jnp.tanh(g)
+    return LSTMState(c, nn.sigmoid(o) * jnp.tanh(c))
+
+
+def gru_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None = None) -> Array:
+    """One step of the GRU that resets after the matmul; gates in the order r, z, n.
+
+        r, z = sigmoid(Wx + Rh + b)             reset and update gate
+        n    = tanh(Wx + b + r (Rh + b_r))      candidate
+        h'   = (1 - z) n + z h
+
+    Cho et al. 2014 in the variant of cuDNN, PyTorch and Keras (`reset_after=True`). `x_BGH` is Wx +
+    b.
+    """
+    rh_BGH = recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)
+    r = nn.sigmoid(x_BGH[:, 0] + rh_BGH[:, 0])
+    z = nn.sigmoid(x_BGH[:, 1] + rh_BGH[:, 1])
+    n = jnp.tanh(x_BGH[:, 2] + r * (rh_BGH[:, 2] + weights.recurrent_bias_H[None]))
+    return (1 - z) * n + z * h_BH
+
+
+def rnn_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None = None) -> Array:
+    """One step of the simple recurrent network of Elman 1990: h' = tanh(Wx + Rh + b), with one
+    "gate"."""
+    return jnp.tanh(x_BGH[:, 0] + recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)[:, 0])
+
+
+def draw_orthogonal(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
+    """In float32 at least: there is no factorisation into Q and R in bfloat16."""
+    return nn.initializers.orthogonal()(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(
+        dtype
+    )
+
+
+def orthogonal(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
+    """An orthogonal matrix (Saxe, McClelland & Ganguli 2014) over all gates: [J, G * H] with
+    orthonormal rows, as Keras begins; docs/results.md says why it was taken. `orthogonal_per_gate`
+    is the other way."""
+    return draw_orthogonal(key, (shape[0], shape[1] * shape[2]), dtype).reshape(shape)
+
+
+def orthogonal_per_gate(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
+    """An orthogonal matrix [J, H] for each gate, drawn independently, as Flax begins."""
+    rows, gates, columns = shape
+    return jnp.stack(
+        [draw_orthogonal(k, (rows, columns), dtype) for k in jax.random.split(key, gates)], axis=1
+    )
+
+
+def forget_bias_one(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """Zero, but 1 for the forget gate, so that memory lasts from the first step (Jozefowicz et al.
+    2015)."""
+    return jnp.zeros(shape, dtype).at[1].set(1)
+
+
+# Glorot & Bengio 2010 over the matrix [D, G * H] of all gates.
+input_initializer = nn.initializers.variance_scaling(
+    1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2)
+)
+
+
+class Cell(nn.RNNCellBase):
+    """What the three cells share. A subclass says `gates` and `equations`, and how it begins
+    (`initial_state`).
+
+    features: hidden units H.
+    dtype: what the matmuls are done in and the outputs are returned in; None: that of the inputs
+    and weights together.
+    param_dtype: what the weights are kept in.
+    recurrent_initializer: of the recurrent weights [J, G, H]; `orthogonal_per_gate` is another.
+
+    The state is at least float32 whatever `dtype` is; float64 stays float64.
+    """
+
+    features: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    recurrent_initializer: Any = orthogonal
+
+    gates = 1
+    bias_initializer: ClassVar[Any] = staticmethod(nn.initializers.zeros)
+    equations: ClassVar[Any] = staticmethod(rnn_step)
+
+    @nn.compact
+    def weights(self, input_size: int) -> Weights:
+        """The cell's weights for inputs of `input_size` features, as they are kept: in
+        `param_dtype`."""
+        gates, hidden, dtype = self.gates, self.features, self.param_dtype
+        return Weights(
+            self.param(
+                "input",
+                named(input_initializer, None, None, "hidden"),
+                (input_size, gates, hidden),
+                dtype,
+            ),
+            self.param(
+                "recurrent",
+                named(self.recurrent_initializer, None, None, "hidden"),
+                (hidden, gates, hidden),
+                dtype,
+            ),
+            self.param(
+                "bias", named(self.bias_initializer, None, "hidden"), (gates, hidden), dtype
+            ),
+            self.recurrent_bias(),
+        )
+
+    def recurrent_bias(self) -> Array | None:
+        return None
+
+    def compute_dtype(self, x: Array) -> jnp.dtype:
+        return jnp.dtype(self.dtype or jnp.promote_types(x.dtype, self.param_dtype))
+
+    def state_dtype(self, x: Array) -> jnp.dtype:
+        return jnp.promote_types(self.compute_dtype(x), jnp.float32)
+
+    def project(self, weights: Weights, x: Array) -> Array:
+        """Wx + b for inputs [..., D] -> [..., G, H]. The bias is added in the dtype of the state,
+        in which its gradient then adds up over all rows and steps."""
+        dtype, wide = self.compute_dtype(x), self.state_dtype(x)
+        x = jnp.einsum("...d,dgh->...gh", x.astype(dtype), weights.input_DGH.astype(dtype))
+        return (x.astype(wide) + jnp.broadcast_to(weights.bias_GH.astype(wide), x.shape)).astype(
+            dtype
+        )
+
+    def step(self, weights: Weights, state: Any, x_BGH: Array, mask_BJ: Array | None = None) -> Any:
+        """The next state, from the projected input of one step."""
+        return self.equations(weights, state, x_BGH, mask_BJ)
+
+    def output(self, state: Any) -> Array:
+        """The hidden state [B, H] in a state."""
+        return state
+
+    def initial_state(self, batch: int, dtype: Any = jnp.float32) -> Any:
+        """The state of zeros before the first step."""
+        return jnp.zeros((batch, self.features), dtype)
+
+    def cast(self, weights: Weights, x: Array) -> Weights:
+        """The weights in the dtype of the matmuls."""
+        return jax.tree.map(lambda w: w.astype(self.compute_dtype(x)), weights)
+
+    # What `flax.linen.RNN` and others ask of a cell.
+    def __call__(self, carry: Any, inputs: Array) -> tuple[Any, Array]:
+        weights = self.cast(self.weights(inputs.shape[-1]), inputs)
+        carry = self.step(weights, carry, self.project(weights, inputs))
+        return carry, self.output(carry).astype(self.compute_dtype(inputs))
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Any:
+        return self.initial_state(
+            input_shape[0], jnp.promote_types(self.dtype or self.param_dtype, jnp.float32)
+        )
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class LSTMCell(Cell):
+    """Long short-term memory; see `lstm_step`. The forget gate's bias begins at 1.
+
+    When to prefer it: the default for long texts and long memory; four matmuls a step.
+    """
+
+    gates = 4
+    bias_initializer = staticmethod(forget_bias_one)
+    equations = staticmethod(lstm_step)
+
+    def output(self, state: LSTMState) -> Array:
+        return state.h_BH
+
+    def initial_state(self, batch: int, dtype: Any = jnp.float32) -> LSTMState:
+        return LSTMState(*(jnp.zeros((batch, self.features), dtype) for _ in range(2)))
+
+
+class GRUCell(Cell):
+    """Gated recurrent unit; see `gru_step`. Three matmuls a step: a quarter fewer weights than an
+    LSTM of its width."""
+
+    gates = 3
+    equations = staticmethod(gru_step)
+
+    def recurrent_bias(self) -> Array:
+        zeros = named(nn.initializers.zeros, "hidden")
+        return self.param("recurrent_bias", zeros, (self.features,), self.param_dtype)
+
+
+class SimpleRNNCell(Cell):
+    """The simple recurrent network; see `rnn_step`. It forgets after some tens of steps: a baseline
+    to compare with."""
+
+
+CELLS: dict[CellName, type[Cell]] = {"lstm": LSTMCell, "gru": GRUCell, "rnn": SimpleRNNCell}

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models: embed -> recurrent stack -> pooling -> head.
+
+`RecurrentModel` is the settings of the `model` section of a config; its methods build the Flax
+modules. The modules (`SequenceModel`, `Forecaster`) can be used without any config. The
+segment-wise forecaster is in `segments.py`.
+
+Axes: B batch, T time, D input features, H hidden units, O outputs, N horizon, C target channels, K
+covariates, Q outputs per forecast value (1, or the number of quantiles). Every module maps
+`(inputs, lengths_B, state, covariates, deterministic)` to `(state, outputs)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_lstm.errors import require
+from flax_lstm.machine.sharding import named
+from flax_lstm.nn.cells import CELLS, CellName
+from flax_lstm.nn.layers import RNN, Bidirectional, Stack
+from flax_lstm.nn.recurrence import BackendName
+
+Array = jax.Array
+DTypeName = Literal["float32", "bfloat16"]
+PoolingName = Literal["last", "max", "mean", "concat", "attention"]
+Pool = Callable[[Array, Array], Array]  # (y_BTH, lengths_B) -> [B, features]
+
+DTYPES: dict[DTypeName, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def valid_steps(y_BTH: Array, lengths_B: Array) -> Array:
+    """[B, T, 1]: True where a step is not padding."""
+    return (jnp.arange(y_BTH.shape[1])[None] < lengths_B[:, None])[..., None]
+
+
+def last_pool(y_BTH: Array, lengths_B: Array) -> Array:
+    """The output of the last valid step; zeros for an empty row."""
+    steps = jnp.maximum(lengths_B - 1, 0)
+    return jnp.take_along_axis(y_BTH, steps[:, None, None], axis=1)[:, 0]
+
+
+def ends_pool(y_BTH: Array, lengths_B: Array) -> Array:
+    """What each half of a bidirectional layer gave after reading everything: the last step and the
+    first."""
+    forward, backward = jnp.split(y_BTH, 2, axis=-1)
+    return jnp.concatenate([last_pool(forward, lengths_B), backward[:, 0]], axis=-1)
+
+
+def mean_pool(y_BTH: Array, lengths_B: Array) -> Array:
+    """The mean over the valid steps; zeros for an empty row."""
+    total = jnp.sum(jnp.where(valid_steps(y_BTH, lengths_B), y_BTH, 0), axis=1, dtype=jnp.float32)
+    return (total / jnp.maximum(lengths_B, 1)[:, None]).astype(y_BTH.dtype)
+
+
+def max_pool(y_BTH: Array, lengths_B: Array) -> Array:
+    """The maximum over the valid steps; zeros for an empty row."""
+    lowest = jnp.finfo(y_BTH.dtype).min
+    highest = jnp.max(jnp.where(valid_steps(y_BTH, lengths_B), y_BTH, lowest), axis=1)
+    return jnp.where(lengths_B[:, None] > 0, highest, 0)
+
+
+def uniform_embedding(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """Uniform in (-0.05, 0.05)."""
+    return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
+
+
+def dense(
+    width: int, rows: str | None = None, columns: str | None = None, **settings: Any
+) -> nn.Dense:
+    """`nn.Dense` with Glorot's initial weights, whose kernel's axes have these names (see
+    `sharding.RULES`)."""
+    kernel = named(nn.initializers.glorot_uniform(), rows, columns)
+    return nn.Dense(
+        width, kernel_init=kernel, bias_init=named(nn.initializers.zeros, columns), **settings
+    )
+
+
+class ConcatPool(nn.Module):
+    """Last, max and mean side by side (Howard & Ruder 2018)."""
+
+    last: Pool = last_pool
+
+    def __call__(self, y_BTH: Array, lengths_B: Array) -> Array:
+        return jnp.concatenate(
+            [pool(y_BTH, lengths_B) for pool in (self.last, max_pool, mean_pool)], axis=-1
+        )
+
+
+class AttentionPool(nn.Module):
+    """A weighted mean over the valid steps, the weights from a layer of their own (Yang et al.
+    2016, section 2.2)."""
+
+    @nn.compact
+    def __call__(self, y_BTH: Array, lengths_B: Array) -> Array:
+        u_BTH = nn.tanh(dense(y_BTH.shape[-1], dtype=y_BTH.dtype)(y_BTH))
+        score_BT1 = dense(1, use_bias=False, dtype=jnp.float32)(u_BTH)
+        valid_BT1 = valid_steps(y_BTH, lengths_B)
+        share_BT1 = nn.softmax(jnp.where(valid_BT1, score_BT1, -1e30), axis=1) * valid_BT1
+        return jnp.sum(share_BT1.astype(y_BTH.dtype) * y_BTH, axis=1)
+
+
+class SequenceModel(nn.Module):
+    """Embed -> recurrent stack -> pooling -> head.
+
+    recurrent: a `Stack` (or any layer of that form).
+    outputs: size O of the head.
+    embed: turns the inputs into [B, T, D]; None where they have that form.
+    embed_dropout: share of the steps whose whole embedding is dropped (word dropout).
+    pool: (y_BTH, lengths_B) -> [B, features], a function or a module; None: an output for every
+    step.
+    dense: width of a ReLU layer before the head; 0: none.
+    dropout: share of features dropped before the head.
+    tied: the head shares the weights of `embed` (Press & Wolf 2017); only where that is an
+    `nn.Embed` of O entries.
+    dtype: what the dense layers compute in; the outputs are float32 at least.
+    """
+
+    recurrent: nn.Module
+    outputs: int
+    embed: nn.Module | None = None
+    embed_dropout: float = 0.0
+    pool: Pool | None = last_pool
+    dense: int = 0
+    dropout: float = 0.0
+    tied: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Array,
+        lengths_B: Array | None = None,
+        state: Any = None,
+        context_BK: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Any, Array]:
+        """Final state and outputs: [B, O], or [B, T, O] without pooling.
+
+        context_BK: features put beside the pooled ones before the head (known covariates, for
+        example).
+        """
+        if lengths_B is None:
+            lengths_B = jnp.full(inputs.shape[0], inputs.shape[1], jnp.int32)
+        x_BTD = inputs if self.embed is None else self.embed(inputs)
+        x_BTD = nn.Dropout(self.embed_dropout, broadcast_dims=(2,))(
+            x_BTD, deterministic=deterministic
+        )
+        state, y = self.recurrent(x_BTD, lengths_B, state, deterministic=deterministic)
+        if self.pool is not None:
+            y = self.pool(y, lengths_B)
+        if context_BK is not None:
+            y = jnp.concatenate([y, context_BK.astype(y.dtype)], axis=-1)
+        if self.dense:
+            y = nn.relu(dense(self.dense, dtype=self.dtype, name="dense")(y))
+        y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
+        if self.tied:
+            assert isinstance(self.embed, nn.Embed)
+            if y.shape[-1] != self.embed.features:
+                y = dense(self.embed.features, "hidden", dtype=self.dtype, name="to_embedding")(y)
+            zeros = named(nn.initializers.zeros, "vocabulary")
+            bias = self.param("head_bias", zeros, (self.outputs,), jnp.float32)
+            return state, self.embed.attend(y).astype(jnp.float32) + bias.reshape(
+                (1,) * (y.ndim - 1) + (-1,)
+            )
+        outputs = "vocabulary" if self.pool is None else None
+        y = dense(self.outputs, "hidden", outputs, dtype=self.dtype, name="head")(y)
+        return state, y.astype(jnp.promote_types(y.dtype, jnp.float32))
+
+
+class Forecaster(nn.Module):
+    """Forecasts all N steps at once from the state after the look-back.
+
+    `inputs` [B, T, D] hold the C target channels first. With `subtract_last` the model sees them
+    relative to their last value and forecasts the difference from it, so that a drifting level
+    costs nothing. Outputs [B, N, C, Q].
+    """
+
+    model: nn.Module  # maps to [B, N * C * Q]
+    horizon: int
+    channels: int
+    subtract_last: bool = True
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        lengths_B: Array | None = None,
+        state: Any = None,
+        covariates: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Any, Array]:
+        x_BTD = jnp.asarray(x_BTD)
+        batch, steps, _ = x_BTD.shape
+        last_BC = (
+            x_BTD[:, -1, : self.channels]
+            if self.subtract_last
+            else jnp.zeros((batch, self.channels))
+        )
+        x_BTD = x_BTD.at[:, :, : self.channels].add(-last_BC[:, None])
+        context = None
+        if covariates is not None:
+            x_BTD = jnp.concatenate([x_BTD, covariates[:, :steps]], axis=-1)
+            context = covariates[:, steps:].reshape(batch, -1)
+        state, y = self.model(x_BTD, lengths_B, state, context, deterministic=deterministic)
+        return state, y.reshape(batch, self.horizon, self.channels, -1) + last_BC[:, None, :, None]
+
+
+@dataclass(frozen=True)
+class RecurrentModel:
+    """Layers of one cell with a head: for classification, forecasting, language modelling and
+    regression."""
+
+    cell: CellName = "lstm"  # the recurrence
+    hidden_size: int | tuple[int, ...] = (
+        128  # units of a layer; several numbers give layers of those widths
+    )
+    num_layers: int = 1  # layers of the same width
+    bidirectional: bool = False  # read in both directions
+    residual: bool = False  # add a layer's input to its output where the widths agree
+    dropout: float = 0.0  # on the input of every layer, one mask a sequence
+    recurrent_dropout: float = 0.0  # on the recurrent input of every layer, one mask a sequence
+    weight_dropout: float = 0.0  # on the recurrent weights (DropConnect)
+    embed_size: int = 128  # features of a token's embedding; for text
+    embed_dropout: float = 0.0  # share of the tokens dropped whole; for text
+    tied: bool = False  # the head shares the embedding's weights; for language models
+    pooling: PoolingName = "last"  # how the outputs of the steps become one
+    dense: int = 0  # width of a ReLU layer before the head; 0: none
+    head_dropout: float = 0.0  # dropout before the head
+    subtract_last: bool = True  # forecast the difference from the last value; for forecasting
+    dtype: DTypeName = "float32"  # what is computed in; weights and state stay float32
+    backend: BackendName = "auto"  # how the recurrence is run
+
+    def __post_init__(self) -> None:
+        require(
+            min(self.sizes) > 0,
+            f"model.hidden-size {self.hidden_size}: every size must be at least 1",
+        )
+        require(self.num_layers > 0, f"model.num-layers {self.num_layers}: must be at least 1")
+        require(self.embed_size > 0, f"model.embed-size {self.embed_size}: must be at least 1")
+        require(self.dense >= 0, f"model.dense {self.dense}: must be 0 (none) or a width")
+        for field in (
+            "dropout",
+            "recurrent_dropout",
+            "weight_dropout",
+            "embed_dropout",
+            "head_dropout",
+        ):
+            rate = getattr(self, field)
+            require(
+                0 <= rate < 1,
+                f"model.{field.replace('_', '-')} {rate}: must be at least 0 and below 1",
+            )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The width of each layer."""
+        if isinstance(self.hidden_size, int):
+            return (self.hidden_size,) * max(self.num_layers, 1)
+        require(len(self.hidden_size) > 0, "model.hidden-size: name at least one size")
+        require(
+            self.num_layers in (1, len(self.hidden_size)),
+            f"model.num-layers {self.num_layers} does not agree with the {len(self.hidden_size)} "
+            "sizes of "
+            "model.hidden-size; leave one of them out",
+        )
+        return self.hidden_size
+
+    def stack(self) -> Stack:
+        """The recurrent layers."""
+        cell, dtype = CELLS[self.cell], DTYPES[self.dtype]
+
+        def rnn(size: int) -> RNN:
+            return RNN(
+                cell(size, dtype=dtype),
+                dropout=self.dropout,
+                recurrent_dropout=self.recurrent_dropout,
+                weight_dropout=self.weight_dropout,
+                backend=self.backend,
+            )
+
+        return Stack(
+            [
+                Bidirectional(rnn(size), rnn(size)) if self.bidirectional else rnn(size)
+                for size in self.sizes
+            ],
+            residual=self.residual,
+        )
+
+    def sequence(
+        self, outputs: int, vocabulary_size: int = 0, pooled: bool = True
+    ) -> SequenceModel:
+        """A module with `outputs` outputs a sequence, or a step unless `pooled`; `vocabulary_size`
+        0: real inputs."""
+        dtype = DTYPES[self.dtype]
+        last = ends_pool if self.bidirectional else last_pool
+        pools: dict[PoolingName, Callable[[], Pool]] = {
+            "last": lambda: last,
+            "max": lambda: max_pool,
+            "mean": lambda: mean_pool,
+            "concat": lambda: ConcatPool(last),
+            "attention": AttentionPool,
+        }
+        words = named(uniform_embedding, "vocabulary", "features")
+        embed = nn.Embed(vocabulary_size, self.embed_size, dtype=dtype, embedding_init=words)
+        return SequenceModel(
+            self.stack(),
+            outputs,
+            embed=embed if vocabulary_size else None,
+            embed_dropout=self.embed_dropout,
+            pool=pools[self.pooling]() if pooled else None,
+            dense=self.dense,
+            dropout=self.head_dropout,
+            tied=self.tied and not pooled,
+            dtype=dtype,
+        )
+
+    def forecaster(self, lookback: int, horizon: int, channels: int, per_value: int) -> Forecaster:
+        """A module that forecasts `per_value` numbers for each of `horizon` steps of `channels`
+        channels."""
+        return Forecaster(
+            self.sequence(horizon * channels * per_value), horizon, channels, self.subtract_last
+        )

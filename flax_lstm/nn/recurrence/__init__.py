@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways of running a recurrence over time, each equal to the scan of `layers.py`, and the choice
+among them.
+
+A backend is a module with two functions, or three:
+
+    run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse) -> (state, y_BTH)
+    supports(cell, x_BTD, recurrent_dropout) -> None, or the reason why not
+    run_stack(cell, weights, x_BTD, lengths_B, states) -> (states, y_BTH), where one call can run
+    several layers
+
+`weights` are a cell's `Weights` in the dtype of the matmuls, `lengths_B` is None where all steps
+are valid, `mask_BJ` is recurrent dropout (None without it). Steps at or beyond a row's length leave
+its state untouched and output zero; `reverse` reads each row from its last valid step to its first,
+outputs staying in their places. `recurrent_dropout`
+tells whether there is a mask in training: a layer has one backend, in training and out of it.
+
+`run_stack` takes layers of equal cells on each other with nothing in between, each of one direction
+or each of two,
+forward and backward: `weights` and `states` are tuples of layers of tuples of directions.
+"""
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from flax_lstm.errors import UserError
+from flax_lstm.nn.cells import LSTMCell
+from flax_lstm.nn.recurrence import cpu, cudnn, fused
+
+log = logging.getLogger(__name__)
+
+BackendName = Literal["auto", "cpu", "cudnn", "fused", "scan"]
+
+# In the order in which `auto` tries them.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cudnn": cudnn, "fused": fused}
+
+_notes: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+    "notes", default=None
+)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[str, str]]:
+    """While a model is traced: which backend each layer resolves to, by the layer's path."""
+    notes: dict[str, str] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def resolve(
+    name: BackendName, cell: Any, x_BTD: Any, recurrent_dropout: bool = False, layer: str = ""
+) -> ModuleType | None:
+    """The backend to run a layer, or None for the scan itself. A backend asked for by name that
+    does not support the case is a `UserError` with its reason."""
+    reasons = {
+        other: module.supports(cell, x_BTD, recurrent_dropout)
+        for other, module in BACKENDS.items()
+        if name in ("auto", other)
+    }
+    chosen = next((other for other, reason in reasons.items() if reason is None), "scan")
+    if name not in ("auto", chosen):
+        raise UserError(
+            f"model.backend {name} cannot run this layer: {reasons[name]}. Use auto or scan."
+        )
+    notes = _notes.get()
+    if notes is not None and layer not in notes:
+        notes[layer] = chosen
+        passed_over = "; ".join(
+            f"not {other}: {reason}" for other, reason in reasons.items() if reason
+        )
+        log.info(
+            "%s: backend %s%s",
+            layer or "recurrent layer",
+            chosen,
+            f" ({passed_over})" if passed_over else "",
+        )
+    return BACKENDS.get(chosen)
+
+
+def backends() -> dict[str, str]:
+    """The backends in the order in which `auto` tries them, each with what it is, and for those
+    that cannot run a float32 LSTM on this machine the reason why."""
+    described = {}
+    for name, module in BACKENDS.items():
+        reason = module.supports(LSTMCell(8), jnp.zeros((1, 1, 8)), False)
+        line = (module.__doc__ or "").splitlines()[0]
+        described[name] = f"{line} Not here: {reason}." if reason else line
+    return {
+        **described,
+        "scan": "flax.linen.scan over the cell's step: the definition, for every cell.",
+    }

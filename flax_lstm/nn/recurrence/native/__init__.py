@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernel of the backend `cpu`: compiled for this machine at first use, kept in the user's
+cache folder.
+
+Compiling at first use, not at installation, keeps the wheel one for all platforms and asks nobody
+for a compiler who does not have one; it matches the XLA headers of the jaxlib that is there. The
+library is named by a hash of sources, flags, compiler and jaxlib, written under a temporary name
+and then renamed, so that processes that begin together each find it whole. $FLAX_LSTM_CPU names the
+instruction set (avx512, avx2, neon or portable) instead of the best one that the processor has.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from flax_lstm.machine.cache import cache_folder
+
+log = logging.getLogger(__name__)
+
+SOURCES = [Path(__file__).with_name(name) for name in ("binding.cc", "kernel.h")]
+# For each instruction set: what /proc/cpuinfo calls what it needs, and how to compile. LANES are
+# the floats of a vector, TILE the rows of a tile: TILE * 2 sums, 2 weights and an input or two must
+# fit the registers.
+VARIANTS = {
+    "avx512": (
+        ("avx512f", "avx512dq", "avx512vl", "fma"),
+        ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16", "-DTILE=12"],
+    ),
+    "avx2": (("avx2", "fma"), ["-mavx2", "-mfma", "-DLANES=8", "-DTILE=6"]),
+    "neon": (("asimd",), ["-DLANES=4", "-DTILE=12"]),
+    "portable": ((), ["-DLANES=4", "-DTILE=6"]),
+}
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
+
+
+class Unavailable(Exception):
+    """Why there is no library; ends up in the log and in `flax_lstm.backends()`."""
+
+
+def processor_flags() -> set[str]:
+    """What this processor can do, in the words of Linux; empty where that cannot be told."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {"asimd"} if platform.machine() in ("arm64", "aarch64") else set()
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    return set(lines[0].split(":", 1)[1].split()) if lines else set()
+
+
+def variant() -> str:
+    """The instruction set to compile for. Raises Unavailable for one that this processor lacks."""
+    has = processor_flags()
+    possible = [name for name, (needs, _) in VARIANTS.items() if has.issuperset(needs)]
+    wanted = os.environ.get("FLAX_LSTM_CPU", possible[0])
+    if wanted not in possible:
+        raise Unavailable(f"FLAX_LSTM_CPU={wanted}: this processor has {', '.join(possible)}")
+    return wanted
+
+
+def compiler() -> str:
+    """The C++ compiler's path: $CXX, else g++, clang++ or c++."""
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise Unavailable("no C++ compiler (g++ or clang++) was found")
+
+
+def build() -> Path:
+    """The compiled library, from the cache where it is there already. Raises Unavailable."""
+    command = [
+        compiler(),
+        *FLAGS,
+        *VARIANTS[variant()][1],
+        "-I",
+        jax.ffi.include_dir(),
+        str(SOURCES[0]),
+    ]
+    version = subprocess.run(
+        [command[0], "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    parts = [
+        *(source.read_bytes() for source in SOURCES),
+        " ".join([*command, version, jaxlib.__version__]).encode(),
+    ]
+    folder = cache_folder()
+    library = folder / f"recurrence-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    log.info("compiling the recurrent kernel for this processor (once, some seconds)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as draft:
+            made = Path(draft, library.name)
+            result = subprocess.run(
+                [*command, "-o", str(made)],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            if result.returncode:
+                raise Unavailable(
+                    f"{command[0]} failed: "
+                    f"{(result.stderr.strip().splitlines() or ['no message'])[0]}"
+                )
+            made.replace(library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the kernel could not be compiled into {folder} ({error})") from error
+    return library
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None once the kernel is registered with JAX; else the reason why it cannot be, logged
+    once."""
+    try:
+        library = ctypes.CDLL(str(build()))
+    except (Unavailable, OSError) as error:
+        log.info("The fused recurrence is used in place of the native one: %s", error)
+        return str(error)
+    for name in ("flax_lstm_forward", "flax_lstm_backward"):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return None

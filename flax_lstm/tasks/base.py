@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is learnt: a task builds the module, says the loss, and turns outputs into figures and
+predictions.
+
+A task is a frozen dataclass; its fields are the `task` section of a config. `info` is what the data
+say of themselves (label names, scaler, vocabulary), `forward` maps a batch to the module's outputs
+as a NumPy array.
+
+Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q quantiles.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from flax import linen as nn
+
+from flax_lstm.data.base import Batch
+from flax_lstm.errors import UserError
+from flax_lstm.tasks.metrics import Mean
+
+Array = jax.Array
+Sums = Any  # a tree of arrays that add over batches
+Forward = Callable[[Batch], np.ndarray]
+Baseline = Callable[
+    [Batch], Array
+]  # outputs of the form the module gives, by a rule that learns nothing; traced by JAX
+
+
+class Monitor(NamedTuple):
+    """The validation figure that says which checkpoint is best."""
+
+    figure: str
+    maximise: bool = False
+
+
+class Task(Protocol):
+    """The `task` section of a config."""
+
+    monitor: ClassVar[Monitor]
+
+    def build(self, model: Any, info: Any) -> nn.Module:
+        """The module for these settings and data."""
+        ...
+
+    def loss(self, outputs: Array, batch: Batch) -> Mean:
+        """What is minimised, as a total and the weight to divide it by."""
+        ...
+
+    def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
+        """Sums over the batch from which `figures` come; traced by JAX."""
+        ...
+
+    def figures(self, sums: Sums, info: Any) -> dict[str, float]:
+        """Named figures from the sums over a split."""
+        ...
+
+    def baselines(self, info: Any) -> dict[str, Baseline]:
+        """Rules that learn nothing, to be judged by the same figures."""
+        ...
+
+    def predict(
+        self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
+    ) -> pd.DataFrame:
+        """Predictions for a table of new inputs."""
+        raise UserError(f"{type(self).__name__} has no predictions for a table of inputs")
+
+    def illustrate(self, dataset: Any, forward: Forward, folder: Path) -> None:
+        """Draws into the folder what helps to judge the model."""
+
+
+def weighted(values_B: Array, weights_B: Array) -> Mean:
+    """The mean of values, broadcast against weights."""
+    weights = jnp.broadcast_to(weights_B, values_B.shape)
+    return Mean(jnp.sum(values_B * weights), jnp.sum(weights))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures that a run leaves behind."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path))
+    return path
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """The loss of training and validation over the steps, from the rows of `metrics.jsonl`."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for split, style in (("train", "-"), ("validation", "o-")):
+        points = [
+            (r["step"], r["loss"])
+            for r in rows
+            if r["split"] == split and r.get("loss") is not None
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=split, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def plot_forecasts(
+    times: np.ndarray,
+    windows: Sequence[int],
+    truth_LC: np.ndarray,
+    forecasts: Sequence[np.ndarray],
+    names: Sequence[str],
+    path: Path,
+    levels: Sequence[float] = (),
+    point: int = 0,
+) -> Path:
+    """Forecasts against truth, one panel a channel.
+
+    times: [L] time stamps. truth_LC: [L, C] in the units of the data. windows: the row where each
+    forecast begins.
+    forecasts: one [N, C, Q] for each window; `levels` names the Q quantiles, `point` is the point
+    forecast.
+    """
+    figure = Figure(figsize=(11, 1 + 2.6 * len(names)), layout="constrained")
+    for channel, name in enumerate(names):
+        axes = figure.add_subplot(len(names), 1, channel + 1)
+        axes.plot(times, truth_LC[:, channel], color="0.3", linewidth=1, label="truth")
+        for n, (begin, forecast) in enumerate(zip(windows, forecasts, strict=True)):
+            when = times[begin : begin + len(forecast)]
+            axes.plot(
+                when,
+                forecast[:, channel, point],
+                color="C1",
+                marker="." if len(when) == 1 else None,
+                label="forecast" if n == 0 else None,
+            )
+            if len(levels) > 1:
+                low, high = forecast[:, channel, 0], forecast[:, channel, -1]
+                band = f"{levels[0]:g} to {levels[-1]:g}" if n == 0 else None
+                axes.fill_between(when, low, high, color="C1", alpha=0.2, linewidth=0, label=band)
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.tick_params(axis="x", labelrotation=20)
+        if channel == 0:
+            axes.legend(loc="upper left", fontsize=8)
+    return _save(figure, path)
