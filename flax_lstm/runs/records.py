@@ -17,9 +17,9 @@ import numpy as np
 
 from flax_lstm.config import Config
 from flax_lstm.errors import UserError, listing, require
-from flax_lstm.runs.workdir import ASSETS, CHECKPOINTS, CONFIG_FILE
-from flax_lstm.runs.saved_config import flatten, read_config, resume_config, save_config
 from flax_lstm.machine.sharding import on_host
+from flax_lstm.runs.saved_config import flatten, read_config, resume_config, save_config
+from flax_lstm.runs.workdir import ASSETS, CHECKPOINTS, CONFIG_FILE
 
 Figures = Mapping[str, float]
 PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -33,7 +33,10 @@ def open_workdir(workdir: Path, config: Config, first: bool = True) -> Config:
     processes the first prepares the folder for the others."""
     if not first:
         path = workdir / CONFIG_FILE
-        require(path.exists(), f"--workdir {workdir}: must lie on a file system that all processes share")
+        require(
+            path.exists(),
+            f"--workdir {workdir}: must lie on a file system that all processes share",
+        )
         return resume_config(read_config(path), config, workdir)
     require(
         workdir.is_dir() or not os.path.lexists(workdir),
@@ -47,7 +50,9 @@ def open_workdir(workdir: Path, config: Config, first: bool = True) -> Config:
             "folder",
         )
         config = config.with_schedule_settled()
-    elif is_failed_start(workdir) and flatten(read_config(path)) != flatten(config.with_schedule_settled()):
+    elif is_failed_start(workdir) and flatten(read_config(path)) != flatten(
+        config.with_schedule_settled()
+    ):
         shutil.rmtree(workdir / ASSETS, ignore_errors=True)  # fitted under the other settings
         config = config.with_schedule_settled()
     else:
@@ -56,13 +61,22 @@ def open_workdir(workdir: Path, config: Config, first: bool = True) -> Config:
         workdir.mkdir(parents=True, exist_ok=True)
         save_config(config, path)
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: cannot be written ({error.strerror}); name another folder") from error
+        raise UserError(
+            f"--workdir {workdir}: cannot be written ({error.strerror}); name another folder"
+        ) from error
     return config
 
 
 def is_failed_start(workdir: Path) -> bool:
     """Whether the folder holds what a run writes before its first checkpoint, and nothing else."""
-    early = {CONFIG_FILE, ASSETS, CHECKPOINTS, "metrics.jsonl", "metrics.discarded.jsonl", "tensorboard"}
+    early = {
+        CONFIG_FILE,
+        ASSETS,
+        CHECKPOINTS,
+        "metrics.jsonl",
+        "metrics.discarded.jsonl",
+        "tensorboard",
+    }
     saved = any(path.name.isdigit() for path in (workdir / CHECKPOINTS).glob("*"))
     return not saved and {path.name for path in workdir.iterdir()} <= early
 
@@ -114,7 +128,14 @@ def read_result(path: Path) -> dict[str, Any]:
     """The content of `result.json`. Raises UserError if it is spoilt."""
     try:
         result = json.loads(path.read_text())
-        missing = {"name", "steps", "best_step", "stopped_early", "test", "baselines"} - result.keys()
+        missing = {
+            "name",
+            "steps",
+            "best_step",
+            "stopped_early",
+            "test",
+            "baselines",
+        } - result.keys()
         if missing:
             raise ValueError(f"without {listing(sorted(missing))}")
     except (OSError, ValueError, AttributeError) as error:
@@ -157,7 +178,10 @@ def params_sha256(params: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Python and the packages that figures depend on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
 
 
 def device_name() -> str:

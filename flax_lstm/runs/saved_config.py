@@ -19,7 +19,13 @@ import flax_lstm.data
 from flax_lstm.config import Config
 from flax_lstm.errors import UserError, require
 
-MAY_DIFFER = ("mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every", "model.backend")
+MAY_DIFFER = (
+    "mesh.",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "model.backend",
+)
 
 
 # Where earlier releases kept the classes that their saved configs name.
@@ -115,11 +121,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def resume_config(saved: Config, wanted: Config, workdir: Path) -> Config:
     """The wanted config where it may resume the saved run; the schedule keeps its first length."""
     if not wanted.train.schedule_steps:  # not asked for: the first run's
-        wanted = replace(wanted, train=replace(wanted.train, schedule_steps=saved.train.schedule_steps))
+        wanted = replace(
+            wanted, train=replace(wanted.train, schedule_steps=saved.train.schedule_steps)
+        )
     before, now = flatten(saved), flatten(wanted)
     differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     refused = [name for name in differ if not name.startswith(MAY_DIFFER) and name != "train.steps"]
-    lines = "\n".join(f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in refused)
+    lines = "\n".join(
+        f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in refused
+    )
     require(
         not refused,
         f"{workdir} holds a run with other settings:\n{lines}\n"
