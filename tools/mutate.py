@@ -42,6 +42,18 @@ BREAKAGES = {
         "nn.sigmoid(i) * state.c_BH + nn.sigmoid(f) * jnp.tanh(g)",
         "tests/test_cells.py::test_cell_is_the_textbook_step_by_step",
     ),
+    "a cell knows one batch axis": Breakage(
+        "flax_lstm/nn/cells.py",
+        "*batch, features = inputs.shape",
+        "batch, features = inputs.shape[:1], inputs.shape[-1]",
+        "tests/test_flax_contract.py::test_any_number_of_batch_axes",
+    ),
+    "a carry comes back as ours": Breakage(
+        "flax_lstm/nn/cells.py",
+        "return jax.tree.unflatten(jax.tree.structure(carry), leaves), y",
+        "return jax.tree.unflatten(jax.tree.structure(state), leaves), y",
+        "tests/test_flax_contract.py::test_in_flax_rnn_with_every_option",
+    ),
     "recurrent dropout on the carried state": Breakage(
         "flax_lstm/nn/cells.py",
         "return (1 - z) * n + z * h_BH",

@@ -11,12 +11,14 @@ large matmul outside the time loop; `step` does what depends on the previous sta
 x_BD)`, and scanned by `flax.linen.RNN`, for it is a `RNNCellBase`.
 """
 
+import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_lstm.errors import listing, require
 from flax_lstm.machine.sharding import named
 
 Array = jax.Array
@@ -206,15 +208,46 @@ class Cell(nn.RNNCellBase):
 
     # What `flax.linen.RNN` and others ask of a cell.
     def __call__(self, carry: Any, inputs: Array) -> tuple[Any, Array]:
+        """The carry after one step, and its output: for inputs [..., D] with any number of batch
+        axes. The carry has the structure of a state, or is a plain tuple (or list) of its arrays
+        [..., H]; it comes back as it was given."""
         weights = self.cast(self.weights(inputs.shape[-1]), inputs)
-        carry = self.step(weights, carry, self.project(weights, inputs))
-        return carry, self.output(carry).astype(self.compute_dtype(inputs))
+        *batch, features = inputs.shape
+        x_BGH = self.project(weights, inputs.reshape(math.prod(batch), features))
+        state = self.step(weights, self.merge_batch(carry, inputs), x_BGH)
+        y = self.output(state).astype(self.compute_dtype(inputs))
+        leaves, y = jax.tree.map(
+            lambda a: a.reshape(*batch, *a.shape[1:]), (jax.tree.leaves(state), y)
+        )
+        return jax.tree.unflatten(jax.tree.structure(carry), leaves), y
+
+    @nn.nowrap
+    def merge_batch(self, carry: Any, inputs: Array) -> Any:
+        """The state in a carry whose leaves have the batch axes of the inputs, with one batch axis
+        in their place."""
+        expected = jax.eval_shape(lambda: self.initial_state(math.prod(inputs.shape[:-1])))
+        shapes = [(*inputs.shape[:-1], *leaf.shape[1:]) for leaf in jax.tree.leaves(expected)]
+        leaves = jax.tree.leaves(carry)
+        found = [jnp.shape(leaf) for leaf in leaves]
+        require(
+            found == shapes,
+            f"The carry of {type(self).__name__}({self.features}) for inputs of shape "
+            f"{inputs.shape} is {listing(shapes)}; here it is {listing(found) or 'empty'}.",
+        )
+        return jax.tree.map(
+            lambda e, leaf: jnp.reshape(leaf, e.shape),
+            expected,
+            jax.tree.unflatten(jax.tree.structure(expected), leaves),
+        )
 
     @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Any:
-        return self.initial_state(
-            input_shape[0], jnp.promote_types(self.dtype or self.param_dtype, jnp.float32)
-        )
+        """The state of zeros before inputs of this shape [..., D], with the same batch axes; `rng`
+        is not used."""
+        *batch, _ = input_shape
+        dtype = jnp.promote_types(self.dtype or self.param_dtype, jnp.float32)
+        state = self.initial_state(math.prod(batch), dtype)
+        return jax.tree.map(lambda s: s.reshape(*batch, *s.shape[1:]), state)
 
     @property
     def num_feature_axes(self) -> int:
