@@ -31,9 +31,8 @@ class Workload:
     time: int = 200
     cell: Literal["lstm", "gru"] = "lstm"
     bidirectional: bool = False
-    lengths: Literal["full", "padded", "bucketed"] = (
-        "full"  # not full: those of IMDB, up to MAX_LENGTH
-    )
+    # Not full: those of IMDB, up to MAX_LENGTH
+    lengths: Literal["full", "padded", "bucketed"] = "full"
     train: bool = True  # False: the outputs alone
     vocabulary: int = 20_000  # 0: real inputs without embedding, and the squared error
     features: int = 128  # D

@@ -5,7 +5,9 @@ The names below are imported when they are first used (PEP 562), so that `import
 nothing.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from flax_lstm.lazy import lazily
 
 if TYPE_CHECKING:
     from flax_lstm.config import Config, MeshConfig, TrainConfig, load_config
@@ -22,24 +24,6 @@ if TYPE_CHECKING:
     from flax_lstm.tasks.regression import SequenceRegression
     from flax_lstm.training.loop import fit
     from flax_lstm.training.signals import Stopped
-
-# Where each public name lives.
-_HOMES = {
-    "config": ("Config", "MeshConfig", "TrainConfig", "load_config"),
-    "errors": ("UserError",),
-    "inference": ("Run", "load"),
-    "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
-    "nn.layers": ("RNN", "Bidirectional", "Stack"),
-    "nn.models": ("RecurrentModel", "SequenceModel"),
-    "nn.recurrence": ("backends",),
-    "nn.segments": ("SegmentModel",),
-    "tasks.classification": ("Classification",),
-    "tasks.forecasting": ("Forecasting",),
-    "tasks.language": ("LanguageModeling",),
-    "tasks.regression": ("SequenceRegression",),
-    "training.loop": ("fit",),
-    "training.signals": ("Stopped",),
-}
 
 __all__ = [
     "RNN",
@@ -67,15 +51,22 @@ __all__ = [
     "load_config",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    import importlib
-
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"flax_lstm.{module}"), name)
-    raise AttributeError(f"module 'flax_lstm' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "config": ("Config", "MeshConfig", "TrainConfig", "load_config"),
+        "errors": ("UserError",),
+        "inference": ("Run", "load"),
+        "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
+        "nn.layers": ("RNN", "Bidirectional", "Stack"),
+        "nn.models": ("RecurrentModel", "SequenceModel"),
+        "nn.recurrence": ("backends",),
+        "nn.segments": ("SegmentModel",),
+        "tasks.classification": ("Classification",),
+        "tasks.forecasting": ("Forecasting",),
+        "tasks.language": ("LanguageModeling",),
+        "tasks.regression": ("SequenceRegression",),
+        "training.loop": ("fit",),
+        "training.signals": ("Stopped",),
+    },
+)

@@ -449,7 +449,7 @@ def test_a_saved_config_is_data_and_never_run(run, again, tmp_path, capsys):
         f"{text}\n{trap}\n".replace("return Config(", f"return {trap} and Config("),
         text.replace("seed=0", f"seed={trap}"),
         text.replace("hidden_size=4", "hiden_size=4"),
-        text.replace("from flax_lstm.config import Config", "from subprocess import Popen"),
+        text.replace("from flax_lstm import Config", "from subprocess import Popen"),
         text[: len(text) // 2],
         "",
     ):

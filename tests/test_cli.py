@@ -296,7 +296,7 @@ def test_help_lists_every_knob(capsys):
     ):
         assert flag in shown
     assert (
-        "units of a layer" in shown and "{lstm,gru,rnn}" in shown
+        "Units of a layer" in shown and "{lstm,gru,rnn}" in shown
     )  # the comment behind the field, and the choices
 
 

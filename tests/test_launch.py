@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SMALL = """
     --config adding_problem --workdir run --data.length 8 --data.examples 40
-    --data.validation-examples 10 --data.test-examples 10 --model.hidden-size 4 --train.steps 4
-    --train.batch-size 8 --train.eval-every 4
+    --data.validation-examples 10 --data.test-examples 10 --model.hidden-size 4
+    --train.steps 4 --train.batch-size 8 --train.eval-every 4
 """
 SHORT = shlex.split(SMALL)
 

@@ -133,8 +133,9 @@ for last; do :; done
 echo half > "$last"
 : > "{begun}/$$"
 tries=0
-while [ $(ls "{begun}" | wc -l) -lt 3 ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1));
-done exec {compiler} "$@"
+while [ $(ls "{begun}" | wc -l) -lt 3 ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1))
+done
+exec {compiler} "$@"
 """
 
 

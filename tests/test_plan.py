@@ -191,13 +191,11 @@ def test_slices_count_alone():
 TPU_LOOP = """
 %start (p: bf16[2,4]) -> bf16[2,16] {
   %p = bf16[2,4]{1,0} parameter(0)
-  ROOT %g.1 = bf16[2,16]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}},
-  frontend_attributes={chain_id="0"}
+  ROOT %g.1 = bf16[2,16]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
 }
 %done (p: bf16[2,4]) -> bf16[2,16] {
   %p = bf16[2,4]{1,0} parameter(0)
-  ROOT %g.2 = bf16[2,16]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}},
-  frontend_attributes={chain_id="0"}
+  ROOT %g.2 = bf16[2,16]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
 }
 %condition (c: (s32[], bf16[2,4])) -> pred[] {
   %c = (s32[], bf16[2,4]) parameter(0)
@@ -210,16 +208,16 @@ TPU_LOOP = """
   %i = s32[]{:T(128)} get-tuple-element(%c), index=0
   %x = bf16[2,4]{1,0:T(8,128)S(1)} get-tuple-element(%c), index=1
   %one = s32[]{:T(128)} constant(1)
-  %begin = bf16[2,16]{1,0} fusion(%x), kind=kCustom, calls=%start,
-  backend_config={"estimated_cycles":"100"} %end = bf16[2,16]{1,0} fusion(%x), kind=kCustom,
-  calls=%done, backend_config={"estimated_cycles":"20"} %next = s32[]{:T(128)} add(%i, %one) ROOT %t
-  = (s32[], bf16[2,4]) tuple(%next, %x)
+  %begin = bf16[2,16]{1,0} fusion(%x), kind=kCustom, calls=%start, backend_config={"estimated_cycles":"100"}
+  %end = bf16[2,16]{1,0} fusion(%x), kind=kCustom, calls=%done, backend_config={"estimated_cycles":"20"}
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %t = (s32[], bf16[2,4]) tuple(%next, %x)
 }
 ENTRY %main (p: (s32[], bf16[2,4])) -> (s32[], bf16[2,4]) {
   %p = (s32[], bf16[2,4]) parameter(0)
   ROOT %while = (s32[], bf16[2,4]) while(%p), condition=%condition, body=%body
 }
-"""
+"""  # noqa: E501
 
 
 def test_the_text_of_a_tpu_program():

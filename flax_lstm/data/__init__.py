@@ -4,7 +4,9 @@
 The names below are imported when they are first used (PEP 562).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from flax_lstm.lazy import lazily
 
 if TYPE_CHECKING:
     from flax_lstm.data.base import Batch, Data
@@ -14,17 +16,6 @@ if TYPE_CHECKING:
     from flax_lstm.data.series import SeriesTable
     from flax_lstm.data.synthetic import AddingProblem
     from flax_lstm.data.text import TextTable
-
-# Where each public name lives.
-_HOMES = {
-    "base": ("Batch", "Data"),
-    "imdb": ("Imdb",),
-    "language": ("ImdbLanguage", "LanguageTable"),
-    "rotten_tomatoes": ("RottenTomatoes",),
-    "series": ("SeriesTable",),
-    "synthetic": ("AddingProblem",),
-    "text": ("TextTable",),
-}
 
 __all__ = [
     "AddingProblem",
@@ -38,15 +29,15 @@ __all__ = [
     "TextTable",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    import importlib
-
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"flax_lstm.data.{module}"), name)
-    raise AttributeError(f"module 'flax_lstm.data' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "base": ("Batch", "Data"),
+        "imdb": ("Imdb",),
+        "language": ("ImdbLanguage", "LanguageTable"),
+        "rotten_tomatoes": ("RottenTomatoes",),
+        "series": ("SeriesTable",),
+        "synthetic": ("AddingProblem",),
+        "text": ("TextTable",),
+    },
+)

@@ -39,9 +39,8 @@ FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")  # within the folder of Ten
 class ImdbFiles(Corpus):
     """Where the reviews are found, or put once."""
 
-    data_dir: str = (
-        ""  # folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    )
+    # Folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    data_dir: str = ""
     archive: str = ""  # a local aclImdb_v1.tar.gz to prepare from instead of downloading it (80 MB)
 
     def absolute(self) -> Self:

@@ -55,9 +55,8 @@ class SeriesInfo:
     season: int  # steps
     mean: tuple[float, ...]  # of each input channel, targets first
     std: tuple[float, ...]  # likewise; 1 for a constant channel
-    naive_scale: tuple[
-        float, ...
-    ]  # of each target: mean |x[t] - x[t - season]|, scaled; 1 where that is 0 but for rounding
+    # Of each target: mean |x[t] - x[t - season]|, scaled; 1 where that is 0 but for rounding
+    naive_scale: tuple[float, ...]
     frequency: str  # as pandas names it: "h", "D", "B" (business days), "15min"
     step_seconds: float  # median time between rows
     cycles: tuple[str, ...]  # of the calendar; each gives two covariates, sine and cosine
@@ -192,9 +191,8 @@ class SeriesTable(Data):
         0.2,
     )  # training, validation, test: shares, or numbers of rows
     calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
-    missing: Missing = (
-        "error"  # absent values: error, drop (the rows), interpolate (in time), forward_fill
-    )
+    # Absent values: error, drop (the rows), interpolate (in time), forward_fill
+    missing: Missing = "error"
 
     def __post_init__(self) -> None:
         for name in ("lookback", "horizon", "season"):

@@ -46,9 +46,8 @@ class AddingProblem(Data):
     """
 
     length: int = 400  # steps of a sequence
-    examples: int = (
-        10_000  # training examples that count as an epoch; they are drawn anew and never repeat
-    )
+    # Training examples that count as an epoch; they are drawn anew and never repeat
+    examples: int = 10_000
     validation_examples: int = 1_000  # fixed examples to choose the checkpoint by
     test_examples: int = 2_000  # fixed examples to report
 

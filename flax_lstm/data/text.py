@@ -128,9 +128,8 @@ class Corpus(Data):
     """The settings that every data set of texts has."""
 
     vocabulary_size: int = 20_000  # most frequent training tokens kept, special ones included
-    tokenizer: TokenizerKind = (
-        "word"  # word: lower-cased words and punctuation; bpe: byte pairs, nothing unknown
-    )
+    # Word: lower-cased words and punctuation; bpe: byte pairs, nothing unknown
+    tokenizer: TokenizerKind = "word"
     validation_fraction: float = 0.1  # share of the training rows held out to choose the best step
     split_seed: int = 0  # another value draws another split; the seed of the model does not move it
 
@@ -242,9 +241,8 @@ class TableFiles(Corpus):
     path: str = ""
     text_column: str = "text"  # column of the table with the texts
     test_path: str = ""  # table or folder with the test rows; without it they are split off
-    test_fraction: float = (
-        0.1  # share of the rows split off for the test where no test rows are given
-    )
+    # Share of the rows split off for the test where no test rows are given
+    test_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,9 +284,8 @@ class TextTable(TableFiles, TextData):
     copies of a text stay together.
     """
 
-    label_column: str = (
-        "label"  # column of the table with the labels: names or numbers, two or more different ones
-    )
+    # Column of the table with the labels: names or numbers, two or more different ones
+    label_column: str = "label"
 
     def splits(self) -> dict[str, Texts]:
         return self.table_splits(self._texts)

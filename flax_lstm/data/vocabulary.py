@@ -15,9 +15,8 @@ from flax_lstm.errors import UserError
 
 PAD, UNKNOWN, END = 0, 1, 2  # ids that every vocabulary has; END also separates documents
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<eos>"]
-LARGE = (
-    5_000_000  # characters from which a corpus is worth a file in the cache folder: seconds of work
-)
+# Characters from which a corpus is worth a file in the cache folder: seconds of work
+LARGE = 5_000_000
 
 TokenizerKind = Literal["word", "bpe"]
 
@@ -33,9 +32,8 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        tokenizer.encode_special_tokens = (
-            True  # a "<pad>" that someone wrote in a text is four characters, not id 0
-        )
+        # A "<pad>" that someone wrote in a text is four characters, not id 0
+        tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
 
     @classmethod

@@ -216,9 +216,8 @@ class RecurrentModel:
     regression."""
 
     cell: CellName = "lstm"  # the recurrence
-    hidden_size: int | tuple[int, ...] = (
-        128  # units of a layer; several numbers give layers of those widths
-    )
+    # Units of a layer; several numbers give layers of those widths
+    hidden_size: int | tuple[int, ...] = 128
     num_layers: int = 1  # layers of the same width
     bidirectional: bool = False  # read in both directions
     residual: bool = False  # add a layer's input to its output where the widths agree

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from flax_lstm.errors import UserError, listing, nearest, require
 
-BOOK = (
-    "jax-ml.github.io/scaling-book"  # How To Scale Your Model, the pages on TPUs, sharding and GPUs
-)
+# How To Scale Your Model, the pages on TPUs, sharding and GPUs
+BOOK = "jax-ml.github.io/scaling-book"
 
 
 class Chip(NamedTuple):
