@@ -27,6 +27,7 @@ everywhere.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from flax_lstm.errors import UserError, listing
@@ -125,9 +126,14 @@ def _count_gates(columns: int, hidden: int) -> int:
     return gates
 
 
-def from_torch(state_dict: Mapping[str, Any]) -> Tree:
+def from_torch(state_dict: Mapping[str, Any] | Iterable[tuple[str, Any]], prefix: str = "") -> Tree:
     """Parameters of a `Stack` from the `state_dict()` of a `torch.nn.LSTM`, `GRU` or `RNN`
-    (nonlinearity tanh).
+    (nonlinearity tanh), or of a whole model that holds one.
+
+    state_dict: names and tensors (on any device, bfloat16 too) or arrays; `named_parameters()` will
+        do.
+    prefix: what the names of that module begin with in the model's, such as "encoder.lstm."; all
+        other names are left alone.
 
     Any number of layers, one direction or two, with or without bias. PyTorch's two biases are added
     up, but the GRU candidate's `bias_hh` becomes our `recurrent_bias`. PyTorch hands over states as
@@ -140,7 +146,12 @@ def from_torch(state_dict: Mapping[str, Any]) -> Tree:
         state, y_BTH = Stack([RNN(LSTMCell(64)), RNN(LSTMCell(64))]).apply({"params": params},
         x_BTD)
     """
-    weights = dict(state_dict)
+    everything = dict(state_dict)
+    weights = {
+        name.removeprefix(prefix): _torch_array(tensor)
+        for name, tensor in everything.items()
+        if name.startswith(prefix)
+    }
     if any(name.startswith("weight_hr_") for name in weights):
         raise UserError(
             "An LSTM with proj_size (weight_hr_*) has no counterpart here; train it without "
@@ -153,32 +164,50 @@ def from_torch(state_dict: Mapping[str, Any]) -> Tree:
             [_torch_direction(weights, s) for s in suffixes if f"weight_ih_{s}" in weights]
         )
     if weights or not layers:
+        first = "weight_ih_l0"
+        prefixes = [name.removesuffix(first) for name in everything if name.endswith(first)]
         raise UserError(
-            "Not weights of a torch.nn.LSTM, GRU or RNN: "
-            f"{listing(weights) or 'there are none'}. Pass the"
-            " state_dict of that module alone, with names like weight_ih_l0."
+            f"Not weights of a torch.nn.LSTM, GRU or RNN: {listing(weights) or 'there are none'}"
+            f"{f' under {prefix!r}' if prefix else ''}. "
+            + (
+                f"There are such under these prefixes: {listing(map(repr, prefixes))}; pass one as "
+                "prefix."
+                if prefixes and prefix not in prefixes
+                else "Pass the state_dict of that module alone, with names like weight_ih_l0, or "
+                "its prefix."
+            )
         )
     return _to_stack(layers)
 
 
+def _torch_array(tensor: Any) -> Array:
+    """A tensor of PyTorch, or whatever NumPy reads. NumPy has no bfloat16 of its own, so a tensor
+    of these goes by way of float32, which holds them all."""
+    if not hasattr(tensor, "detach"):
+        return np.asarray(tensor)
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":
+        return tensor.float().numpy().astype(ml_dtypes.bfloat16)
+    return np.asarray(tensor)
+
+
 def _torch_direction(weights: dict[str, Any], suffix: str) -> _Direction:
     """Takes one direction out of `weights`: matrices [G * H, D] and [G * H, J], biases [G * H]."""
-    weight_ih = np.asarray(weights.pop(f"weight_ih_{suffix}"))
-    weight_hh = np.asarray(weights.pop(f"weight_hh_{suffix}"))
+    weight_ih, weight_hh = (weights.pop(f"weight_{kind}_{suffix}") for kind in ("ih", "hh"))
     hidden = weight_hh.shape[1]
     gates = _count_gates(weight_hh.shape[0], hidden)
     none = np.zeros(gates * hidden, weight_hh.dtype)
     return _Direction(
         weight_ih.reshape(gates, hidden, -1).transpose(2, 0, 1),
         weight_hh.reshape(gates, hidden, -1).transpose(2, 0, 1),
-        np.asarray(weights.pop(f"bias_ih_{suffix}", none)).reshape(gates, hidden),
-        np.asarray(weights.pop(f"bias_hh_{suffix}", none)).reshape(gates, hidden),
+        weights.pop(f"bias_ih_{suffix}", none).reshape(gates, hidden),
+        weights.pop(f"bias_hh_{suffix}", none).reshape(gates, hidden),
     )
 
 
-def to_torch(params: Mapping[str, Any]) -> dict[str, Array]:
+def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, Array]:
     """The `state_dict` (of arrays) of the matching `torch.nn.LSTM`, `GRU` or `RNN`, the inverse of
-    `from_torch`.
+    `from_torch`; every name begins with `prefix`.
 
     `bias_hh` is zero but for the GRU's candidate. Raises `UserError` where the layers differ in
     width, cell or number of directions, for a PyTorch module has one of each.
@@ -203,7 +232,7 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, Array]:
             )
             weights[f"bias_ih_l{n}{suffix}"] = d.input_bias_GH.reshape(-1)
             weights[f"bias_hh_l{n}{suffix}"] = d.recurrent_bias_GH.reshape(-1)
-    return weights
+    return {prefix + name: array for name, array in weights.items()}
 
 
 def from_keras(layers: Sequence[Any]) -> Tree:

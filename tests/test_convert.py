@@ -133,6 +133,50 @@ def test_no_memory_is_shared() -> None:
         assert not any(np.shares_memory(leaf, w) for w in (*weights.values(), *back.values()))
 
 
+def test_a_layer_of_a_whole_torch_model_is_found_by_its_prefix() -> None:
+    first, second = random_params("lstm", True), random_params("gru", False)
+    model = {
+        **convert.to_torch(first, prefix="encoder.lstm."),
+        **convert.to_torch(second, prefix="decoder.gru."),
+        "head.weight": np.zeros((2, H)),
+    }
+    assert_same(convert.from_torch(model, prefix="encoder.lstm."), first)
+    assert_same(convert.from_torch(iter(model.items()), prefix="decoder.gru."), second)
+
+
+class Tensor:
+    """What a tensor of PyTorch does: one that requires a gradient, or is of bfloat16, is no array
+    to NumPy."""
+
+    def __init__(self, array: np.ndarray, attached: bool = True) -> None:
+        self.array, self.attached = array, attached
+        self.dtype = f"torch.{array.dtype}"
+
+    def detach(self) -> "Tensor":
+        return Tensor(self.array, attached=False)
+
+    def cpu(self) -> "Tensor":
+        return self
+
+    def float(self) -> "Tensor":
+        return Tensor(self.array.astype(np.float32), self.attached)
+
+    def numpy(self) -> np.ndarray:
+        assert not self.attached and self.array.dtype != ml_dtypes.bfloat16
+        return self.array
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self.numpy()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_parameters_that_require_gradients_and_bfloat16(dtype: Any) -> None:
+    """The tensors are a stand-in; `test_parity.py` has PyTorch's own, where it is installed."""
+    params = random_params("lstm", False, dtype=dtype)
+    named_parameters = [(name, Tensor(w)) for name, w in convert.to_torch(params).items()]
+    assert_same(convert.from_torch(named_parameters), params)
+
+
 def torch_weights(**changes: Any) -> Any:
     return convert.to_torch(random_params("lstm", False)) | changes
 
@@ -143,8 +187,13 @@ def torch_weights(**changes: Any) -> Any:
         (lambda: convert.from_torch(torch_weights(weight_hr_l0=np.zeros((2, H)))), "proj_size"),
         (
             lambda: convert.from_torch({f"lstm.{k}": w for k, w in torch_weights().items()}),
-            "weight_ih_l0",
+            r"under these prefixes: 'lstm\.'; pass one as prefix",
         ),
+        (
+            lambda: convert.from_torch({f"a.{k}": w for k, w in torch_weights().items()}, "b."),
+            r"there are none under 'b\.'.*'a\.'",
+        ),
+        (lambda: convert.from_torch(torch_weights(), "b."), "prefixes: ''"),
         (lambda: convert.from_torch(torch_weights(**{"head.weight": np.zeros(1)})), "head.weight"),
         (lambda: convert.from_torch({}), "there are none"),
         (lambda: convert.from_torch(torch_weights(weight_hh_l0=np.zeros((2 * H, H)))), "4 x 4"),

@@ -191,6 +191,20 @@ def test_live_torch(cell: str, bidirectional: bool) -> None:
 
 
 @each_cell
+def test_live_torch_parameters_in_bfloat16(cell: str) -> None:
+    """From `named_parameters()` of a whole model: these require gradients."""
+    torch = pytest.importorskip("torch")
+    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[cell]
+    model = torch.nn.ModuleDict({"encoder": kind(D, H), "head": torch.nn.Linear(H, 2)})
+    found = convert.from_torch(model.to(torch.bfloat16).named_parameters(), prefix="encoder.")
+    again = convert.from_torch(model.to(torch.float32).state_dict(), prefix="encoder.")
+    for name in ("input", "recurrent"):
+        weights = found["layers_0"]["cell"][name]
+        assert weights.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(weights.astype(np.float32), again["layers_0"]["cell"][name])
+
+
+@each_cell
 @each_case
 @pytest.mark.filterwarnings("ignore")
 def test_live_keras(cell: str, bidirectional: bool) -> None:
