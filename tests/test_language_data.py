@@ -2,6 +2,7 @@
 """Documents for language models: every token once, lanes that go on, epochs in orders of their
 own."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -109,6 +110,21 @@ def test_folder_of_texts(tmp_path):
     assert sum(dataset.size(split) for split in ("train", "validation", "test")) == 90
     with pytest.raises(UserError, match=r"no \.txt files"):
         LanguageTable(str(tmp_path / "assets")).load(tmp_path / "assets")
+
+
+def test_evaluation_is_bounded_and_training_is_not(data, tmp_path):
+    """Every text has four tokens: three of them reach nine. Which, is drawn, but steadily."""
+    whole = data.load(tmp_path / "assets")
+    bounded = dataclasses.replace(data, evaluation_tokens=9)
+    found = [bounded.load(tmp_path / "assets") for _ in range(2)]
+    assert found[0].size("train") == whole.size("train")
+    for split in ("validation", "test"):
+        assert found[0].size(split) == 12 < whole.size(split)
+        tokens = [read([*part.evaluation(split, 2)])[1] for part in found]
+        assert tokens[0] == tokens[1]
+        assert set(tokens[0]) <= set(read([*whole.evaluation(split, 2)])[1])
+    with pytest.raises(UserError, match="evaluation-tokens"):
+        LanguageTable(evaluation_tokens=-1)
 
 
 def test_sequence_length_is_positive():

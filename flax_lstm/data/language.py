@@ -125,12 +125,17 @@ class LanguageData(Corpus):
     """Language modelling; subclasses say where the documents come from (`documents`)."""
 
     sequence_length: int = 100  # tokens of a training step: as far as gradients reach back
+    evaluation_tokens: int = 0  # about as many of validation and of test are judged; 0: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             self.sequence_length > 0,
             f"data.sequence-length is {self.sequence_length}: give at least 1 token",
+        )
+        require(
+            self.evaluation_tokens >= 0,
+            f"data.evaluation-tokens is {self.evaluation_tokens}: give 0 (all) or a number",
         )
 
     @abstractmethod
@@ -146,10 +151,20 @@ class LanguageData(Corpus):
             name: [np.concatenate([ids, end]) for ids in vocabulary.encode_cached(texts)]
             for name, texts in documents.items()
         }
+        for name in ("validation", "test"):
+            splits[name] = self._judged(splits[name])
         counts = np.bincount(np.concatenate(splits["train"]), minlength=vocabulary.size)
         info = LanguageInfo(vocabulary, tuple(counts.tolist()), self.sequence_length)
         info.save(assets)
         return LanguageDataset(info, splits)
+
+    def _judged(self, documents: list[np.ndarray]) -> list[np.ndarray]:
+        """As many of the documents, drawn at random but steadily, as hold the tokens to judge."""
+        if not self.evaluation_tokens:
+            return documents
+        order = np.random.default_rng(self.split_seed).permutation(len(documents))
+        before = np.cumsum([0] + [len(documents[i]) for i in order[:-1]])
+        return [documents[i] for i in sorted(order[before < self.evaluation_tokens])]
 
     def outline(self) -> LanguageInfo:
         """The full vocabulary."""

@@ -12,7 +12,7 @@ covariates, Q outputs per forecast value (1, or the number of quantiles). Every 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,16 @@ class AttentionPool(nn.Module):
         return jnp.sum(share_BT1.astype(y_BTH.dtype) * y_BTH, axis=1)
 
 
+class Factored(NamedTuple):
+    """The scores of all words at all steps before they are multiplied out: features weights' +
+    bias, for a loss that needs a few of them (sampled softmax)."""
+
+    features_BTE: Array
+    weights_VE: Array
+    bias_V: Array
+    u: Array  # uniform in [0, 1), the randomness of such a loss
+
+
 class SequenceModel(nn.Module):
     """Embed -> recurrent stack -> pooling -> head.
 
@@ -116,6 +126,7 @@ class SequenceModel(nn.Module):
     dropout: share of features dropped before the head.
     tied: the head shares the weights of `embed` (Press & Wolf 2017); only where that is an
     `nn.Embed` of O entries.
+    factored: give `Factored` scores while training; only where the head is tied.
     dtype: what the dense layers compute in; the outputs are float32 at least.
     """
 
@@ -127,6 +138,7 @@ class SequenceModel(nn.Module):
     dense: int = 0
     dropout: float = 0.0
     tied: bool = False
+    factored: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -138,7 +150,7 @@ class SequenceModel(nn.Module):
         context_BK: Array | None = None,
         *,
         deterministic: bool = True,
-    ) -> tuple[Any, Array]:
+    ) -> tuple[Any, Any]:
         """Final state and outputs: [B, O], or [B, T, O] without pooling.
 
         context_BK: features put beside the pooled ones before the head (known covariates, for
@@ -164,6 +176,9 @@ class SequenceModel(nn.Module):
                 y = dense(self.embed.features, "hidden", dtype=self.dtype, name="to_embedding")(y)
             zeros = named(nn.initializers.zeros, "vocabulary")
             bias = self.param("head_bias", zeros, (self.outputs,), jnp.float32)
+            if self.factored and not deterministic:
+                u = jax.random.uniform(self.make_rng("dropout"))
+                return state, Factored(y, self.embed.embedding, bias, u)
             return state, self.embed.attend(y).astype(jnp.float32) + bias.reshape(
                 (1,) * (y.ndim - 1) + (-1,)
             )
@@ -291,10 +306,14 @@ class RecurrentModel:
         )
 
     def sequence(
-        self, outputs: int, vocabulary_size: int = 0, pooled: bool = True
+        self,
+        outputs: int,
+        vocabulary_size: int = 0,
+        pooled: bool = True,
+        factored: bool = False,
     ) -> SequenceModel:
-        """A module with `outputs` outputs a sequence, or a step unless `pooled`; `vocabulary_size`
-        0: real inputs."""
+        """A module with `outputs` outputs a sequence, or a step unless `pooled`, `factored` while
+        training; `vocabulary_size` 0: real inputs."""
         dtype = DTYPES[self.dtype]
         last = ends_pool if self.bidirectional else last_pool
         pools: dict[PoolingName, Callable[[], Pool]] = {
@@ -315,6 +334,7 @@ class RecurrentModel:
             dense=self.dense,
             dropout=self.head_dropout,
             tied=self.tied and not pooled,
+            factored=factored,
             dtype=dtype,
         )
 

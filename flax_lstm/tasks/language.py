@@ -10,8 +10,11 @@ import optax
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch
+from flax_lstm.errors import require
+from flax_lstm.nn.models import Factored
 from flax_lstm.tasks.base import Array, Baseline, Monitor, Sums, Task, weighted
 from flax_lstm.tasks.metrics import Mean
+from flax_lstm.tasks.sampled_softmax import draw, sampled_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,40 @@ class LanguageModeling(Task):
     """The next token at every step, by truncated back-propagation through time: the recurrent state
     is carried from batch to batch, its gradient is not (Mikolov et al. 2010)."""
 
+    # words in the softmax of a training step, shared by its batch (sampled softmax); 0: all.
+    # Evaluation always takes all of them
+    candidates: int = 0
+
     monitor: ClassVar[Monitor] = Monitor("loss")
 
-    def build(self, model: Any, info: Any) -> nn.Module:
-        return model.sequence(info.vocabulary_size, info.vocabulary_size, pooled=False)
+    def __post_init__(self) -> None:
+        require(
+            self.candidates >= 0,
+            f"task.candidates {self.candidates}: must be 0 (all words) or a number of words",
+        )
 
-    def loss(self, outputs: Array, batch: Batch) -> Mean:
-        losses_BT = optax.softmax_cross_entropy_with_integer_labels(outputs, batch.targets)
-        return weighted(losses_BT, batch.weights)
+    def build(self, model: Any, info: Any) -> nn.Module:
+        require(
+            not self.candidates or model.tied,
+            "task.candidates needs a head that shares the embedding's weights: --model.tied True",
+        )
+        size = info.vocabulary_size
+        return model.sequence(size, size, pooled=False, factored=self.candidates > 0)
+
+    def loss(self, outputs: Any, batch: Batch) -> Mean:
+        """outputs: scores [B, T, V], or `Factored` ones of a training step."""
+        if not isinstance(outputs, Factored):
+            losses_BT = optax.softmax_cross_entropy_with_integer_labels(outputs, batch.targets)
+            return weighted(losses_BT, batch.weights)
+        features_BTE, weights_VE, bias_V, u = outputs
+        losses_N = sampled_cross_entropy(
+            features_BTE.reshape(-1, features_BTE.shape[-1]),
+            weights_VE.astype(features_BTE.dtype),
+            bias_V,
+            batch.targets.reshape(-1),
+            draw(len(bias_V), self.candidates, u),
+        )
+        return weighted(losses_N.reshape(batch.targets.shape), batch.weights)
 
     def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
         right_BT = (jnp.argmax(outputs, axis=-1) == batch.targets).astype(jnp.float32)
