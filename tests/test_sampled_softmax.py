@@ -110,7 +110,7 @@ def test_training_is_sampled_and_evaluation_is_not(tmp_path):
 
 
 def test_what_cannot_be_sampled_is_said():
-    with pytest.raises(UserError, match="task.candidates -1"):
+    with pytest.raises(UserError, match=r"task\.candidates -1"):
         LanguageModeling(candidates=-1)
-    with pytest.raises(UserError, match="--model.tied True"):
+    with pytest.raises(UserError, match=r"--model\.tied True"):
         LanguageModeling(candidates=8).build(RecurrentModel(), None)

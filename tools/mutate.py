@@ -349,6 +349,30 @@ BREAKAGES = {
         "rec, c.rows, false, sums.recurrent",
         "tests/test_backends.py::test_long_sequences",
     ),
+    "candidates not divided by their chance": Breakage(
+        "flax_lstm/tasks/sampled_softmax.py",
+        "score_NS += (bias_V[among.ids_S] - among.log_chance_S)[None]",
+        "score_NS += bias_V[among.ids_S][None]",
+        "tests/test_sampled_softmax.py::test_the_denominator_is_right_on_average",
+    ),
+    "the target counted twice where it is a candidate": Breakage(
+        "flax_lstm/tasks/sampled_softmax.py",
+        "jnp.where(is_target_NS, -1e30, score_NS)",
+        "score_NS",
+        "tests/test_sampled_softmax.py::test_the_denominator_is_right_on_average",
+    ),
+    "evaluation of language models is not bounded": Breakage(
+        "flax_lstm/data/language.py",
+        "sorted(order[before < self.evaluation_tokens])",
+        "sorted(order)",
+        "tests/test_language_data.py::test_evaluation_is_bounded_and_training_is_not",
+    ),
+    "evaluation of language models is sampled": Breakage(
+        "flax_lstm/nn/models.py",
+        "if self.factored and not deterministic:",
+        "if self.factored:",
+        "tests/test_sampled_softmax.py::test_training_is_sampled_and_evaluation_is_not",
+    ),
 }
 
 
