@@ -109,7 +109,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
     from flax_lstm.inference import load
-    from flax_lstm.runs.records import finite
+    from flax_lstm.runs.journal import finite
 
     figures = load(options.workdir).evaluate(options.split, options.checkpoint)
     if options.json:

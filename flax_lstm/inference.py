@@ -14,7 +14,7 @@ from flax_lstm.config import Config
 from flax_lstm.data.base import Batch
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.runs.saved_config import read_config
-from flax_lstm.runs.workdir import ASSETS, CHECKPOINTS, CONFIG_FILE
+from flax_lstm.runs.workdir import Workdir
 from flax_lstm.training.assembly import assemble
 from flax_lstm.training.checkpoint import Checkpoints
 from flax_lstm.training.evaluation import evaluate
@@ -28,9 +28,10 @@ class Run:
     def __init__(self, workdir: Path, config: Config):
         self.workdir = workdir
         self.config = config
-        self.info = config.data.restore(workdir / ASSETS)
+        self._folder = Workdir(workdir)
+        self.info = config.data.restore(self._folder.assets)
         self._parts = assemble(config, self.info)
-        self._checkpoints = Checkpoints(workdir / CHECKPOINTS, config.task.monitor.maximise)
+        self._checkpoints = Checkpoints(self._folder.checkpoints, config.task.monitor.maximise)
 
     def step(self, checkpoint: str | int = "best") -> int:
         """The step of a checkpoint named "best", "latest", or by its step."""
@@ -40,7 +41,7 @@ class Run:
         if checkpoint == "latest":
             return latest
         if checkpoint == "best":
-            best = self._checkpoints.progress(latest)["best_step"]
+            best = self._checkpoints.progress(latest).best.step
             return latest if best is None else best
         kept = self._checkpoints.steps()
         require(
@@ -56,7 +57,7 @@ class Run:
     def evaluate(self, split: str = "test", checkpoint: str | int = "best") -> dict[str, Any]:
         """The figures of a split, with `split`, `step` and `examples`."""
         require(split in SPLITS, f"--split {split}: choose one of {listing(SPLITS)}")
-        dataset = self.config.data.load(self.workdir / ASSETS)
+        dataset = self.config.data.load(self._folder.assets)
         step, parts = self.step(checkpoint), self._parts
         batches = dataset.evaluation(split, self.config.train.batch_size)
         params = self.params(step)
@@ -81,10 +82,10 @@ def load(workdir: str | Path) -> Run:
     """The trained model in a work directory, ready to `evaluate` and `predict`. Its config is read
     as data, not run."""
     workdir = Path(workdir)
-    path = workdir / CONFIG_FILE
+    path = Workdir(workdir).config
     require(
         path.exists(),
-        f"{workdir}: no run here ({CONFIG_FILE} is missing); name the folder that train.py wrote",
+        f"{workdir}: no run here ({path.name} is missing); name the folder that train.py wrote",
     )
     config = read_config(path)
     if hasattr(

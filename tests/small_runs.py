@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from jax.sharding import Mesh
 
+import flax_lstm
 from flax_lstm import (
     Classification,
     Config,
@@ -22,40 +25,61 @@ from flax_lstm import (
     SequenceRegression,
     TrainConfig,
 )
+from flax_lstm.data.base import Batch
 from flax_lstm.data.imdb import FOLDER, Imdb
 from flax_lstm.data.language import LanguageTable
 from flax_lstm.data.series import SeriesTable
 from flax_lstm.data.synthetic import AddingProblem
 from flax_lstm.data.text import TextTable
-from flax_lstm.runs.workdir import ASSETS, CHECKPOINTS
-from flax_lstm.training import loop
+from flax_lstm.machine.sharding import put_batch
+from flax_lstm.runs.workdir import Workdir
 from flax_lstm.training.assembly import Assembly, assemble
 from flax_lstm.training.checkpoint import Checkpoints
+from flax_lstm.training.loop import Surroundings
+from flax_lstm.training.progress import Progress
 
 _assembled: dict[str, Assembly] = {}
 
 
-def quicken(monkeypatch: Any) -> None:
-    """Spares `fit` what most tests are not about: compiling the same steps again, and drawing."""
-
-    def remembered(config: Config, info: Any) -> Assembly:
-        # What the steps do not depend on; the length of the schedule is settled by now.
-        train = replace(
-            config.train, steps=1, log_every=1, eval_every=1, checkpoint_every=1, patience=0
-        )
-        key = repr(replace(config, train=train))
-        if key not in _assembled:
-            _assembled[key] = assemble(config, info)
-        return _assembled[key]
-
-    monkeypatch.setattr(loop, "assemble", remembered)
-    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: None)
-    monkeypatch.setattr(Forecasting, "illustrate", lambda *_: None)
+def remembered(config: Config, info: Any) -> Assembly:
+    """`assemble`, once for all configs that differ in nothing its steps depend on."""
+    # The length of the schedule is settled by now.
+    train = replace(
+        config.train, steps=1, log_every=1, eval_every=1, checkpoint_every=1, patience=0
+    )
+    key = repr(replace(config, train=train))
+    if key not in _assembled:
+        _assembled[key] = assemble(config, info)
+    return _assembled[key]
 
 
 def forget() -> None:
-    """What `quicken` remembers."""
+    """What `remembered` knows."""
     _assembled.clear()
+
+
+def fit(
+    config: Config, workdir: Path | None = None, around: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """`fit` without what most tests are not about: compiling the same steps again, and drawing.
+
+    around: other surroundings by name.
+    """
+    surroundings = Surroundings(**{"assemble": remembered, **(around or {})})
+    return flax_lstm.fit(config, workdir, around=surroundings, **{"plots": False, **more})
+
+
+def interrupted(step: int, number: int = signal.SIGTERM) -> dict[str, Any]:
+    """Surroundings in which this process gets a signal as the batch of a step is taken."""
+    taken = []
+
+    def put(batch: Batch, mesh: Mesh) -> Batch:
+        taken.append(1)
+        if len(taken) == step:
+            os.kill(os.getpid(), number)
+        return put_batch(batch, mesh)
+
+    return {"put_batch": put}
 
 
 ONE_DEVICE = MeshConfig(data=1)
@@ -153,13 +177,13 @@ def real_reviews() -> None:
         pytest.skip("imdb_reviews is not prepared in TFDS_DATA_DIR")
 
 
-def saved(config: Config, workdir: Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def saved(config: Config, workdir: Path, step: int) -> tuple[dict[str, np.ndarray], Progress]:
     """Every array of the checkpoint of a step by its path, and what it says of the run's
     progress."""
-    abstract = loop.assemble(config, config.data.restore(workdir / ASSETS)).steps.abstract
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, config.task.monitor.maximise)
-    state, progress = checkpoints.restore(step, abstract)
-    checkpoints.close()
+    folder = Workdir(workdir)
+    abstract = remembered(config, config.data.restore(folder.assets)).steps.abstract
+    with Checkpoints(folder.checkpoints, config.task.monitor.maximise) as checkpoints:
+        state, progress = checkpoints.restore(step, abstract)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, progress
 

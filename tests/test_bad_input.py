@@ -13,8 +13,8 @@ from commands import KEEP, SERIES, SMALL, call, files, series, texts
 
 from flax_lstm import UserError, load, load_config
 from flax_lstm.__main__ import WRITERS, train
-from flax_lstm.runs.records import open_workdir
 from flax_lstm.runs.saved_config import read_config, save_config
+from flax_lstm.runs.workdir import Workdir
 
 TEXTS = f"--config text_table {SMALL}"
 
@@ -406,11 +406,11 @@ def test_only_what_a_failed_start_leaves_is_taken_over(tmp_path):
     save_config(load_config("stocks").with_schedule_settled(), tmp_path / "config.py")
     before = files(tmp_path)
     with pytest.raises(UserError, match="other settings"):
-        open_workdir(tmp_path, config)
+        Workdir(tmp_path).open(config)
     assert files(tmp_path) == before
 
     (tmp_path / "data.csv").unlink()
-    assert open_workdir(tmp_path, config) == config.with_schedule_settled()
+    assert Workdir(tmp_path).open(config) == config.with_schedule_settled()
     assert (
         not (tmp_path / "assets").exists()
         and read_config(tmp_path / "config.py").name == "quickstart"
@@ -419,10 +419,10 @@ def test_only_what_a_failed_start_leaves_is_taken_over(tmp_path):
 
 def test_a_start_cut_short_keeps_what_it_fitted(tmp_path):
     config = load_config("quickstart")
-    open_workdir(tmp_path / "run", config)
+    Workdir(tmp_path / "run").open(config)
     (tmp_path / "run" / "assets").mkdir()
     (tmp_path / "run" / "assets" / "info.json").write_text("fitted")
-    assert open_workdir(tmp_path / "run", config) == config.with_schedule_settled()
+    assert Workdir(tmp_path / "run").open(config) == config.with_schedule_settled()
     assert (tmp_path / "run" / "assets" / "info.json").exists()
 
 
@@ -604,7 +604,7 @@ def test_a_disk_that_fills_up_costs_no_earlier_output(home, tmp_path, capsys, mo
 
 
 def test_a_run_without_a_form_of_input(tmp_path, capsys):
-    open_workdir(tmp_path / "run", load_config("adding_problem"))
+    Workdir(tmp_path / "run").open(load_config("adding_problem"))
     (tmp_path / "in.csv").write_text("a,b\n1,2\n")
     outcome = call(
         capsys, f"predict {tmp_path}/run --input {tmp_path}/in.csv --output {tmp_path}/out.csv"

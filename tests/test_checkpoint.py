@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_lstm import UserError
 from flax_lstm.training.checkpoint import Checkpoints
+from flax_lstm.training.progress import Best, Progress
 from flax_lstm.training.steps import TrainState
 
 
@@ -39,7 +40,7 @@ def abstract(state: TrainState, sharding=None) -> TrainState:
 def fill(folder, monitors: dict[int, float | None], maximise: bool = False) -> Checkpoints:
     checkpoints = Checkpoints(folder, maximise)
     for step, monitor in monitors.items():
-        checkpoints.save(state_at(step), {"monitor": monitor, "note": f"of {step}"})
+        checkpoints.save(state_at(step), Progress(monitor=monitor, seconds=step))
     checkpoints.wait()
     return checkpoints
 
@@ -55,13 +56,17 @@ def assert_equal(one, other) -> None:
 def test_another_process_restores_the_same(tmp_path, carry):
     before = state_at(3, carry)
     first = Checkpoints(tmp_path)
-    first.save(before, {"monitor": 0.5, "best": [0.5, 3, 0]})
+    first.save(before, Progress(monitor=0.5, best=Best(0.5, 3, 0), losses=(0.1, 0.3)))
     first.close()
     second = Checkpoints(tmp_path)  # as another process would: it knows nothing of what was saved
     assert second.latest() == 3 and second.steps() == [3]
     after, progress = second.restore(3, abstract(before))
     assert_equal(before, after)
-    assert progress == {"monitor": 0.5, "best": [0.5, 3, 0]} == second.progress(3)
+    assert (
+        progress
+        == Progress(monitor=0.5, best=Best(0.5, 3, 0), losses=(0.1, 0.3))
+        == second.progress(3)
+    )
     assert_equal(second.restore_params(3, abstract(before)), before.ema if carry else before.params)
     second.close()
 
@@ -92,7 +97,7 @@ def test_keeps_the_latest_and_the_best(tmp_path, monitors, maximise, kept):
     for step in kept:
         state, progress = checkpoints.restore(step, abstract(state_at(0)))
         assert_equal(state, state_at(step))
-        assert progress["note"] == f"of {step}"
+        assert progress.seconds == step
     checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [str(step) for step in kept]
 
@@ -112,7 +117,7 @@ def test_what_a_kill_leaves_of_a_save_is_passed_over(tmp_path):
             path.unlink()
     checkpoints = fill(tmp_path, {})
     assert checkpoints.latest() == 2
-    checkpoints.save(state_at(3), {"monitor": 0.4})  # the same step again
+    checkpoints.save(state_at(3), Progress(monitor=0.4))  # the same step again
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
     assert_equal(checkpoints.restore(3, abstract(state_at(0)))[0], state_at(3))
@@ -129,7 +134,7 @@ def test_what_a_kill_leaves_of_a_deletion_does_not_bar_the_latest(tmp_path, shar
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 2
     assert_equal(checkpoints.restore(2, abstract(state_at(0)))[0], state_at(2))
-    checkpoints.save(state_at(3), {"monitor": 0.4})
+    checkpoints.save(state_at(3), Progress(monitor=0.4))
     checkpoints.wait()
     assert checkpoints.steps() == [3]
     checkpoints.close()
@@ -188,7 +193,7 @@ def test_restores_onto_another_mesh(tmp_path, devices):
     )
     before = jax.device_put(state_at(5, carry=True), saved)
     first = Checkpoints(tmp_path)
-    first.save(before, {"monitor": None})
+    first.save(before, Progress())
     first.close()
     second = Checkpoints(tmp_path)
     after, _ = second.restore(5, abstract(before, wanted))

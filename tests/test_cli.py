@@ -15,7 +15,7 @@ from commands import KEEP, ROOT, SERIES, SMALL, call, series, texts
 from flax_lstm import load
 from flax_lstm.__main__ import WRITERS, main, train
 from flax_lstm.data.tables import read_table
-from flax_lstm.runs.records import params_sha256
+from flax_lstm.runs.report import params_sha256
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,8 +16,8 @@ from flax_lstm.__main__ import guarded
 from flax_lstm.config import TrainConfig, override, shipped_configs
 from flax_lstm.nn.models import RecurrentModel
 from flax_lstm.nn.segments import SegmentModel
-from flax_lstm.runs.records import open_workdir
 from flax_lstm.runs.saved_config import flatten, read_config, resume_config, save_config
+from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.forecasting import Forecasting
 
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
@@ -358,29 +358,29 @@ def test_a_work_directory_that_is_none(tmp_path):
     config = small_runs.adding_run()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="a file of that name is in the way"):
-        open_workdir(tmp_path / "file", config)
+        Workdir(tmp_path / "file").open(config)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is in the way"):
-        open_workdir(tmp_path / "link", config)
+        Workdir(tmp_path / "link").open(config)
     with pytest.raises(UserError, match=r"cannot be (written|made)"):
-        open_workdir(tmp_path / "file" / "below", config)
+        Workdir(tmp_path / "file" / "below").open(config)
     with pytest.raises(UserError, match="holds other things and no run"):
-        open_workdir(tmp_path, config)
+        Workdir(tmp_path).open(config)
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "config.py").exists()
 
 
 def test_a_work_directory_of_another_run(tmp_path):
     config = small_runs.adding_run()
-    assert open_workdir(tmp_path / "a" / "b", config) == config
+    assert Workdir(tmp_path / "a" / "b").open(config) == config
     (tmp_path / "a" / "b" / "checkpoints" / "3").mkdir(parents=True)
-    assert open_workdir(tmp_path / "a" / "b", config) == config
+    assert Workdir(tmp_path / "a" / "b").open(config) == config
     with pytest.raises(UserError, match="seed: 0 there, 1 now"):
-        open_workdir(tmp_path / "a" / "b", replace(config, seed=1))
+        Workdir(tmp_path / "a" / "b").open(replace(config, seed=1))
     assert read_config(tmp_path / "a" / "b" / "config.py") == config
 
 
 def test_the_schedule_is_settled_in_the_saved_config(tmp_path):
-    config = open_workdir(tmp_path / "run", small_runs.adding_run(schedule_steps=0, steps=12))
+    config = Workdir(tmp_path / "run").open(small_runs.adding_run(schedule_steps=0, steps=12))
     assert (
         config.train.schedule_steps
         == 12

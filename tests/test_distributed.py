@@ -195,8 +195,10 @@ import small_runs
 from flax_lstm import MeshConfig
 from flax_lstm.training import loop
 from dataclasses import replace
+from functools import partial
+from flax_lstm.machine.sharding import put_batch as put
 
-put, taken = loop.put_batch, 0
+taken = 0
 last, me = int(os.environ.get("KILL_AT", "-1")), int(os.environ.get("KILL_PROCESS", "-1"))
 
 def put_batch(batch, mesh):
@@ -212,7 +214,7 @@ def put_batch(batch, mesh):
         os.kill(os.getpid(), number)
     return put(batch, mesh)
 
-loop.put_batch = put_batch
+loop.Surroundings = partial(loop.Surroundings, put_batch=put_batch)
 
 def get_config():
     make, tables = getattr(small_runs, os.environ["RUN"] + "_run"), Path(os.environ["TABLES"])

@@ -9,21 +9,25 @@ import signal
 import threading
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import small_runs
+from small_runs import fit
 
-from flax_lstm import UserError, fit, load
-from flax_lstm.runs.records import MetricsLog, params_sha256
-from flax_lstm.runs.workdir import CHECKPOINTS
-from flax_lstm.training import loop
-from flax_lstm.training.loop import Best, batches
+from flax_lstm import UserError, load
+from flax_lstm.machine.sharding import put_batch
+from flax_lstm.runs.journal import MetricsLog
+from flax_lstm.runs.report import params_sha256
+from flax_lstm.training.checkpoint import initial_params
+from flax_lstm.training.loop import batches
+from flax_lstm.training.progress import Best
 from flax_lstm.training.signals import Signals
 
 
 @pytest.fixture(autouse=True)
-def quick(quick_compile, monkeypatch):
-    small_runs.quicken(monkeypatch)
+def quick(quick_compile):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +39,7 @@ def finished(tmp_path_factory):
         learning_rate=0.3, schedule="constant", eval_every=1, warmup_steps=0
     )
     config = replace(config, seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        small_runs.quicken(patch)
-        result = fit(config, workdir)
-    return config, workdir, result
+    return config, workdir, fit(config, workdir)
 
 
 def unchanged(workdir):
@@ -88,7 +89,7 @@ def test_figures_come_from_the_best_checkpoint(finished):
     assert run.step("best") == result["best_step"] and run.step("latest") == 10
     assert run.evaluate("test")["mse"] == pytest.approx(result["test"]["mse"], rel=1e-6)
     assert run.evaluate("test", "latest")["mse"] != pytest.approx(result["test"]["mse"], rel=1e-3)
-    kept = sorted(int(path.name) for path in (workdir / CHECKPOINTS).iterdir())
+    kept = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert kept == [result["best_step"], 10]
 
 
@@ -139,11 +140,11 @@ def test_rows_of_the_log(finished):
     assert any((workdir / "tensorboard").iterdir())
 
 
-def test_the_same_command_on_a_finished_run_trains_nothing(finished, monkeypatch, capsys):
+def test_the_same_command_on_a_finished_run_trains_nothing(finished, capsys):
     config, workdir, result = finished
     before = unchanged(workdir)
-    monkeypatch.setattr(loop, "assemble", lambda *_: pytest.fail("a finished run was trained"))
-    assert fit(config, workdir) == result
+    around = {"assemble": lambda *_: pytest.fail("a finished run was trained")}
+    assert fit(config, workdir, around) == result
     said = capsys.readouterr().err
     assert (
         "this run is finished" in said and "mean" in said and f"{result['test']['mse']:.4g}" in said
@@ -185,39 +186,33 @@ def test_patience_ends_a_run_and_it_stays_ended(finished, tmp_path):
     assert fit(patient, tmp_path) == stopped
 
 
-def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path, monkeypatch):
-    put, taken = loop.put_batch, []
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(tmp_path):
+    taken = []
 
-    def put_batch(batch, mesh):
+    def put(batch, mesh):
         taken.append(1)
-        return put(
-            batch._replace(inputs=batch.inputs * np.float32("nan")) if len(taken) == 4 else batch,
-            mesh,
-        )
+        nan = np.float32("nan" if len(taken) == 4 else 1)
+        return put_batch(batch._replace(inputs=batch.inputs * nan), mesh)
 
-    monkeypatch.setattr(loop, "put_batch", put_batch)
     config = small_runs.adding_run(checkpoint_every=1)
     with pytest.raises(UserError, match=r"the loss is nan.* at step 4: try a lower"):
-        fit(config, tmp_path)
+        fit(config, tmp_path, {"put_batch": put})
     latest = max(
-        int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir() if path.name.isdigit()
+        int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()
     )
     assert latest <= 3
     arrays, _ = small_runs.saved(config, tmp_path, latest)
     assert all(np.isfinite(array).all() for array in arrays.values())
-    monkeypatch.setattr(loop, "put_batch", put)
     assert fit(config, tmp_path)["steps"] == 10  # once the cause is gone, it goes on
 
 
-def test_memory_is_given_back_after_the_first_steps_and_ever_less_often(tmp_path, monkeypatch):
+def test_memory_is_given_back_after_the_first_steps_and_ever_less_often(tmp_path):
     done, trimmed = [], []
-    monkeypatch.setattr(
-        loop,
-        "put_batch",
-        lambda batch, mesh, put=loop.put_batch: done.append(batch) or put(batch, mesh),
-    )
-    monkeypatch.setattr(loop, "trim_malloc", lambda: trimmed.append(len(done)))
-    fit(small_runs.adding_run(schedule="constant"), tmp_path)
+    around = {
+        "put_batch": lambda batch, mesh: done.append(batch) or put_batch(batch, mesh),
+        "trim_malloc": lambda: trimmed.append(len(done)),
+    }
+    fit(small_runs.adding_run(schedule="constant"), tmp_path, around)
     assert trimmed == [1, 2, 4, 8]
 
 
@@ -272,10 +267,10 @@ def test_without_test_that_split_is_never_read(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("plots", [True, False])
 def test_plots_are_drawn_unless_they_are_not_wanted(tmp_path, monkeypatch, plots):
     drawn = []
-    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: drawn.append(path.name))
+    around = {"plot_curves": lambda rows, path: drawn.append(path.name)}
     config = small_runs.adding_run()
     monkeypatch.setattr(type(config.task), "illustrate", lambda *_: drawn.append("illustrated"))
-    fit(config, tmp_path, plots=plots)
+    fit(config, tmp_path, around, plots=plots)
     assert drawn == (["curves.png", "illustrated"] if plots else [])
 
 
@@ -344,3 +339,24 @@ def test_a_row_that_lost_its_line_end_is_kept_whole(tmp_path):
     log.append(2, "train", {"loss": 1.0}, 0.0)
     assert [row["step"] for row in log.rows()] == [1, 2]
     assert not (tmp_path / "metrics.discarded.jsonl").exists()
+
+
+def test_given_parameters_begin_a_run_where_they_fit(tmp_path, capsys):
+    """By path and shape; the others as ever, and averages begin as the parameters do."""
+    config = small_runs.adding_run(ema=0.9, steps=1)
+    parts = small_runs.remembered(config, config.data.restore(tmp_path))
+    ever, given = parts.steps.init(), parts.steps.init().params
+    given = jax.tree.map(lambda x: np.full(x.shape, 0.25, np.float64), given)
+    given["head"] = {"kernel": np.zeros((4, 7)), "scale": np.zeros(2)}
+    state, told = initial_params(ever, given)
+    cell = state.params["recurrent"]["layers_0"]["cell"]
+    assert all((x == 0.25).all() and x.dtype == np.float32 for x in jax.tree.leaves(cell))
+    jax.tree.map(np.testing.assert_array_equal, state.params["head"], ever.params["head"])
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
+    assert "3 of the model's 5 arrays begin as given" in told
+    assert "head/kernel (4, 1): begins as ever" in told and "head/scale (2,): not used" in told
+    result = fit(config, tmp_path / "run", params=given)
+    assert "3 of the model's 5 arrays begin as given" in capsys.readouterr().err
+    assert result["params_sha256"] != fit(config, tmp_path / "other")["params_sha256"]
+    with pytest.raises(UserError, match="none fits"):
+        fit(config, tmp_path / "none", params={"head": {"kernel": np.zeros(3)}})

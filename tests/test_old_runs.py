@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flax_lstm import fit, load
-from flax_lstm.runs.records import read_result
 from flax_lstm.runs.saved_config import read_config
+from flax_lstm.runs.workdir import Workdir
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "old_run.tar.gz"  # 12 steps of a tiny quickstart
 
@@ -28,7 +28,7 @@ def test_its_config_is_read(old_run):
 
 
 def test_it_gives_the_figures_it_gave(old_run):
-    before = read_result(old_run / "result.json")
+    before = Workdir(old_run).read_result()
     figures = load(old_run).evaluate("test")
     assert figures["step"] == before["best_step"]
     np.testing.assert_allclose(figures["mae"], before["test"]["mae"], rtol=1e-4)

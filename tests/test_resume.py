@@ -12,39 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_runs
+from small_runs import fit, interrupted
 
-from flax_lstm import Config, Stopped, fit
+from flax_lstm import Config, Stopped
 from flax_lstm.nn import recurrence
-from flax_lstm.training import loop
 
 
 @pytest.fixture(autouse=True)
-def quick(quick_compile, monkeypatch):
-    small_runs.quicken(monkeypatch)
+def quick(quick_compile):
+    pass
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
     """The folder of the runs' data: one for all tests, so that equal configs are compiled once."""
     return tmp_path_factory.mktemp("tables")
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """A function that has a signal sent to this process as the batch of a step is taken."""
-
-    def arm(step: int, number: int = signal.SIGTERM) -> None:
-        put, taken = loop.put_batch, []
-
-        def put_batch(batch, mesh):
-            taken.append(1)
-            if len(taken) == step:
-                os.kill(os.getpid(), number)
-            return put(batch, mesh)
-
-        monkeypatch.setattr(loop, "put_batch", put_batch)
-
-    return arm
 
 
 def assert_same_end(config: Config, one: Path, other: Path) -> None:
@@ -55,7 +37,7 @@ def assert_same_end(config: Config, one: Path, other: Path) -> None:
     assert arrays.keys() == others.keys()
     for name in arrays:
         np.testing.assert_array_equal(arrays[name], others[name], err_msg=name)
-    assert progress["best"] == other_progress["best"]
+    assert progress.best == other_progress.best
     assert small_runs.timeless(small_runs.rows(one)) == small_runs.timeless(small_runs.rows(other))
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (one, other)]
     for result in results:
@@ -71,12 +53,11 @@ def assert_same_end(config: Config, one: Path, other: Path) -> None:
         ("language", signal.SIGTERM, 75),
     ],
 )
-def test_ten_steps_are_four_a_signal_and_six(kind, number, code, tables, tmp_path, interrupt):
+def test_ten_steps_are_four_a_signal_and_six(kind, number, code, tables, tmp_path):
     config = getattr(small_runs, f"{kind}_run")(tables)
     fit(config, tmp_path / "whole")
-    interrupt(4, number)
     with pytest.raises(Stopped, match="step 4; everything is saved") as stopped:
-        fit(config, tmp_path / "parts")
+        fit(config, tmp_path / "parts", interrupted(4, number))
     assert stopped.value.code == code
     result = fit(config, tmp_path / "parts")
     assert result["sessions"] == 2
@@ -136,12 +117,11 @@ def test_the_schedule_keeps_the_length_of_the_first_run(tables, tmp_path):
     assert [rates[step] for step in range(5, 11)] == [0.0] * 6
 
 
-def test_rows_beyond_the_checkpoint_and_a_torn_line_are_set_aside(tmp_path, interrupt):
+def test_rows_beyond_the_checkpoint_and_a_torn_line_are_set_aside(tmp_path):
     config, workdir = small_runs.adding_run(), tmp_path / "run"
     fit(config, tmp_path / "whole")
-    interrupt(7)
     with pytest.raises(Stopped):
-        fit(config, workdir)
+        fit(config, workdir, interrupted(7))
     kept = small_runs.rows(workdir)
     beyond = [
         '{"step": 8, "split": "train", "loss": 1.0}',
@@ -164,11 +144,10 @@ def test_rows_beyond_the_checkpoint_and_a_torn_line_are_set_aside(tmp_path, inte
         assert steps == sorted(steps) and len(steps) == {"train": 5, "validation": 2}[split]
 
 
-def test_an_evaluation_that_falls_on_the_restored_step_does_not_lose_the_best(tmp_path, interrupt):
+def test_an_evaluation_that_falls_on_the_restored_step_does_not_lose_the_best(tmp_path):
     config, workdir = small_runs.adding_run(), tmp_path / "run"
-    interrupt(4)
     with pytest.raises(Stopped):
-        fit(config, workdir)
+        fit(config, workdir, interrupted(4))
     result = fit(replace(config, train=replace(config.train, eval_every=2)), workdir)
     assert [row["step"] for row in small_runs.rows(workdir) if row["split"] == "validation"] == [
         6,
@@ -178,11 +157,11 @@ def test_an_evaluation_that_falls_on_the_restored_step_does_not_lose_the_best(tm
     assert result["best_step"] == 10
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
     config, workdir = small_runs.adding_run(), tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "put_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        fit(config, workdir)
+    stop = {"put_batch": lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())}
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, workdir, stop)
     assert fit(config, workdir)["params_sha256"] == fit(config, tmp_path / "whole")["params_sha256"]
 
 
@@ -192,9 +171,11 @@ CONFIG = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import small_runs
+from functools import partial
+from flax_lstm.machine.sharding import put_batch as put
 from flax_lstm.training import loop
 
-put, left = loop.put_batch, int(os.environ.get("BATCHES", "-1"))
+left = int(os.environ.get("BATCHES", "-1"))
 
 def put_batch(batch, mesh):
     global left
@@ -203,7 +184,7 @@ def put_batch(batch, mesh):
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
     return put(batch, mesh)
 
-loop.put_batch = put_batch
+loop.Surroundings = partial(loop.Surroundings, put_batch=put_batch)
 
 def get_config():
     return small_runs.adding_run(**eval(os.environ.get("TRAIN", "{{}}")))
@@ -290,7 +271,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
     )
 
 
-def test_a_run_keeps_its_backend(tmp_path, monkeypatch):
+def test_a_run_keeps_its_backend(tmp_path, monkeypatch, capsys):
     """Also where `auto` would take another by now; one that is gone is replaced, with a warning."""
     config = small_runs.adding_run(steps=5)
     fused = replace(config, model=replace(config.model, backend="fused"))
@@ -298,11 +279,10 @@ def test_a_run_keeps_its_backend(tmp_path, monkeypatch):
     longer = replace(config, train=replace(config.train, steps=10))
     assert fit(longer, tmp_path / "run")["backend"] == "fused"
 
-    said = []
-    monkeypatch.setattr(loop.console, "print", lambda *words, **_: said.append(str(words[0])))
+    capsys.readouterr()
     monkeypatch.setattr(recurrence.fused, "supports", lambda *_: "it is gone")
     monkeypatch.setattr(recurrence.cpu, "supports", lambda *_: "it is gone")
     longest = replace(config, train=replace(config.train, steps=12))
     small_runs.forget()
     assert fit(longest, tmp_path / "run")["backend"] == "scan"
-    assert sum("warning: this run used another backend" in line for line in said) == 1
+    assert capsys.readouterr().err.count("warning: this run used another backend") == 1

@@ -123,7 +123,7 @@ BREAKAGES = {
     "accumulated gradients summed, not averaged": Breakage(
         "flax_lstm/training/steps.py",
         "jax.tree.map(lambda g: g / weight, grads)",
-        "jax.tree.map(lambda g: g * accumulate / weight, grads)",
+        "jax.tree.map(lambda g: g * recipe.accumulate / weight, grads)",
         "tests/test_steps.py::test_sgd_with_momentum_and_averaged_weights_by_hand",
     ),
     "carried state never forgotten": Breakage(
@@ -134,24 +134,24 @@ BREAKAGES = {
     ),
     "a resumed run reads the data from the start": Breakage(
         "flax_lstm/training/loop.py",
-        "batches(source, step, train.steps)",
-        "batches(source, 0, train.steps)",
+        "batches(self.source, self.step, train.steps)",
+        "batches(self.source, 0, train.steps)",
         "tests/test_resume.py::test_ten_steps_are_five_and_five_more",
     ),
     "averaged weights not used in validation": Breakage(
         "flax_lstm/training/loop.py",
-        "return state.params if state.ema is None else state.ema",
-        "return state.params",
+        'self.figures("validation", self.state.evaluated)',
+        'self.figures("validation", self.state.params)',
         "tests/test_cli.py::test_figures_are_those_of_the_averaged_weights_at_the_best_step",
     ),
     "averaged weights not used after training": Breakage(
         "flax_lstm/training/checkpoint.py",
-        "return state.params if state.ema is None else state.ema",
-        "return state.params",
+        "self.restore(step, abstract)[0].evaluated",
+        "self.restore(step, abstract)[0].params",
         "tests/test_cli.py::test_figures_are_those_of_the_averaged_weights_at_the_best_step",
     ),
     "the worst checkpoint taken for the best": Breakage(
-        "flax_lstm/training/loop.py",
+        "flax_lstm/training/progress.py",
         "value > self.value if maximise else value < self.value",
         "value < self.value if maximise else value > self.value",
         "tests/test_cli.py::test_figures_are_those_of_the_averaged_weights_at_the_best_step",
@@ -163,8 +163,8 @@ BREAKAGES = {
         "tests/test_metrics.py::test_area_under_curve_with_ties_against_all_pairs",
     ),
     "a failed start leaves its scaler to the next": Breakage(
-        "flax_lstm/runs/records.py",
-        "shutil.rmtree(workdir / ASSETS, ignore_errors=True)",
+        "flax_lstm/runs/workdir.py",
+        "shutil.rmtree(self.assets, ignore_errors=True)",
         "pass",
         "tests/test_bad_input.py::test_only_what_a_failed_start_leaves_is_taken_over",
     ),

@@ -18,6 +18,7 @@ import flax_lstm
 import flax_lstm.data
 from flax_lstm.config import Config
 from flax_lstm.errors import UserError, require
+from flax_lstm.machine.files import write_atomically
 
 MAY_DIFFER = (
     "mesh.",
@@ -42,9 +43,8 @@ def save_config(config: Config, path: Path) -> None:
     classes = sorted({(_public_module(type(v)), type(v).__name__) for v in _tree(config)})
     imports = "\n".join(f"from {module} import {name}" for module, name in classes)
     body = pprint.pformat(config, width=100, sort_dicts=False).replace("\n", "\n    ")
-    draft = path.with_name(f"{path.name}.part")  # a run cannot be resumed with half a config
-    draft.write_text(f"{imports}\n\n\ndef get_config():\n    return {body}\n")
-    draft.replace(path)
+    # Atomically, for a run cannot be resumed with half a config.
+    write_atomically(path, f"{imports}\n\n\ndef get_config():\n    return {body}\n")
 
 
 def _tree(value: Any) -> Iterator[Any]:

@@ -12,24 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from flax_lstm.errors import UserError, listing, require
+from flax_lstm.training.progress import Progress
 from flax_lstm.training.steps import TrainState
 
 # Orbax reports every save and restore as a warning or info of its own; its errors reach the user as
 # ours.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-Progress = dict[str, Any]
-
 
 class Checkpoints:
-    """The checkpoints in a folder.
+    """The checkpoints in a folder; a context manager, which waits for what is being saved.
 
-    maximise: whether the best has the largest `progress["monitor"]`, or the smallest; the earliest
-    of equal ones. Checkpoints saved between evaluations carry None there and can be the latest but
+    maximise: whether the best has the largest `progress.monitor`, or the smallest; the earliest of
+    equal ones. Checkpoints saved between evaluations carry None there and can be the latest but
     never the best.
     """
 
@@ -65,6 +66,12 @@ class Checkpoints:
                 f"Move the damaged one away, to go on from another; there are: {there}"
             ) from error
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def steps(self) -> list[int]:
         """Steps that a checkpoint is kept of."""
         return sorted(self._manager.all_steps())
@@ -80,13 +87,10 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             rest=ocp.args.StandardSave(state._replace(params=None)),
-            progress=ocp.args.JsonSave(progress),
+            progress=ocp.args.JsonSave(progress.as_json()),
         )
-        metrics = (
-            {"monitor": progress["monitor"], "step": step}
-            if progress["monitor"] is not None
-            else None
-        )
+        monitor = progress.monitor
+        metrics = None if monitor is None else {"monitor": monitor, "step": step}
         self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Progress]:
@@ -101,15 +105,16 @@ class Checkpoints:
             progress=ocp.args.JsonRestore(),
         )
         restored = self._restore(step, items)
-        return restored["rest"]._replace(params=restored["params"]), restored["progress"]
+        state = restored["rest"]._replace(params=restored["params"])
+        return state, Progress.of_json(restored["progress"])
 
     def restore_params(self, step: int, abstract: TrainState) -> Any:
         """The weights that are evaluated: the averaged ones if there are, else the parameters."""
-        state, _ = self.restore(step, abstract)
-        return state.params if state.ema is None else state.ema
+        return self.restore(step, abstract)[0].evaluated
 
     def progress(self, step: int) -> Progress:
-        return self._restore(step, ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        items = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return Progress.of_json(self._restore(step, items)["progress"])
 
     def wait(self) -> None:
         """Until the saves under way are done."""
@@ -168,3 +173,33 @@ def require_same_model(saved: Any, wanted: Any, where: str) -> None:
         for name in differ
     ]
     require(not differ, f"{where} is a checkpoint of another model:\n" + "\n".join(lines[:8]))
+
+
+def initial_params(state: TrainState, params: Any) -> tuple[TrainState, str]:
+    """The first state with those of the given arrays that fit its parameters by path and shape, and
+    a text that says which were taken. Raises UserError where none fits."""
+
+    def named(tree: Any) -> dict[str, Any]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    ours, given = named(state.params), named(params)
+    taken = {name for name in ours if name in given and np.shape(given[name]) == ours[name].shape}
+    lines = [f"  {name} {ours[name].shape}: begins as ever" for name in ours if name not in taken]
+    lines += [f"  {name} {np.shape(given[name])}: not used" for name in given if name not in taken]
+    told = f"params: {len(taken)} of the model's {len(ours)} arrays begin as given"
+    told += "".join(f"\n{line}" for line in lines[:20])
+    require(bool(taken), f"params: none fits the model by path and shape:\n{listing(lines)}")
+
+    def begin(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name not in taken:
+            return leaf
+        return jax.device_put(np.asarray(given[name]).astype(leaf.dtype), leaf.sharding)
+
+    first = jax.tree_util.tree_map_with_path(begin, state.params)
+    # Averages begin as the parameters do; copied, for both are donated to the first step.
+    averaged = None if state.ema is None else jax.tree.map(jnp.copy, first)
+    return state._replace(params=first, ema=averaged), told

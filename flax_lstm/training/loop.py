@@ -1,60 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training, from top to bottom: read, assemble, restore, step, evaluate, save, report."""
 
-import json
 import math
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from flax_lstm.config import Config
-from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.data.base import Batch, BatchSource, Dataset
 from flax_lstm.errors import UserError, require
 from flax_lstm.machine.distributed import first_then_all, is_first
 from flax_lstm.machine.malloc import trim_malloc
 from flax_lstm.machine.sharding import put_batch
-from flax_lstm.runs.records import (
-    MetricsLog,
-    device_name,
-    finite,
-    open_workdir,
-    params_sha256,
-    read_result,
-    versions,
-    write_atomically,
-)
-from flax_lstm.runs.workdir import ASSETS, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from flax_lstm.runs.journal import Diverged, Journal, finite
+from flax_lstm.runs.report import device_name, params_sha256, report, versions
+from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.plots import plot_curves
 from flax_lstm.training.assembly import Assembly, assemble
-from flax_lstm.training.checkpoint import Checkpoints
+from flax_lstm.training.checkpoint import Checkpoints, initial_params
 from flax_lstm.training.evaluation import evaluate, evaluate_baselines
 from flax_lstm.training.profiling import STEPS, Profiler
+from flax_lstm.training.progress import Progress
 from flax_lstm.training.signals import Signals, Stopped
+from flax_lstm.training.steps import TrainState
 
-console = Console(stderr=True)
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What `fit` finds around it. Tests give it other functions."""
+
+    assemble: Callable[[Config, Any], Assembly] = assemble
+    put_batch: Callable[[Batch, Mesh], Batch] = put_batch
+    trim_malloc: Callable[[], None] = trim_malloc
+    plot_curves: Callable[[Sequence[Mapping[str, Any]], Path], object] = plot_curves
 
 
-class Best(NamedTuple):
-    """The best validation figure so far; the earliest of equal ones."""
+def fit(
+    config: Config,
+    workdir: str | Path | None = None,
+    profile: bool = False,
+    test: bool = True,
+    plots: bool = True,
+    params: Any = None,
+    around: Surroundings | None = None,
+) -> dict[str, Any]:
+    """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of
+    `result.json`.
 
-    value: float | None = None
-    step: int | None = None
-    stale: int = 0  # evaluations since
+    profile: trace a few steps into `workdir/profile` and print what takes longest.
+    test: at the end, evaluate the best checkpoint and the baselines on the test split. Without it
+    that split is not read, the baselines are those on validation, and `result["test"]` is None: for
+    choosing settings.
+    plots: draw the curves, and what the task has to show.
+    params: a tree of arrays to begin a new run with. Those that have the path and shape of one of
+    the model's are taken, and it is said which; the model's others begin as ever.
 
-    def after(self, value: float, step: int, maximise: bool) -> "Best":
-        better = self.value is None or (value > self.value if maximise else value < self.value)
-        return Best(value, step) if better else self._replace(stale=self.stale + 1)
+    Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything
+    saved.
+    """
+    folder = Workdir(workdir or Path("runs") / config.name)
+    console = Console(stderr=True, quiet=not is_first())
+    wanted = replace(config, data=config.data.absolute())
+    with Signals() as signals, folder.own(is_first()) as own:
+        config = first_then_all(lambda: folder.open(wanted, is_first()))
+        result = first_then_all(lambda: folder.finished(config.train.steps))
+        if result:
+            console.print(f"{folder}: this run is finished.")
+        else:
+            session = Session(config, folder, own, console, around or Surroundings())
+            with session.checkpoints, session.begin(params) as journal:
+                session.train(journal, signals, Profiler(own.profile) if profile else None)
+                result = session.conclude(journal, test)
+            if plots:
+                session.draw(journal, test)
+            own.write_result(result)
+    report(result, folder, console)
+    return result
 
 
 def batches(source: BatchSource, begin: int, end: int) -> Iterator[Batch]:
@@ -68,298 +97,187 @@ def batches(source: BatchSource, begin: int, end: int) -> Iterator[Batch]:
     )
 
 
-def assemble_again(config: Config, info: Any, backend: str | None) -> Assembly:
-    """A run's parts. A resumed run takes the backend it had, so that its numbers stay the same to
-    the last bit; where that is not to be had, another with a warning."""
-    model = config.model
-    if backend not in (None, "auto") and getattr(model, "backend", None) == "auto":
+class Session:
+    """One session of a run: from its beginning, or a checkpoint, to its end, or a signal.
+
+    Its parts are made once: data, steps, checkpoints. What changes as it trains are `state`,
+    `step` (of the state, known without waiting for the device) and `best`.
+
+    folder, own: the run's folder, and where this process writes (see `Workdir.own`).
+    """
+
+    state: TrainState
+    step: int
+
+    def __init__(
+        self, config: Config, folder: Workdir, own: Workdir, console: Console, around: Surroundings
+    ):
+        self.config, self.folder, self.own = config, folder, own
+        self.console, self.around = console, around
+        self.began = time.monotonic()
+        console.print(f"{config.name}: reading the data")
+        self.dataset: Dataset = first_then_all(lambda: config.data.load(folder.assets))
+        self.checkpoints = Checkpoints(folder.checkpoints, config.task.monitor.maximise)
+        self.progress = Progress()
+        if (latest := self.checkpoints.latest()) is not None:
+            self.progress = self.checkpoints.progress(latest)
+        self.mesh, self.steps, self.backend = self._assemble(self.progress.backend)
+
+    def _assemble(self, before: str | None) -> Assembly:
+        """The run's parts. A resumed run takes the backend it had, so that its numbers stay the
+        same to the last bit; where that is not to be had, another with a warning."""
+        config, info = self.config, self.dataset.info
+        parts = self.around.assemble(config, info)
+        chosen = getattr(config.model, "backend", None)
+        if before in (None, "auto", parts.backend) or chosen != "auto":
+            return parts
         try:
-            return assemble(replace(config, model=replace(model, backend=backend)), info)
+            as_before = replace(config, model=replace(config.model, backend=before))
+            return self.around.assemble(as_before, info)
         except UserError as error:
-            console.print(
+            self.console.print(
                 f"warning: this run used another backend until now. {error} Going on with what "
                 "there is."
             )
-    return assemble(config, info)
+            return parts
 
-
-def fit(
-    config: Config,
-    workdir: str | Path | None = None,
-    profile: bool = False,
-    test: bool = True,
-    plots: bool = True,
-) -> dict[str, Any]:
-    """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of
-    `result.json`.
-
-    profile: trace a few steps into `workdir/profile` and print what takes longest.
-    test: at the end, evaluate the best checkpoint and the baselines on the test split. Without it
-    that split is not
-        read, the baselines are those on validation, and `result["test"]` is None: for choosing
-        settings.
-    plots: draw the curves, and what the task has to show.
-
-    Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything
-    saved.
-    """
-    with Signals() as signals:
-        return run(config, workdir, profile, test, plots, signals)
-
-
-def run(
-    config: Config,
-    workdir: str | Path | None,
-    profile: bool,
-    test: bool,
-    plots: bool,
-    signals: Signals,
-) -> dict[str, Any]:
-    """See `fit`."""
-    workdir, console.quiet = Path(workdir or Path("runs") / config.name), not is_first()
-    wanted = replace(config, data=config.data.absolute())
-    config = first_then_all(lambda: open_workdir(workdir, wanted, is_first()))
-    train, task = config.train, config.task
-    finished = first_then_all(lambda: finished_result(workdir / RESULT_FILE, train.steps))
-    if finished:
-        console.print(f"{workdir}: this run is finished.")
-        report(finished, workdir)
-        return finished
-
-    began = time.monotonic()
-    console.print(f"{config.name}: reading the data")
-    dataset = first_then_all(lambda: config.data.load(workdir / ASSETS))
-    info = dataset.info
-    mesh, steps, backend = assemble(config, info)
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, task.monitor.maximise)
-    latest = checkpoints.latest()
-    if latest is not None and backend != (before := checkpoints.progress(latest).get("backend")):
-        mesh, steps, backend = assemble_again(config, info, before)
-    scratch = tempfile.TemporaryDirectory()  # for what all processes write but one of them keeps
-    folder = workdir if is_first() else Path(scratch.name)
-    log = MetricsLog(folder / METRICS_FILE)
-    source = dataset.train(train.batch_size, config.seed)
-
-    progress: dict[str, Any] = {"seconds": 0.0, "sessions": 0, "best": list(Best()), "losses": []}
-    if latest is None:
-        state = steps.init()
-    else:
-        state, progress = checkpoints.restore(latest, steps.abstract)
-        console.print(f"resuming from step {latest} of {workdir}")
-    step = int(state.step)
-    enough = not profile or step + STEPS.stop < train.steps
-    left = f"{train.steps - step} are left to train: raise --train.steps"
-    require(enough, f"--profile traces {len(STEPS)} steps, after {STEPS.start} others; {left}")
-    log.rewind(step)
-    best, evaluated = (
-        Best(*progress["best"]),
-        step,
-    )  # where an evaluation was due, it was made before the save
-    sessions, earlier = progress["sessions"] + 1, progress["seconds"]
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    console.print(
-        f"{parameters:,} parameters on {device_name()}; {dataset.size('train'):,} examples, "
-        f"{len(source)} steps an epoch"
-    )
-
-    pending: tuple[int, dict[str, Any]] | None = None
-    losses: list[float] = progress["losses"]  # since the last row of the log
-    window = time.monotonic()
-
-    def seconds() -> float:
-        return earlier + time.monotonic() - began
-
-    def save(monitor: float | None = None) -> None:
-        nonlocal pending
-        read(pending)  # so that what is not finite is never saved, and the log is whole up to here
-        pending = None
-        record = {
-            "monitor": monitor,
-            "best": list(best),
-            "best_step": best.step,
-            "losses": [*losses],
-        }
-        checkpoints.save(
-            state, {**record, "seconds": seconds(), "sessions": sessions, "backend": backend}
+    def begin(self, params: Any) -> Journal:
+        """Takes the state of the latest checkpoint, or a first one; returns the journal of what
+        follows."""
+        train = self.config.train
+        latest = self.checkpoints.latest()
+        if latest is None:
+            self.state = self.steps.init()
+            if params is not None:
+                self.state, told = initial_params(self.state, params)
+                self.console.print(told)
+        else:
+            self.state, self.progress = self.checkpoints.restore(latest, self.steps.abstract)
+            self.console.print(f"resuming from step {latest} of {self.folder}")
+        self.step, self.best = int(self.state.step), self.progress.best
+        # Where an evaluation was due, it was made before the save.
+        self.first = self.evaluated = self.step
+        self.source = self.dataset.train(train.batch_size, self.config.seed)
+        self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
+        self.console.print(
+            f"{self.parameters:,} parameters on {device_name()}; {self.dataset.size('train'):,} "
+            f"examples, {len(self.source)} steps an epoch"
         )
+        began = self.began - self.progress.seconds
+        return Journal(self.own, self.console, train, self.step, self.progress.losses, began)
 
-    def evaluated_params() -> Any:
-        return state.params if state.ema is None else state.ema
+    @property
+    def stopped_early(self) -> bool:
+        patience = self.config.train.patience
+        return bool(patience) and self.best.stale >= patience
 
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-
-    def record(at: int, split: str, figures: dict[str, float]) -> None:
-        log.append(at, split, figures, seconds())
-        for name, value in finite(figures).items():
-            if value is not None:
-                board.add_scalar(f"{split}/{name}", value, at)
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} examples/s  left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    line = bar.add_task("step", total=train.steps, completed=step, loss="-", rate="-")
-
-    def diverged(how: str) -> UserError:
-        checkpoints.close()  # what is being saved was finite
-        board.close()
-        return UserError(
-            f"{how}: try a lower --train.learning-rate or --train.clip 1. The checkpoints in "
-            f"{workdir} are untouched."
+    def train(self, journal: Journal, signals: Signals, profiler: Profiler | None) -> None:
+        """The steps that are left, with evaluations and checkpoints where they are due."""
+        train = self.config.train
+        left = train.steps - self.step
+        require(
+            profiler is None or left > STEPS.stop,
+            f"--profile traces {len(STEPS)} steps, after {STEPS.start} others; {left} are left to "
+            "train: raise --train.steps",
         )
-
-    def read(pending: tuple[int, dict[str, Any]] | None) -> None:
-        """Takes in the metrics of a step that is done by now, and logs each `log_every` steps."""
-        nonlocal losses, window
-        if pending is None:
-            return
-        at, metrics = pending
-        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise diverged(f"the loss is {loss} and the norm of its gradient {norm} at step {at}")
-        losses.append(loss)
-        rate = len(losses) * train.batch_size / max(time.monotonic() - window, 1e-9)
-        bar.update(line, completed=at, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
-        if at % train.log_every == 0:
-            mean = sum(losses) / len(losses)
-            extra = {"learning_rate": float(metrics["learning_rate"]), "grad_norm": norm}
-            record(at, "train", {"loss": mean, **extra, "examples_per_second": rate})
-            if bar.disable:
-                left = (train.steps - at) * train.batch_size / rate
-                console.print(
-                    f"step {at}/{train.steps}  loss {mean:.4f}  {rate:,.0f} examples/s  "
-                    f"{left:.0f} s left"
-                )
-            losses, window = [], time.monotonic()
-
-    profiler, first = Profiler(folder / "profile"), step
-    stopped_early = False
-    stream = batches(source, step, train.steps)
-    with bar:
+        stream = batches(self.source, self.step, train.steps)
         while True:
-            due = step % train.eval_every == 0 or step == train.steps
-            if due and step > evaluated:
-                read(pending)
-                pending, pause = None, time.monotonic()
-                rows = dataset.evaluation("validation", train.batch_size)
-                figures = evaluate(steps, evaluated_params(), task, info, rows, mesh)
-                evaluated, value = step, figures[task.monitor.figure]
-                if not math.isfinite(value):
-                    raise diverged(
-                        f"the validation {task.monitor.figure} is {value} at step {step}"
-                    )
-                best = best.after(value, step, task.monitor.maximise)
-                record(step, "validation", figures)
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-                console.print(
-                    f"step {step}  validation  {shown}{'  (best)' if best.step == step else ''}"
-                )
-                save(value)
-                window += time.monotonic() - pause
-            elif step % train.checkpoint_every == 0 and step > 0:
-                save()
-            stopped_early = bool(train.patience) and best.stale >= train.patience
-            if stopped_early or step >= train.steps:
+            due = self.step % train.eval_every == 0 or self.step == train.steps
+            if due and self.step > self.evaluated:
+                self.validate(journal)
+            elif self.step % train.checkpoint_every == 0 and self.step > 0:
+                self.save(journal)
+            if self.stopped_early or self.step >= train.steps:
                 break
-            if number := signals.stop(step):
-                save()
-                checkpoints.close()
-                board.close()
-                raise Stopped(number, step, workdir)
-            if profile and (told := profiler.at(step - first, state)):
-                console.print(told, highlight=False, markup=False)
-            state, metrics = steps.train(state, put_batch(next(stream), mesh))
-            read(pending)  # of the step before: the device works on while the host reads
-            step += 1
-            pending = (step, metrics)
-            if (
-                step - first
-            ).bit_count() == 1:  # after 1, 2, 4, ... steps: shapes are compiled as they come
-                trim_malloc()
+            if number := signals.stop(self.step):
+                self.save(journal)
+                raise Stopped(number, self.step, self.folder.path)
+            if profiler and (told := profiler.at(self.step - self.first, self.state)):
+                self.console.print(told, highlight=False, markup=False)
+            batch = self.around.put_batch(next(stream), self.mesh)
+            self.state, metrics = self.steps.train(self.state, batch)
+            self.step += 1
+            journal.step(self.step, metrics)
+            # After 1, 2, 4, ... steps, for shapes are compiled as they come.
+            if (self.step - self.first).bit_count() == 1:
+                self.around.trim_malloc()
+        if self.stopped_early:
+            self.console.print(
+                f"no better validation {self.config.task.monitor.figure} in {train.patience} "
+                "evaluations: training ends"
+            )
 
-    if stopped_early:
-        console.print(
-            f"no better validation {task.monitor.figure} in {train.patience} evaluations: "
-            "training ends"
+    def validate(self, journal: Journal) -> None:
+        """Figures of the validation split, and a checkpoint that has them."""
+        monitor = self.config.task.monitor
+        journal.flush()
+        with journal.paused():
+            figures = self.figures("validation", self.state.evaluated)
+            value = figures[monitor.figure]
+            if not math.isfinite(value):
+                raise Diverged(f"the validation {monitor.figure} is {value} at step {self.step}")
+            self.evaluated = self.step
+            self.best = self.best.after(value, self.step, monitor.maximise)
+            journal.evaluated(self.step, "validation", figures, best=self.best.step == self.step)
+            self.save(journal, value)
+
+    def figures(self, split: str, params: Any) -> dict[str, float]:
+        rows = self.dataset.evaluation(split, self.config.train.batch_size)
+        task, info = self.config.task, self.dataset.info
+        return evaluate(self.steps, params, task, info, rows, self.mesh)
+
+    def save(self, journal: Journal, monitor: float | None = None) -> None:
+        """Begins to save a checkpoint; `monitor` is its validation figure."""
+        # So that what is not finite is never saved, and the log is whole up to here.
+        journal.flush()
+        progress = Progress(
+            seconds=journal.seconds(),
+            sessions=self.progress.sessions + 1,
+            best=self.best,
+            losses=tuple(journal.losses),
+            backend=self.backend,
+            monitor=monitor,
         )
-    final_hash = params_sha256(state.params)
-    checkpoints.wait()
-    assert best.step is not None
-    params = checkpoints.restore_params(best.step, steps.abstract)
-    last = "test" if test else "validation"
-    rows_of = partial(dataset.evaluation, batch_size=train.batch_size)
-    figures_of = {
-        split: evaluate(steps, params, task, info, rows_of(split), mesh)
-        for split in dict.fromkeys(("validation", last))
-    }
-    baselines = evaluate_baselines(task, info, lambda: rows_of(last), mesh)
-    if test:
-        record(best.step, "test", figures_of["test"])
-    checkpoints.close()
-    board.close()
-    result = {
-        "task": type(task).__name__,
-        "name": config.name,
-        "steps": step,
-        "best_step": best.step,
-        "parameters": parameters,
-        "params_sha256": final_hash,
-        "wall_seconds": round(seconds(), 3),
-        "sessions": sessions,
-        "seed": config.seed,
-        "stopped_early": stopped_early,
-        "validation": finite(figures_of["validation"]),
-        "test": finite(figures_of["test"]) if test else None,
-        "baselines": {name: finite(figures) for name, figures in baselines.items()},
-        "versions": versions(),
-        "device": device_name(),
-        "backend": backend,
-    }
-    if plots:
-        plot_curves(log.rows(), folder / "plots" / "curves.png")
-    if plots and test:
-        task.illustrate(
-            dataset, lambda batch: steps.forward(params, None, batch)[1], folder / "plots"
-        )
-    write_atomically(folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
-    scratch.cleanup()
-    report(result, workdir)
-    return result
+        self.checkpoints.save(self.state, progress)
 
+    def conclude(self, journal: Journal, test: bool) -> dict[str, Any]:
+        """The content of `result.json`: figures of the best checkpoint and of the baselines."""
+        config, best = self.config, self.best.step
+        final_hash = params_sha256(self.state.params)
+        self.checkpoints.wait()
+        assert best is not None
+        self.best_params = self.checkpoints.restore_params(best, self.steps.abstract)
+        last = "test" if test else "validation"
+        figures = {
+            split: self.figures(split, self.best_params)
+            for split in dict.fromkeys(("validation", last))
+        }
+        rows = partial(self.dataset.evaluation, last, config.train.batch_size)
+        baselines = evaluate_baselines(config.task, self.dataset.info, rows, self.mesh)
+        if test:
+            journal.record(best, "test", figures["test"])
+        return {
+            "task": type(config.task).__name__,
+            "name": config.name,
+            "steps": self.step,
+            "best_step": best,
+            "parameters": self.parameters,
+            "params_sha256": final_hash,
+            "wall_seconds": round(journal.seconds(), 3),
+            "sessions": self.progress.sessions + 1,
+            "seed": config.seed,
+            "stopped_early": self.stopped_early,
+            "validation": finite(figures["validation"]),
+            "test": finite(figures["test"]) if test else None,
+            "baselines": {name: finite(baseline) for name, baseline in baselines.items()},
+            "versions": versions(),
+            "device": device_name(),
+            "backend": self.backend,
+        }
 
-def finished_result(path: Path, steps: int) -> dict[str, Any] | None:
-    """The content of `result.json` where no more steps are wanted. One of a shorter run is put
-    aside."""
-    if not path.exists():
-        return None
-    result = read_result(path)
-    if result["steps"] >= steps or result["stopped_early"]:
-        return result
-    path.replace(path.with_name(f"result.{result['steps']}.json"))
-    return None
-
-
-def report(result: dict[str, Any], workdir: Path) -> None:
-    """Prints the test figures beside those of the baselines, or the validation figures where the
-    test split was not read, and where everything is."""
-    split = "test" if result["test"] else "validation"
-    columns = {"model": result[split], **result["baselines"]}
-    table = Table(
-        title=f"{result['name']}: {split}, best step {result['best_step']} of {result['steps']}"
-    )
-    for heading in ("", *columns):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name in result[split]:
-        values = [figures.get(name) for figures in columns.values()]
-        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
-    console.print(table)
-    shown = [RESULT_FILE, METRICS_FILE, CONFIG_FILE, CHECKPOINTS, "tensorboard"]
-    plots = sorted(f"plots/{path.name}" for path in (workdir / "plots").glob("*.png"))
-    console.print(
-        f"In {workdir.absolute()}: {', '.join(shown + plots)}", soft_wrap=True, highlight=False
-    )
+    def draw(self, journal: Journal, test: bool) -> None:
+        """The curves, and what the task has to show of the test split."""
+        self.around.plot_curves(journal.log.rows(), self.own.plots / "curves.png")
+        if test:
+            forward = lambda batch: self.steps.forward(self.best_params, None, batch)[1]  # noqa: E731
+            self.config.task.illustrate(self.dataset, forward, self.own.plots)

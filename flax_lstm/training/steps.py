@@ -7,6 +7,7 @@ say all there is about a run.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,11 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema: Any  # averaged parameters, None without
     carry: Any  # recurrent state carried from batch to batch, None for tasks that carry none
+
+    @property
+    def evaluated(self) -> Any:
+        """The weights that are evaluated: the averaged ones if there are, else the parameters."""
+        return self.params if self.ema is None else self.ema
 
 
 class Steps(NamedTuple):
@@ -91,6 +97,78 @@ def fill(tree: Any, rows: int) -> Any:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, rows), *[(0, 0)] * (x.ndim - 1))), tree)
 
 
+class Recipe(NamedTuple):
+    """What a training step does, as values."""
+
+    module: nn.Module
+    loss: Callable[[Array, Batch], Mean]
+    optimizer: optax.GradientTransformationExtraArgs
+    schedule: Schedule
+    accumulate: int = 1  # parts a batch is computed in, one after the other
+    ema: float = 0.0  # decay of the averaged parameters; 0: there are none
+
+
+def gradients(
+    recipe: Recipe, params: Any, carry: Any, batch: Batch, key: Array, stored: Any
+) -> tuple[Array, Any, Any]:
+    """The mean loss of a batch, its gradient, and the carried state after it.
+
+    Computed in `recipe.accumulate` parts, whose sums are divided at last, so that the update equals
+    that of the whole batch. Each part's gradient lies as the parameters are `stored`.
+    """
+
+    def total(params: Any, carry: Any, part: Batch, key: Array) -> tuple[Array, tuple[Array, Any]]:
+        carry, outputs = apply(recipe.module, params, carry, part, key)
+        mean = recipe.loss(outputs, part)
+        return mean.total, (mean.weight, carry)
+
+    def sums(carry: Any, part: Batch, key: Array) -> tuple[tuple[Array, Array, Any], Any]:
+        result, grads = jax.value_and_grad(total, has_aux=True)(params, carry, part, key)
+        loss, (weight, carry) = result
+        return (loss, weight, jax.lax.with_sharding_constraint(grads, stored)), carry
+
+    if recipe.accumulate == 1:
+        (loss, weight, grads), carry = sums(carry, batch, key)
+    else:
+
+        def add(before: Any, part: Any) -> tuple[Any, Any]:
+            carry, rows, n = part
+            new, carry = sums(carry, rows, jax.random.fold_in(key, n))
+            return jax.tree.map(jnp.add, before, new), carry
+
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        carried, rows = split((carry, batch), recipe.accumulate)
+        parts = carried, rows, jnp.arange(recipe.accumulate)
+        (loss, weight, grads), carries = jax.lax.scan(add, zeros, parts)
+        carry = join(carries)
+    return loss / weight, jax.tree.map(lambda g: g / weight, grads), carry
+
+
+def train_step(
+    recipe: Recipe, state: TrainState, batch: Batch, root: Array, stored: Any, used: Any
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update: all there is to training. The rest of this file says how it lies on devices.
+
+    root: the run's key; dropout is a function of it and of the step.
+    stored, used: shardings of the parameters between steps, and within one.
+    """
+    key = jax.random.fold_in(root, state.step + 1)
+    params = jax.lax.with_sharding_constraint(state.params, used)
+    loss, grads, carry = gradients(recipe, params, state.carry, batch, key, stored)
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params, value=loss)
+    params = optax.apply_updates(state.params, updates)
+    averaged = state.ema
+    if recipe.ema:  # averages follow faster in the first steps
+        decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
+        averaged = optax.incremental_update(params, state.ema, 1 - decay)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": recipe.schedule(state.step) * plateau_scale(opt_state),
+    }
+    return TrainState(state.step + 1, params, opt_state, averaged, carry), metrics
+
+
 def make_steps(
     module: nn.Module,
     loss: Callable[[Array, Batch], Mean],
@@ -104,7 +182,7 @@ def make_steps(
     accumulate: int = 1,
     ema: float = 0.0,
 ) -> Steps:
-    """The jitted steps of a run.
+    """The jitted steps of a run, placed on the devices of a mesh: for readers who split a model.
 
     sample: a batch of the size and form of training; a `reset` in it means that the recurrent state
     is carried over.
@@ -113,77 +191,16 @@ def make_steps(
     ema: decay of the averaged parameters; they follow faster in the first steps, by (1 + step) /
     (10 + step).
     """
+    recipe = Recipe(module, loss, optimizer, schedule, accumulate, ema)
     root = jax.random.key(seed)
-
-    def init() -> tuple[TrainState, Any]:
-        """The first state, and its parameters with the names of their axes."""
-        inputs = jax.tree.map(jnp.asarray, (sample.inputs, sample.lengths, None, sample.covariates))
-        (carry, _), variables = module.init_with_output(jax.random.fold_in(root, 0), *inputs)
-        params = nn.meta.unbox(variables["params"])
-        carry = jax.tree.map(jnp.zeros_like, carry) if sample.reset is not None else None
-        averaged = jax.tree.map(jnp.copy, params) if ema else None
-        state = TrainState(
-            jnp.zeros((), jnp.int32), params, optimizer.init(params), averaged, carry
-        )
-        return state, variables["params"]
-
+    init = partial(first_state, recipe, sample, root)
     place, everywhere = batch_sharding(mesh), replicated(mesh)
     shapes, named_params = jax.eval_shape(on_mesh(init, mesh))
     stored, used = parameter_shardings(named_params, mesh)
-    shardings: Any = TrainState(
-        step=everywhere,  # type: ignore[arg-type]
-        params=stored,
-        opt_state=shard_like_params(shapes.opt_state, shapes.params, stored, mesh),
-        ema=stored if ema else None,
-        carry=jax.tree.map(lambda _: place, shapes.carry),
-    )
-
-    def total_loss(
-        params: Any, carry: Any, part: Batch, key: Array
-    ) -> tuple[Array, tuple[Array, Any]]:
-        carry, outputs = apply(module, params, carry, part, key)
-        mean = loss(outputs, part)
-        return mean.total, (mean.weight, carry)
-
-    def gradient(*arguments: Any) -> tuple[Any, Any]:
-        result, grads = jax.value_and_grad(total_loss, has_aux=True)(*arguments)
-        return result, jax.lax.with_sharding_constraint(grads, stored)
+    shardings = state_shardings(shapes, stored, mesh)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(root, state.step + 1)
-        params = jax.lax.with_sharding_constraint(state.params, used)
-        if accumulate == 1:
-            (total, (weight, carry)), grads = gradient(params, state.carry, batch, key)
-        else:
-
-            def add(sums: Any, part: Any) -> tuple[Any, Any]:
-                carry, rows, n = part
-                (total, (weight, carry)), grads = gradient(
-                    params, carry, rows, jax.random.fold_in(key, n)
-                )
-                return jax.tree.map(jnp.add, sums, (total, weight, grads)), carry
-
-            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-            parts = (
-                split(state.carry, accumulate),
-                split(batch, accumulate),
-                jnp.arange(accumulate),
-            )
-            (total, weight, grads), carries = jax.lax.scan(add, zeros, parts)
-            carry = join(carries)
-        mean, grads = total / weight, jax.tree.map(lambda g: g / weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=mean)
-        params = optax.apply_updates(state.params, updates)
-        averaged = state.ema
-        if ema:
-            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-            averaged = optax.incremental_update(params, state.ema, 1 - decay)
-        metrics = {
-            "loss": mean,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step) * plateau_scale(opt_state),
-        }
-        return TrainState(state.step + 1, params, opt_state, averaged, carry), metrics
+        return train_step(recipe, state, batch, root, stored, used)
 
     def evaluate(params: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
         carry, outputs = apply(module, jax.lax.with_sharding_constraint(params, used), carry, batch)
@@ -210,4 +227,28 @@ def make_steps(
         abstract=jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings
         ),
+    )
+
+
+def first_state(recipe: Recipe, sample: Batch, root: Array) -> tuple[TrainState, Any]:
+    """The state before the first step, and its parameters with the names of their axes."""
+    inputs = jax.tree.map(jnp.asarray, (sample.inputs, sample.lengths, None, sample.covariates))
+    key = jax.random.fold_in(root, 0)
+    (carry, _), variables = recipe.module.init_with_output(key, *inputs)
+    params = nn.meta.unbox(variables["params"])
+    carry = jax.tree.map(jnp.zeros_like, carry) if sample.reset is not None else None
+    averaged = jax.tree.map(jnp.copy, params) if recipe.ema else None
+    opt_state = recipe.optimizer.init(params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, averaged, carry)
+    return state, variables["params"]
+
+
+def state_shardings(shapes: TrainState, stored: Any, mesh: Mesh) -> Any:
+    """Where each part of a state lies, given where its parameters are stored."""
+    return TrainState(
+        step=replicated(mesh),  # type: ignore[arg-type]
+        params=stored,
+        opt_state=shard_like_params(shapes.opt_state, shapes.params, stored, mesh),
+        ema=None if shapes.ema is None else stored,
+        carry=jax.tree.map(lambda _: batch_sharding(mesh), shapes.carry),
     )

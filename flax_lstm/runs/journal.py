@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells while it trains: rows of `metrics.jsonl`, TensorBoard, the bar, the console."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from flax_lstm.config import TrainConfig
+from flax_lstm.errors import UserError
+from flax_lstm.machine.files import write_atomically
+from flax_lstm.runs.workdir import Workdir
+
+Figures = Mapping[str, float]
+
+
+class Diverged(UserError):
+    """A loss, gradient or figure that is not finite."""
+
+    def __init__(self, how: str):
+        super().__init__(
+            f"{how}: try a lower --train.learning-rate or --train.clip 1. The checkpoints are "
+            "untouched."
+        )
+
+
+class Journal:
+    """The log of one session of a run; a context manager.
+
+    folder: where it writes.
+    step: the first of the session comes after it. Rows beyond it, of a session whose end was lost,
+    are set aside.
+    losses: of the steps since the last row of training, from the session before.
+    began: when the run began, by `time.monotonic`, had it run without a break.
+    """
+
+    def __init__(
+        self,
+        folder: Workdir,
+        console: Console,
+        train: TrainConfig,
+        step: int = 0,
+        losses: Sequence[float] = (),
+        began: float | None = None,
+    ):
+        self.log = MetricsLog(folder.metrics)
+        self.losses = [*losses]
+        self.console = console
+        self._folder, self._train, self._step = folder, train, step
+        self._began = time.monotonic() if began is None else began
+        self._window = time.monotonic()  # since when the losses of the next row come in
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} examples/s  left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._line = self._bar.add_task(
+            "step", total=train.steps, completed=step, loss="-", rate="-"
+        )
+
+    def __enter__(self) -> "Journal":
+        self.log.rewind(self._step)
+        self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=self._step)
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._board.close()
+
+    def seconds(self) -> float:
+        """The time of all sessions."""
+        return time.monotonic() - self._began
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes in the metrics of the step before, for this one's may still be computed: the device
+        works on while the host reads. Raises Diverged."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Takes in what is pending, and writes a row each `log_every` steps. Raises Diverged."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise Diverged(f"the loss is {loss} and the norm of its gradient {norm} at step {step}")
+        self.losses.append(loss)
+        elapsed = max(time.monotonic() - self._window, 1e-9)
+        rate = len(self.losses) * self._train.batch_size / elapsed
+        self._bar.update(self._line, completed=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
+        if step % self._train.log_every == 0:
+            extra = {"learning_rate": float(metrics["learning_rate"]), "grad_norm": norm}
+            self._trained(step, rate, extra)
+
+    def _trained(self, step: int, rate: float, extra: Figures) -> None:
+        """The row of the steps since the last."""
+        mean = sum(self.losses) / len(self.losses)
+        self.record(step, "train", {"loss": mean, **extra, "examples_per_second": rate})
+        if self._bar.disable:
+            left = (self._train.steps - step) * self._train.batch_size / rate
+            self.console.print(
+                f"step {step}/{self._train.steps}  loss {mean:.4f}  {rate:,.0f} examples/s  "
+                f"{left:.0f} s left"
+            )
+        self.losses, self._window = [], time.monotonic()
+
+    def evaluated(self, step: int, split: str, figures: Figures, best: bool) -> None:
+        """A row of an evaluation, shown too."""
+        self.record(step, split, figures)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.console.print(f"step {step}  {split}  {shown}{'  (best)' if best else ''}")
+
+    def record(self, step: int, split: str, figures: Figures) -> None:
+        self.log.append(step, split, figures, self.seconds())
+        for name, value in finite(figures).items():
+            if value is not None:
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training's."""
+        began = time.monotonic()
+        yield
+        self._window += time.monotonic() - began
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one row per (step, split), steps increasing within a split."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The whole rows; a torn last line is left out."""
+        return [row for line in self._lines() if (row := _parse(line)) is not None]
+
+    def _lines(self) -> list[str]:
+        # Bytes that are no UTF-8 are of a damaged line, which is not parsed but kept as it is.
+        text = self.path.read_bytes().decode(errors="surrogateescape") if self.path.exists() else ""
+        return text.split("\n")[: -1 if text.endswith("\n") else None] if text else []
+
+    def append(self, step: int, split: str, figures: Figures, seconds: float) -> None:
+        """Adds a row; the test row of a step that has one already is left as it is."""
+        row = {"step": step, "split": split, **finite(figures), "seconds": round(seconds, 3)}
+        if split == "test" and any((r["step"], r["split"]) == (step, split) for r in self.rows()):
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Moves rows beyond the step, and a torn last line, to `metrics.discarded.jsonl`."""
+        kept: list[str] = []
+        moved: list[str] = []
+        for line in self._lines():
+            row = _parse(line)
+            (kept if row is not None and row["step"] <= step else moved).append(line + "\n")
+        if moved:
+            with self.path.with_name("metrics.discarded.jsonl").open("ab") as file:
+                file.write("".join(moved).encode(errors="surrogateescape"))
+        if moved or kept:  # also where nothing but the end of the last line was torn off
+            write_atomically(self.path, "".join(kept))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.encode())  # a ValueError, too, where it is no UTF-8
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def finite(figures: Figures) -> dict[str, float | None]:
+    """Figures as JSON numbers; what is not finite becomes null."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}

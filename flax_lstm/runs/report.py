@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a run: what made its figures, and the figures in a table."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from flax_lstm.machine.sharding import on_host
+from flax_lstm.runs.workdir import Workdir
+
+PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over the parameters: leaves sorted by '/'-joined path, each as path, dtype, shape and
+    little-endian bytes in C order."""
+    digest = hashlib.sha256()
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): on_host(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for name in sorted(leaves):
+        array = leaves[name]
+        digest.update(f"{name}{array.dtype.name}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that figures depend on."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages}
+
+
+def device_name() -> str:
+    """What trained, for example `cpu x 1 (2 cores)` or `NVIDIA H200 x 8`."""
+    devices = jax.devices()
+    cores = f" ({len(os.sched_getaffinity(0))} cores)" if devices[0].platform == "cpu" else ""
+    return f"{devices[0].device_kind} x {len(devices)}{cores}"
+
+
+def report(result: dict[str, Any], folder: Workdir, console: Console) -> None:
+    """Prints the test figures beside those of the baselines, or the validation figures where the
+    test split was not read, and where everything is."""
+    split = "test" if result["test"] else "validation"
+    columns = {"model": result[split], **result["baselines"]}
+    table = Table(
+        title=f"{result['name']}: {split}, best step {result['best_step']} of {result['steps']}"
+    )
+    for heading in ("", *columns):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in result[split]:
+        values = [figures.get(name) for figures in columns.values()]
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
+    console.print(table)
+    paths = (folder.result, folder.metrics, folder.config, folder.checkpoints, folder.tensorboard)
+    shown = [path.name for path in paths]
+    plots = sorted(f"{folder.plots.name}/{path.name}" for path in folder.plots.glob("*.png"))
+    console.print(
+        f"In {folder.path.absolute()}: {', '.join(shown + plots)}",
+        soft_wrap=True,
+        highlight=False,
+    )

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run remembers between its sessions, beside its state."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+
+class Best(NamedTuple):
+    """The best validation figure so far; the earliest of equal ones."""
+
+    value: float | None = None
+    step: int | None = None
+    stale: int = 0  # evaluations since
+
+    def after(self, value: float, step: int, maximise: bool) -> "Best":
+        better = self.value is None or (value > self.value if maximise else value < self.value)
+        return Best(value, step) if better else self._replace(stale=self.stale + 1)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Saved in each checkpoint, as JSON."""
+
+    seconds: float = 0.0  # of all sessions
+    sessions: int = 0
+    best: Best = Best()  # noqa: RUF009  # a tuple
+    losses: tuple[float, ...] = ()  # since the last row of the log
+    backend: str | None = None  # of the recurrences, see `Assembly`
+    monitor: float | None = None  # the validation figure of this very step, where there is one
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "best": [*self.best], "losses": [*self.losses]}
+
+    @staticmethod
+    def of_json(saved: Mapping[str, Any]) -> "Progress":
+        """What `as_json` gave, now or in an earlier release; other entries are passed over."""
+        known = {field.name: saved[field.name] for field in fields(Progress) if field.name in saved}
+        best, losses = Best(*known.pop("best", ())), tuple(known.pop("losses", ()))
+        return Progress(**known, best=best, losses=losses)
