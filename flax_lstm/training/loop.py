@@ -117,23 +117,23 @@ class Session:
         self.began = time.monotonic()
         console.print(f"{config.name}: reading the data")
         self.dataset: Dataset = first_then_all(lambda: config.data.load(folder.assets))
+        parts = around.assemble(config, self.dataset.info)
         self.checkpoints = Checkpoints(folder.checkpoints, config.task.monitor.maximise)
         self.progress = Progress()
         if (latest := self.checkpoints.latest()) is not None:
             self.progress = self.checkpoints.progress(latest)
-        self.mesh, self.steps, self.backend = self._assemble(self.progress.backend)
+        self.mesh, self.steps, self.backend = self._as_before(parts)
 
-    def _assemble(self, before: str | None) -> Assembly:
+    def _as_before(self, parts: Assembly) -> Assembly:
         """The run's parts. A resumed run takes the backend it had, so that its numbers stay the
         same to the last bit; where that is not to be had, another with a warning."""
-        config, info = self.config, self.dataset.info
-        parts = self.around.assemble(config, info)
+        config, before = self.config, self.progress.backend
         chosen = getattr(config.model, "backend", None)
         if before in (None, "auto", parts.backend) or chosen != "auto":
             return parts
         try:
             as_before = replace(config, model=replace(config.model, backend=before))
-            return self.around.assemble(as_before, info)
+            return self.around.assemble(as_before, self.dataset.info)
         except UserError as error:
             self.console.print(
                 f"warning: this run used another backend until now. {error} Going on with what "
