@@ -38,6 +38,10 @@ class TrainConfig:
     # after the warm-up: constant, cosine (to 0), plateau (halved as training loss stalls)
     schedule: Schedule = "constant"
     schedule_steps: int = 0  # length of the schedule; 0: the steps of the first run
+    # share of the learning rate that each layer has of the one above it, the head at the top
+    layer_decay: float = 1.0
+    # steps after which one more layer below the head learns, the embedding last; 0: all at once
+    unfreeze_every: int = 0
     ema: float = 0.0  # decay of the averaged weights that are evaluated; 0: none
     patience: int = 0  # evaluations without a new best before training stops; 0: never
     log_every: int = 50  # steps between rows of the log
@@ -55,7 +59,14 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             require(value >= 1, f"train.{name.replace('_', '-')} {value}: must be at least 1")
-        for name in ("weight_decay", "clip", "warmup_steps", "schedule_steps", "patience"):
+        for name in (
+            "weight_decay",
+            "clip",
+            "warmup_steps",
+            "schedule_steps",
+            "unfreeze_every",
+            "patience",
+        ):
             value = getattr(self, name)
             require(
                 0 <= value < math.inf,
@@ -66,6 +77,10 @@ class TrainConfig:
             f"train.learning-rate {self.learning_rate}: must be positive",
         )
         require(0 < self.epsilon < math.inf, f"train.epsilon {self.epsilon}: must be positive")
+        require(
+            0 < self.layer_decay <= 1,
+            f"train.layer-decay {self.layer_decay}: must be above 0 and at most 1",
+        )
         require(0 <= self.ema < 1, f"train.ema {self.ema}: must be at least 0 and below 1")
         divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
         require(

@@ -349,6 +349,18 @@ BREAKAGES = {
         "rec, c.rows, false, sums.recurrent",
         "tests/test_backends.py::test_long_sequences",
     ),
+    "every layer learns at the same rate": Breakage(
+        "flax_lstm/training/optim.py",
+        "decay**below, 0.0)",
+        "1.0, 0.0)",
+        "tests/test_optim.py::test_each_level_learns_at_its_share_of_the_rate_once_it_is_thawed",
+    ),
+    "no layer is frozen at first": Breakage(
+        "flax_lstm/training/optim.py",
+        "thawed = state.count >= below * unfreeze_every",
+        "thawed = state.count >= 0",
+        "tests/test_optim.py::test_each_level_learns_at_its_share_of_the_rate_once_it_is_thawed",
+    ),
     "candidates not divided by their chance": Breakage(
         "flax_lstm/tasks/sampled_softmax.py",
         "score_NS += (bias_V[among.ids_S] - among.log_chance_S)[None]",

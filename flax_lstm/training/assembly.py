@@ -35,7 +35,14 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
     schedule = learning_rate(train.schedule, train.learning_rate, train.warmup_steps, length)
     plateau_steps = max(length // 50, 1) if train.schedule == "plateau" else 0
     optimizer = make_optimizer(
-        train.optimizer, schedule, train.weight_decay, train.clip, plateau_steps, train.epsilon
+        train.optimizer,
+        schedule,
+        train.weight_decay,
+        train.clip,
+        plateau_steps,
+        train.epsilon,
+        train.layer_decay,
+        train.unfreeze_every,
     )
     with noting() as layers:
         steps = make_steps(

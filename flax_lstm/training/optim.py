@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers and learning-rate schedules, all from optax."""
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Schedule = Callable[[Any], Any]  # step -> learning rate
@@ -30,6 +32,49 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in str(path[-1]), params)
 
 
+def levels_below_head(params: Any) -> Any:
+    """How far below the head each weight works: 0 for the head and all else that is neither a
+    recurrent layer nor the embedding, 1 for the last recurrent layer, ..., most for the
+    embedding."""
+
+    def height(path: tuple[Any, ...]) -> int | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if layer := re.search(r"(?:^|/)layers_(\d+)/", name):
+            return int(layer[1]) + 1
+        return 0 if re.search(r"(?:^|/)embed/", name) else None
+
+    found = [height(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    top = max((level for level in found if level is not None), default=-1) + 1
+
+    def below(path: tuple[Any, ...], _: Any) -> int:
+        level = height(path)
+        return 0 if level is None else top - level
+
+    return jax.tree_util.tree_map_with_path(below, params)
+
+
+class Updates(NamedTuple):
+    """How many updates were made."""
+
+    count: jax.Array
+
+
+def by_level(decay: float, unfreeze_every: int) -> optax.GradientTransformation:
+    """Updates of a weight that works n levels below the head, times decay ** n (discriminative
+    fine-tuning), and 0 in the first n `unfreeze_every` steps (gradual unfreezing): Howard & Ruder
+    2018, sections 3.2 and 3.3."""
+
+    def update(updates: Any, state: Updates, params: Any = None) -> tuple[Any, Updates]:
+        def scale(update: jax.Array, below: int) -> jax.Array:
+            thawed = state.count >= below * unfreeze_every
+            return update * jnp.where(thawed, decay**below, 0.0).astype(update.dtype)
+
+        scaled = jax.tree.map(scale, updates, levels_below_head(updates))
+        return scaled, Updates(state.count + 1)
+
+    return optax.GradientTransformation(lambda _: Updates(jnp.zeros((), jnp.int32)), update)
+
+
 def make_optimizer(
     name: str,
     schedule: Schedule,
@@ -37,12 +82,15 @@ def make_optimizer(
     clip: float,
     plateau_steps: int = 0,
     epsilon: float = 1e-8,
+    layer_decay: float = 1.0,
+    unfreeze_every: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov & Hutter 2019), SGD with momentum 0.9, or Adafactor (Shazeer & Stern 2018),
     after clipping by the global norm. With `plateau_steps`, the step is halved whenever the mean
     loss over that many steps has not improved three times running. `epsilon` is AdamW's: added to
     the root of the mean squared gradient, it keeps gradients much smaller than itself from being
-    scaled up, such as those of words far from the end of a sequence."""
+    scaled up, such as those of words far from the end of a sequence. For `layer_decay` and
+    `unfreeze_every` see `by_level`."""
     parts: list[optax.GradientTransformation] = []
     if clip:
         parts.append(optax.clip_by_global_norm(clip))
@@ -59,6 +107,8 @@ def make_optimizer(
                 schedule, weight_decay_rate=weight_decay or None, weight_decay_mask=decayed
             )
         )
+    if layer_decay != 1 or unfreeze_every:
+        parts.append(by_level(layer_decay, unfreeze_every))
     if plateau_steps:
         parts.append(
             optax.contrib.reduce_on_plateau(factor=0.5, patience=3, accumulation_size=plateau_steps)
