@@ -357,8 +357,8 @@ BREAKAGES = {
     ),
     "no layer is frozen at first": Breakage(
         "flax_lstm/training/optim.py",
-        "thawed = state.count >= below * unfreeze_every",
-        "thawed = state.count >= 0",
+        "thawed = state.made >= below * unfreeze_every",
+        "thawed = state.made >= 0",
         "tests/test_optim.py::test_each_level_learns_at_its_share_of_the_rate_once_it_is_thawed",
     ),
     "candidates not divided by their chance": Breakage(

@@ -56,7 +56,7 @@ def levels_below_head(params: Any) -> Any:
 class Updates(NamedTuple):
     """How many updates were made."""
 
-    count: jax.Array
+    made: jax.Array
 
 
 def by_level(decay: float, unfreeze_every: int) -> optax.GradientTransformation:
@@ -66,11 +66,11 @@ def by_level(decay: float, unfreeze_every: int) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Updates, params: Any = None) -> tuple[Any, Updates]:
         def scale(update: jax.Array, below: int) -> jax.Array:
-            thawed = state.count >= below * unfreeze_every
+            thawed = state.made >= below * unfreeze_every
             return update * jnp.where(thawed, decay**below, 0.0).astype(update.dtype)
 
         scaled = jax.tree.map(scale, updates, levels_below_head(updates))
-        return scaled, Updates(state.count + 1)
+        return scaled, Updates(state.made + 1)
 
     return optax.GradientTransformation(lambda _: Updates(jnp.zeros((), jnp.int32)), update)
 
