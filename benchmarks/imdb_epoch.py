@@ -117,7 +117,7 @@ def ours(job: Job) -> Epochs:
     load_malloc().tune_malloc()
     import jax
 
-    from flax_lstm import Classification, RecurrentModel
+    from flax_lstm import Classification, TextModel
     from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad
     from flax_lstm.machine.sharding import make_mesh, put_batch
     from flax_lstm.training.loop import batches
@@ -128,9 +128,7 @@ def ours(job: Job) -> Epochs:
     boundaries = choose_boundaries([len(ids) for ids in rows.tokens], LENGTH)
     source = BucketedBatches(rows, boundaries, BATCH, job.seed)
     info = SimpleNamespace(labels=("neg", "pos"), vocabulary_size=VOCABULARY)
-    model = RecurrentModel(
-        hidden_size=HIDDEN, embed_size=FEATURES, dense=DENSE, head_dropout=DROPOUT
-    )
+    model = TextModel(hidden_size=HIDDEN, embed_size=FEATURES, dense=DENSE, head_dropout=DROPOUT)
     schedule = learning_rate("constant", 1e-3, 0, 1)
     steps = make_steps(
         task.build(model, info),

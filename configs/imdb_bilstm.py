@@ -7,7 +7,7 @@ Test accuracy 0.883 (seed 0), validation 0.907: docs/results.md, with what else 
 53 minutes on one core of a busy machine.
 """
 
-from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
+from flax_lstm import Classification, Config, TextModel, TrainConfig
 from flax_lstm.data import Imdb
 
 EPOCH = 353  # steps: 22,558 training reviews in batches of 64
@@ -18,7 +18,7 @@ def get_config() -> Config:
         name="imdb_bilstm",
         data=Imdb(vocabulary_size=30_000, max_length=600),
         task=Classification(label_smoothing=0.1),
-        model=RecurrentModel(
+        model=TextModel(
             cell="lstm",
             hidden_size=128,
             bidirectional=True,

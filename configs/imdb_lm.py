@@ -6,7 +6,7 @@ review), state carried: what `imdb_finetune` begins with.
 About one pass over 20 million tokens, with 1,024 of 30,000 words in the softmax of a training step.
 """
 
-from flax_lstm import Config, LanguageModeling, RecurrentModel, TrainConfig
+from flax_lstm import Config, LanguageModel, LanguageModeling, TrainConfig
 from flax_lstm.data import ImdbLanguage
 
 PASS = 4_500  # steps: 20 million tokens in 64 lanes of 70
@@ -17,7 +17,7 @@ def get_config() -> Config:
         name="imdb_lm",
         data=ImdbLanguage(vocabulary_size=30_000, sequence_length=70, evaluation_tokens=100_000),
         task=LanguageModeling(candidates=1_024),
-        model=RecurrentModel(
+        model=LanguageModel(
             cell="lstm",
             hidden_size=512,
             embed_size=256,

@@ -15,7 +15,7 @@ language modeling", LSTM-8192-1024). It was
 planned, never trained: docs/scaling.md has the predictions.
 """
 
-from flax_lstm import Config, LanguageModeling, RecurrentModel, TrainConfig
+from flax_lstm import Config, LanguageModel, LanguageModeling, TrainConfig
 from flax_lstm.data import ImdbLanguage
 
 
@@ -24,7 +24,7 @@ def get_config() -> Config:
         name="imdb_lm_large",
         data=ImdbLanguage(vocabulary_size=60_000, sequence_length=100),
         task=LanguageModeling(),
-        model=RecurrentModel(
+        model=LanguageModel(
             cell="lstm",
             hidden_size=8192,
             num_layers=2,

@@ -5,7 +5,7 @@
 Test accuracy 0.857 (seed 0), 25 minutes on one core of a busy machine: docs/results.md.
 """
 
-from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
+from flax_lstm import Classification, Config, TextModel, TrainConfig
 from flax_lstm.data import Imdb
 
 EPOCH = 705  # steps: 22,558 training reviews in batches of 32
@@ -16,7 +16,7 @@ def get_config() -> Config:
         name="imdb_stacked",
         data=Imdb(vocabulary_size=20_000, max_length=200),
         task=Classification(),
-        model=RecurrentModel(
+        model=TextModel(
             cell="lstm",
             hidden_size=(128, 64),
             embed_size=128,

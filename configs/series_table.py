@@ -10,7 +10,7 @@ report names the errors of naive forecasts: where whole seasons are forecast and
 better, take the `SegmentModel` of configs/electricity.py.
 """
 
-from flax_lstm import Config, Forecasting, RecurrentModel, TrainConfig
+from flax_lstm import Config, Forecasting, RecurrentForecaster, TrainConfig
 from flax_lstm.data import SeriesTable
 
 
@@ -19,7 +19,7 @@ def get_config() -> Config:
         name="series_table",
         data=SeriesTable(path="series.csv", lookback=168, horizon=24, season=24),
         task=Forecasting(objective="mse"),
-        model=RecurrentModel(cell="lstm", hidden_size=128, dropout=0.1),
+        model=RecurrentForecaster(cell="lstm", hidden_size=128, dropout=0.1),
         train=TrainConfig(
             steps=3000,
             batch_size=64,

@@ -8,7 +8,7 @@ expect no more than the baseline `last_value` reaches. A model that seems far be
 future. Test mse 0.0194 against 0.0193 of the last value (seed 0); a minute on one core.
 """
 
-from flax_lstm import Config, Forecasting, RecurrentModel, TrainConfig
+from flax_lstm import Config, Forecasting, RecurrentForecaster, TrainConfig
 from flax_lstm.data import SeriesTable
 
 
@@ -24,7 +24,7 @@ def get_config() -> Config:
             calendar=False,
         ),
         task=Forecasting(objective="mse"),
-        model=RecurrentModel(cell="lstm", hidden_size=50, num_layers=2, dropout=0.2),
+        model=RecurrentForecaster(cell="lstm", hidden_size=50, num_layers=2, dropout=0.2),
         train=TrainConfig(
             steps=1000,
             batch_size=32,

@@ -6,7 +6,7 @@
 Labels may have any names and number. Give --name, or --workdir, to keep several runs apart.
 """
 
-from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
+from flax_lstm import Classification, Config, TextModel, TrainConfig
 from flax_lstm.data import TextTable
 
 
@@ -15,7 +15,7 @@ def get_config() -> Config:
         name="text_table",
         data=TextTable(path="texts.csv", max_length=256),
         task=Classification(),
-        model=RecurrentModel(
+        model=TextModel(
             cell="lstm",
             hidden_size=128,
             bidirectional=True,

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from flax_lstm.inference import Run, load
     from flax_lstm.nn.cells import GRUCell, LSTMCell, SimpleRNNCell
     from flax_lstm.nn.layers import RNN, Bidirectional, Stack
-    from flax_lstm.nn.models import RecurrentModel, SequenceModel
+    from flax_lstm.nn.models import (
+        LanguageModel,
+        RecurrentForecaster,
+        RecurrentModel,
+        SequenceModel,
+        TextModel,
+    )
     from flax_lstm.nn.recurrence import backends
     from flax_lstm.nn.segments import SegmentModel
     from flax_lstm.tasks.classification import Classification
@@ -33,8 +39,10 @@ __all__ = [
     "Forecasting",
     "GRUCell",
     "LSTMCell",
+    "LanguageModel",
     "LanguageModeling",
     "MeshConfig",
+    "RecurrentForecaster",
     "RecurrentModel",
     "Run",
     "SegmentModel",
@@ -43,6 +51,7 @@ __all__ = [
     "SimpleRNNCell",
     "Stack",
     "Stopped",
+    "TextModel",
     "TrainConfig",
     "UserError",
     "backends",
@@ -59,7 +68,13 @@ __getattr__, __dir__ = lazily(
         "inference": ("Run", "load"),
         "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
         "nn.layers": ("RNN", "Bidirectional", "Stack"),
-        "nn.models": ("RecurrentModel", "SequenceModel"),
+        "nn.models": (
+            "LanguageModel",
+            "RecurrentForecaster",
+            "RecurrentModel",
+            "SequenceModel",
+            "TextModel",
+        ),
         "nn.recurrence": ("backends",),
         "nn.segments": ("SegmentModel",),
         "tasks.classification": ("Classification",),

@@ -19,10 +19,13 @@ from flax_lstm import (
     Classification,
     Config,
     Forecasting,
+    LanguageModel,
     LanguageModeling,
     MeshConfig,
+    RecurrentForecaster,
     RecurrentModel,
     SequenceRegression,
+    TextModel,
     TrainConfig,
 )
 from flax_lstm.data.base import Batch
@@ -121,7 +124,7 @@ def text_run(folder: Path, **train: Any) -> Config:
     data = TextTable(
         path=str(path), vocabulary_size=20, max_length=8, validation_fraction=0.2, test_fraction=0.2
     )
-    model = RecurrentModel(
+    model = TextModel(
         hidden_size=4,
         embed_size=4,
         dropout=0.2,
@@ -143,7 +146,7 @@ def series_run(folder: Path, **train: Any) -> Config:
     path = folder / "series.csv"
     pd.DataFrame({"time": times, **columns}).to_csv(path, index=False)
     data = SeriesTable(path=str(path), lookback=7, horizon=3, season=6)
-    model = RecurrentModel(cell="gru", hidden_size=4)
+    model = RecurrentForecaster(cell="gru", hidden_size=4)
     task = Forecasting(objective="quantile")
     return Config("series", data, task, model, replace(TEN_STEPS, **train), ONE_DEVICE)
 
@@ -157,7 +160,7 @@ def language_run(folder: Path, **train: Any) -> Config:
     data = LanguageTable(
         path=str(path), vocabulary_size=20, sequence_length=5, validation_fraction=0.2
     )
-    model = RecurrentModel(hidden_size=4, embed_size=4, tied=True, dropout=0.1)
+    model = LanguageModel(hidden_size=4, embed_size=4, tied=True, dropout=0.1)
     settings = replace(TEN_STEPS, **{"accumulate": 2, **train})
     return Config("language", data, LanguageModeling(), model, settings, ONE_DEVICE)
 
@@ -165,7 +168,7 @@ def language_run(folder: Path, **train: Any) -> Config:
 def imdb_run(folder: Path, **train: Any) -> Config:
     """The real reviews, of which a test must make sure with `real_reviews`."""
     data = Imdb(vocabulary_size=1000, max_length=40)
-    model = RecurrentModel(hidden_size=8, embed_size=8, dropout=0.2, recurrent_dropout=0.2)
+    model = TextModel(hidden_size=8, embed_size=8, dropout=0.2, recurrent_dropout=0.2)
     settings = replace(TEN_STEPS, **{"batch_size": 64, **train})
     return Config("reviews", data, Classification(), model, settings, ONE_DEVICE)
 

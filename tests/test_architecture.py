@@ -13,7 +13,9 @@ PACKAGE = ROOT / "flax_lstm"
 # `errors`.
 ALLOWED = {
     "machine": set(),
-    "nn": {"machine"},
+    "nn": {"data", "machine"},
+    "nn/layers": {"machine"},
+    "nn/recurrence": {"machine"},
     "nn/cells": {"machine"},
     "data": {"machine"},
     "tasks": {"data", "nn"},

@@ -12,7 +12,10 @@ from flax_lstm import UserError
 from flax_lstm.nn.models import (
     AttentionPool,
     ConcatPool,
+    LanguageModel,
+    RecurrentForecaster,
     RecurrentModel,
+    TextModel,
     ends_pool,
     last_pool,
     max_pool,
@@ -99,7 +102,7 @@ def test_attention_by_hand_ignores_padding_and_empty_rows():
     ],
 )
 def test_padding_changes_nothing(pooling, bidirectional):
-    settings = RecurrentModel(
+    settings = TextModel(
         hidden_size=4,
         embed_size=4,
         pooling=pooling,
@@ -138,7 +141,7 @@ def test_last_of_a_bidirectional_layer_is_what_both_directions_end_with():
 
 
 def test_tied_embeddings_are_the_head():
-    module = RecurrentModel(hidden_size=4, embed_size=4, tied=True).sequence(9, 9, pooled=False)
+    module = LanguageModel(hidden_size=4, embed_size=4, tied=True).language_model(9)
     tokens = np.random.default_rng(4).integers(0, 9, (2, 5)).astype(np.int32)
     params = initial(module, tokens)["params"]
     assert set(params) == {"embed", "head_bias", "recurrent"}
@@ -150,10 +153,10 @@ def test_tied_embeddings_are_the_head():
         apply(module, {"params": changed}, tokens)[1] - apply(module, {"params": params}, tokens)[1]
     )
     assert difference[..., 8].max() > 1e-3 and difference[..., :8].max() == 0
-    narrow = RecurrentModel(hidden_size=6, embed_size=4, tied=True).sequence(9, 9, pooled=False)
+    narrow = LanguageModel(hidden_size=6, embed_size=4, tied=True).language_model(9)
     params = jax.eval_shape(narrow.init, KEY, tokens)["params"]
     assert params["to_embedding"]["kernel"].shape == (6, 4) and "head" not in params
-    untied = RecurrentModel(hidden_size=4, embed_size=4).sequence(9, 9, pooled=False)
+    untied = LanguageModel(hidden_size=4, embed_size=4).language_model(9)
     assert jax.eval_shape(untied.init, KEY, tokens)["params"]["head"]["kernel"].shape == (4, 9)
 
 
@@ -177,14 +180,14 @@ def series(steps: int = 7, features: int = 2, seed: int = 5) -> np.ndarray:
 
 def test_a_shifted_series_has_a_shifted_forecast():
     x, shift = series(features=3), np.array([100.0, -7.0, 0.0], np.float32)
-    for settings in (RecurrentModel(hidden_size=4), SegmentModel(hidden_size=4, segment=3)):
+    for settings in (RecurrentForecaster(hidden_size=4), SegmentModel(hidden_size=4, segment=3)):
         variables, plain = forecast(settings, x)
         _, shifted = forecast(settings, x + shift, variables=variables)
         assert plain.shape == (4, 3, 2, 1)
         close(shifted - plain, np.broadcast_to(shift[None, None, :2, None], plain.shape), atol=1e-4)
-    variables, plain = forecast(RecurrentModel(hidden_size=4, subtract_last=False), x)
+    variables, plain = forecast(RecurrentForecaster(hidden_size=4, subtract_last=False), x)
     _, shifted = forecast(
-        RecurrentModel(hidden_size=4, subtract_last=False), x + shift, variables=variables
+        RecurrentForecaster(hidden_size=4, subtract_last=False), x + shift, variables=variables
     )
     assert (
         np.abs(shifted - plain).max() < 50
@@ -193,14 +196,14 @@ def test_a_shifted_series_has_a_shifted_forecast():
 
 def test_forecasts_have_their_channels_and_quantiles_in_place():
     x = series()
-    variables, plain = forecast(RecurrentModel(hidden_size=4), x, per_value=3)
+    variables, plain = forecast(RecurrentForecaster(hidden_size=4), x, per_value=3)
     head = variables["params"]["model"]["head"]
     changed = {
         **head,
         "bias": head["bias"] + np.float32(5) * (np.arange(18) == 8),
     }  # (1 * 2 + 0) * 3 + 2: step 1, channel 0, quantile 2
     variables = {"params": {"model": {**variables["params"]["model"], "head": changed}}}
-    _, moved = forecast(RecurrentModel(hidden_size=4), x, per_value=3, variables=variables)
+    _, moved = forecast(RecurrentForecaster(hidden_size=4), x, per_value=3, variables=variables)
     expected = np.zeros((3, 2, 3))
     expected[1, 0, 2] = 5
     close(moved - plain, np.broadcast_to(expected, plain.shape), atol=1e-5)
@@ -235,14 +238,14 @@ def test_segment_forecasts_of_channels_do_not_depend_on_each_other():
 
 
 @pytest.mark.parametrize(
-    "settings", [RecurrentModel(hidden_size=4), SegmentModel(hidden_size=4, segment=3)]
+    "settings", [RecurrentForecaster(hidden_size=4), SegmentModel(hidden_size=4, segment=3)]
 )
 def test_known_covariates_of_past_and_future_are_read(settings):
     x = series(7)
     known = np.random.default_rng(6).normal(size=(4, 7 + 4, 2)).astype(np.float32)
     variables, plain = forecast(settings, x, horizon=4, covariates=known)
     for step, matters in (
-        (0, isinstance(settings, RecurrentModel)),
+        (0, isinstance(settings, RecurrentForecaster)),
         (3, True),
         (7, True),
         (10, True),
@@ -261,15 +264,17 @@ def test_a_segment_longer_than_the_look_back_is_a_user_error():
 def test_bfloat16_keeps_weights_and_outputs_in_float32():
     x = series()
     for settings in (
-        RecurrentModel(hidden_size=4, dtype="bfloat16"),
+        RecurrentForecaster(hidden_size=4, dtype="bfloat16"),
         SegmentModel(hidden_size=4, segment=3),
     ):
         variables, outputs = forecast(settings, x)
         assert outputs.dtype == np.float32
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     exact = forecast(
-        RecurrentModel(hidden_size=4), x, variables=forecast(RecurrentModel(hidden_size=4), x)[0]
+        RecurrentForecaster(hidden_size=4),
+        x,
+        variables=forecast(RecurrentForecaster(hidden_size=4), x)[0],
     )[1]
-    rough = forecast(RecurrentModel(hidden_size=4, dtype="bfloat16"), x)[1]
+    rough = forecast(RecurrentForecaster(hidden_size=4, dtype="bfloat16"), x)[1]
     np.testing.assert_allclose(rough, exact, atol=0.05)
     assert np.abs(rough - exact).max() > 0

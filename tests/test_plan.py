@@ -21,10 +21,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from flax_lstm import (
     Classification,
     Config,
+    LanguageModel,
     LanguageModeling,
     LSTMCell,
     MeshConfig,
-    RecurrentModel,
+    TextModel,
     TrainConfig,
     UserError,
     load_config,
@@ -240,9 +241,7 @@ def test_the_text_of_a_tpu_program():
 
 
 def classifier(mesh=(8, 1, 1), **model):
-    settings = RecurrentModel(
-        hidden_size=32, embed_size=16, dense=8, recurrent_dropout=0.2, **model
-    )
+    settings = TextModel(hidden_size=32, embed_size=16, dense=8, recurrent_dropout=0.2, **model)
     data = Imdb(vocabulary_size=64, max_length=24)
     return Config(
         "text", data, Classification(), settings, TrainConfig(batch_size=16), MeshConfig(*mesh)
@@ -251,7 +250,7 @@ def classifier(mesh=(8, 1, 1), **model):
 
 def language_model(mesh=(8, 1, 1), data=None, **train):
     data = data or ImdbLanguage(vocabulary_size=64, sequence_length=12)
-    settings = RecurrentModel(cell="gru", hidden_size=(32, 48), num_layers=2, embed_size=16)
+    settings = LanguageModel(cell="gru", hidden_size=(32, 48), num_layers=2, embed_size=16)
     return Config(
         "lm",
         data,
@@ -364,9 +363,7 @@ def test_what_would_be_taken_is_read_from_a_refusal(message, size):
 
 
 def test_whole_arrays_are_named():
-    config = replace(
-        classifier((1, 2, 4)), model=RecurrentModel(hidden_size=7, embed_size=9, dense=5)
-    )
+    config = replace(classifier((1, 2, 4)), model=TextModel(hidden_size=7, embed_size=9, dense=5))
     _, found = trace(config, CPU8)
     assert (
         "parameters/dense/bias (5,)" in found["whole"]

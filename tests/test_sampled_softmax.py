@@ -2,13 +2,15 @@
 """The sampled softmax: what it draws, that its denominator is unbiased, and exact with every
 word."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
 
-from flax_lstm import LanguageModeling, RecurrentModel, UserError
+from flax_lstm import LanguageModel, LanguageModeling, UserError
 from flax_lstm.data.vocabulary import Vocabulary
 from flax_lstm.tasks.sampled_softmax import chances, draw, sampled_cross_entropy
 
@@ -113,4 +115,4 @@ def test_what_cannot_be_sampled_is_said():
     with pytest.raises(UserError, match=r"task\.candidates -1"):
         LanguageModeling(candidates=-1)
     with pytest.raises(UserError, match=r"--model\.tied True"):
-        LanguageModeling(candidates=8).build(RecurrentModel(), None)
+        LanguageModeling(candidates=8).build(LanguageModel(), SimpleNamespace(vocabulary_size=9))

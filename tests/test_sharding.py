@@ -4,6 +4,7 @@ what it must."""
 
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -19,10 +20,12 @@ from flax_lstm import (
     Classification,
     Config,
     Forecasting,
+    LanguageModel,
     LanguageModeling,
     LSTMCell,
     MeshConfig,
-    RecurrentModel,
+    RecurrentForecaster,
+    TextModel,
     TrainConfig,
 )
 from flax_lstm.data.language import LanguageTable
@@ -67,6 +70,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+MODELS = {
+    "classification": partial(TextModel, embed_size=8),
+    "forecasting": RecurrentForecaster,
+    "language": partial(LanguageModel, embed_size=8),
+}
+
+
 def config_of(kind, folder, mesh=ONE, model=None, **train):
     """A small run of a task, all of whose sizes divide by the meshes here."""
     texts = {"path": str(folder / "texts.csv"), "vocabulary_size": 64, "validation_fraction": 0.1}
@@ -79,7 +89,7 @@ def config_of(kind, folder, mesh=ONE, model=None, **train):
         "language": (LanguageTable(**texts, sequence_length=6), LanguageModeling()),
     }
     data, task = parts[kind]
-    settings = RecurrentModel(hidden_size=16, embed_size=8, **(model or {}))
+    settings = MODELS[kind](hidden_size=16, **(model or {}))
     return Config(kind, data, task, settings, replace(TRAIN, **train), MeshConfig(*mesh))
 
 

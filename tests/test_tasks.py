@@ -14,8 +14,8 @@ from flax_lstm import (
     Classification,
     Forecasting,
     LanguageModeling,
-    RecurrentModel,
     SequenceRegression,
+    TextModel,
     UserError,
 )
 from flax_lstm.data.base import Batch
@@ -249,7 +249,7 @@ def test_classification_begins_at_log_of_the_classes_and_overfits_one_batch(cell
         jax.numpy.asarray, Batch(inputs, labels, lengths, np.ones(SIZE, np.float32))
     )
     task = Classification()
-    module = task.build(RecurrentModel(cell=cell, hidden_size=8, embed_size=8), info)
+    module = task.build(TextModel(cell=cell, hidden_size=8, embed_size=8), info)
     params = jax.jit(module.init)(jax.random.key(0), batch.inputs, batch.lengths)["params"]
     optimizer = optax.adam(0.05)
 

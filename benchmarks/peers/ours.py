@@ -3,13 +3,14 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from workloads import Work
 
-from flax_lstm import Classification, RecurrentModel, SequenceRegression
+from flax_lstm import Classification, RecurrentModel, SequenceRegression, TextModel
 from flax_lstm.data.base import Batch
 from flax_lstm.machine.malloc import trim_malloc
 from flax_lstm.machine.sharding import make_mesh, put_batch
@@ -19,15 +20,19 @@ from flax_lstm.training.steps import TrainState, make_steps
 
 def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
     w, weights, mesh = work.workload, work.weights, make_mesh(1)
-    model = RecurrentModel(
-        cell=w.cell,
-        hidden_size=w.hidden,
-        bidirectional=w.bidirectional,
-        embed_size=w.features,
-        backend=backend,  # type: ignore[arg-type]
-    )
-    info = SimpleNamespace(labels=range(w.outputs), vocabulary_size=w.vocabulary, outputs=w.outputs)
-    task = Classification() if w.vocabulary else SequenceRegression()
+    settings: Any = {
+        "cell": w.cell,
+        "hidden_size": w.hidden,
+        "bidirectional": w.bidirectional,
+        "backend": backend,
+    }
+    task: Any
+    if w.vocabulary:
+        info = SimpleNamespace(labels=range(w.outputs), vocabulary_size=w.vocabulary)
+        model, task = TextModel(**settings, embed_size=w.features), Classification()
+    else:
+        info = SimpleNamespace(outputs=w.outputs)
+        model, task = RecurrentModel(**settings), SequenceRegression()
     batches = [Batch(*batch, np.ones(w.batch, np.float32)) for batch in work.batches]
     schedule = learning_rate("constant", 1e-3, 0, 1)
     optimizer = make_optimizer("adamw", schedule, weight_decay=0.0, clip=0.0)

@@ -7,7 +7,7 @@ channels, K covariates. Nothing in this folder imports JAX or Flax.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import pandas as pd
 
@@ -44,12 +44,57 @@ class BatchSource(Protocol):
 
 
 class Info(Protocol):
-    """What tasks and predictions need to know: label names, vocabulary, scaler (see each
-    module)."""
+    """What tasks and predictions need to know of the data. The traits below say what there can be
+    in it; a task and a model each name one of them, and so are paired with data that have it."""
 
-    def sample(
-        self, batch_size: int
-    ) -> Batch: ...  # a batch of zeros with the form of the longest of training
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of zeros with the form of the longest of training."""
+        ...
+
+
+@runtime_checkable
+class Tokens(Protocol):
+    """Tokens: inputs (B, T) are ids below `vocabulary_size`."""
+
+    vocabulary_size: int
+
+
+class Features(Protocol):
+    """Sequences of numbers: inputs are (B, T, features)."""
+
+    features: int
+
+
+class Labelled(Protocol):
+    """Labels: targets (B,) are places in `labels`; `class_counts` of them are in training."""
+
+    labels: tuple[str, ...]
+    class_counts: tuple[int, ...]
+
+
+class Measured(Protocol):
+    """Numbers to predict: targets are (B, outputs), with this mean in training."""
+
+    outputs: int
+    target_mean: float
+
+
+class Documents(Tokens, Protocol):
+    """Running text: targets (B, T) are the tokens that follow, found so often in training."""
+
+    token_counts: tuple[int, ...]
+
+
+class Windows(Protocol):
+    """Time series: inputs (B, lookback, D) hold the targets first, targets are (B, horizon, C)."""
+
+    targets: tuple[str, ...]
+    lookback: int
+    horizon: int
+    season: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    naive_scale: tuple[float, ...]
 
 
 class Dataset(Protocol):
@@ -66,7 +111,13 @@ class Dataset(Protocol):
 
 class Data(Protocol):
     """The `data` section of a config: a frozen dataclass of settings. One of your own can inherit
-    from this class and needs `load` and `restore`."""
+    from this class and needs `load` and `restore`.
+
+    gives: the class of the `info`. Where it is said, a task or a model that does not go with it is
+    refused before the data are read.
+    """
+
+    gives: ClassVar[type | None] = None
 
     def load(self, assets: Path) -> Dataset:
         """Reads the data. What is fitted on the training split (vocabulary, scaler) is read from

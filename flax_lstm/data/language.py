@@ -9,6 +9,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -123,6 +124,8 @@ class LanguageDataset:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageData(Corpus):
     """Language modelling; subclasses say where the documents come from (`documents`)."""
+
+    gives: ClassVar[type | None] = LanguageInfo
 
     sequence_length: int = 100  # tokens of a training step: as far as gradients reach back
     evaluation_tokens: int = 0  # about as many of validation and of test are judged; 0: all

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -177,6 +177,8 @@ class SeriesTable(Data):
     benchmarks: Zhou et al. 2021); every window counts. Channels are scaled to mean 0 and standard
     deviation 1 by the training rows alone.
     """
+
+    gives: ClassVar[type | None] = SeriesInfo
 
     path: str = "electricity"  # file, or an embedded series: electricity (hourly), stocks (daily)
     time_column: str = ""  # column with the times, in ISO 8601; empty: the first

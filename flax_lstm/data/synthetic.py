@@ -7,6 +7,7 @@ Axes: B rows of a batch, T time steps.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -44,6 +45,8 @@ class AddingProblem(Data):
     half, and 0 elsewhere. The target is the sum of the two marked numbers. Always guessing its
     mean, 1, has a mean squared error of 1/6.
     """
+
+    gives: ClassVar[type | None] = RegressionInfo
 
     length: int = 400  # steps of a sequence
     # Training examples that count as an epoch; they are drawn anew and never repeat

@@ -154,6 +154,8 @@ class Corpus(Data):
 class TextData(Corpus):
     """Classification of texts; subclasses say where the texts come from (`splits`)."""
 
+    gives: ClassVar[type | None] = TextInfo
+
     max_length: int = 400  # tokens kept of a longer text
     keep: Literal["first", "last"] = "last"  # which end of a longer text is kept
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models: embed -> recurrent stack -> pooling -> head.
 
-`RecurrentModel` is the settings of the `model` section of a config; its methods build the Flax
-modules. The modules (`SequenceModel`, `Forecaster`) can be used without any config. The
-segment-wise forecaster is in `segments.py`.
+`RecurrentModel`, `TextModel`, `LanguageModel` and `RecurrentForecaster` are settings of the `model`
+section of a config; their methods build the Flax modules. The modules (`SequenceModel`,
+`Forecaster`) can be used without any config. The segment-wise forecaster is in `segments.py`.
 
 Axes: B batch, T time, D input features, H hidden units, O outputs, N horizon, C target channels, K
 covariates, Q outputs per forecast value (1, or the number of quantiles). Every module maps
@@ -12,12 +12,13 @@ covariates, Q outputs per forecast value (1, or the number of quantiles). Every 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_lstm.data.base import Features, Tokens, Windows
 from flax_lstm.errors import require
 from flax_lstm.machine.sharding import named
 from flax_lstm.nn.cells import CELLS, CellName
@@ -226,9 +227,8 @@ class Forecaster(nn.Module):
 
 
 @dataclass(frozen=True)
-class RecurrentModel:
-    """Layers of one cell with a head: for classification, forecasting, language modelling and
-    regression."""
+class RecurrentLayers:
+    """The settings that every model of recurrent layers has: layers of one cell, and a head."""
 
     cell: CellName = "lstm"  # the recurrence
     # Units of a layer; several numbers give layers of those widths
@@ -239,13 +239,8 @@ class RecurrentModel:
     dropout: float = 0.0  # on the input of every layer, one mask a sequence
     recurrent_dropout: float = 0.0  # on the recurrent input of every layer, one mask a sequence
     weight_dropout: float = 0.0  # on the recurrent weights (DropConnect)
-    embed_size: int = 128  # features of a token's embedding; for text
-    embed_dropout: float = 0.0  # share of the tokens dropped whole; for text
-    tied: bool = False  # the head shares the embedding's weights; for language models
-    pooling: PoolingName = "last"  # how the outputs of the steps become one
     dense: int = 0  # width of a ReLU layer before the head; 0: none
     head_dropout: float = 0.0  # dropout before the head
-    subtract_last: bool = True  # forecast the difference from the last value; for forecasting
     dtype: DTypeName = "float32"  # what is computed in; weights and state stay float32
     backend: BackendName = "auto"  # how the recurrence is run
 
@@ -255,20 +250,9 @@ class RecurrentModel:
             f"model.hidden-size {self.hidden_size}: every size must be at least 1",
         )
         require(self.num_layers > 0, f"model.num-layers {self.num_layers}: must be at least 1")
-        require(self.embed_size > 0, f"model.embed-size {self.embed_size}: must be at least 1")
         require(self.dense >= 0, f"model.dense {self.dense}: must be 0 (none) or a width")
-        for field in (
-            "dropout",
-            "recurrent_dropout",
-            "weight_dropout",
-            "embed_dropout",
-            "head_dropout",
-        ):
-            rate = getattr(self, field)
-            require(
-                0 <= rate < 1,
-                f"model.{field.replace('_', '-')} {rate}: must be at least 0 and below 1",
-            )
+        for name in ("dropout", "recurrent_dropout", "weight_dropout", "head_dropout"):
+            check_rate(name, getattr(self, name))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -279,8 +263,7 @@ class RecurrentModel:
         require(
             self.num_layers in (1, len(self.hidden_size)),
             f"model.num-layers {self.num_layers} does not agree with the {len(self.hidden_size)} "
-            "sizes of "
-            "model.hidden-size; leave one of them out",
+            "sizes of model.hidden-size; leave one of them out",
         )
         return self.hidden_size
 
@@ -305,16 +288,28 @@ class RecurrentModel:
             residual=self.residual,
         )
 
-    def sequence(
-        self,
-        outputs: int,
-        vocabulary_size: int = 0,
-        pooled: bool = True,
-        factored: bool = False,
-    ) -> SequenceModel:
-        """A module with `outputs` outputs a sequence, or a step unless `pooled`, `factored` while
-        training; `vocabulary_size` 0: real inputs."""
-        dtype = DTYPES[self.dtype]
+    def module(self, outputs: int, **parts: Any) -> SequenceModel:
+        """The layers with a head of `outputs`; `parts` are further fields of `SequenceModel`."""
+        return SequenceModel(
+            self.stack(),
+            outputs,
+            dense=self.dense,
+            dropout=self.head_dropout,
+            dtype=DTYPES[self.dtype],
+            **parts,
+        )
+
+
+@dataclass(frozen=True)
+class RecurrentModel(RecurrentLayers):
+    """Recurrent layers over sequences of numbers, for classification and regression."""
+
+    pooling: PoolingName = "last"  # how the outputs of the steps become one
+
+    reads: ClassVar[type] = Features
+
+    def pool(self) -> Pool:
+        """How the outputs of the steps become one."""
         last = ends_pool if self.bidirectional else last_pool
         pools: dict[PoolingName, Callable[[], Pool]] = {
             "last": lambda: last,
@@ -323,24 +318,95 @@ class RecurrentModel:
             "concat": lambda: ConcatPool(last),
             "attention": AttentionPool,
         }
-        words = named(uniform_embedding, "vocabulary", "features")
-        embed = nn.Embed(vocabulary_size, self.embed_size, dtype=dtype, embedding_init=words)
-        return SequenceModel(
-            self.stack(),
+        return pools[self.pooling]()
+
+    def sequence(self, outputs: int, vocabulary_size: int = 0) -> SequenceModel:
+        """A module with `outputs` outputs a sequence."""
+        return self.module(outputs, pool=self.pool())
+
+
+@dataclass(frozen=True)
+class TextModel(RecurrentModel):
+    """Recurrent layers over the embeddings of tokens, for classification and regression."""
+
+    embed_size: int = 128  # features of a token's embedding
+    embed_dropout: float = 0.0  # share of the tokens dropped whole
+
+    reads: ClassVar[type] = Tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_embedding(self.embed_size, self.embed_dropout)
+
+    def sequence(self, outputs: int, vocabulary_size: int = 0) -> SequenceModel:
+        """A module with `outputs` outputs a sequence of tokens."""
+        return self.module(
             outputs,
-            embed=embed if vocabulary_size else None,
+            embed=embedding(vocabulary_size, self.embed_size, self.dtype),
             embed_dropout=self.embed_dropout,
-            pool=pools[self.pooling]() if pooled else None,
-            dense=self.dense,
-            dropout=self.head_dropout,
-            tied=self.tied and not pooled,
-            factored=factored,
-            dtype=dtype,
+            pool=self.pool(),
         )
+
+
+@dataclass(frozen=True)
+class LanguageModel(RecurrentLayers):
+    """Recurrent layers over the embeddings of tokens, with an output for the token after each."""
+
+    embed_size: int = 128  # features of a token's embedding
+    embed_dropout: float = 0.0  # share of the tokens dropped whole
+    tied: bool = False  # the head shares the embedding's weights
+
+    reads: ClassVar[type] = Tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_embedding(self.embed_size, self.embed_dropout)
+        require(not self.bidirectional, "model.bidirectional: a language model reads forwards only")
+
+    def language_model(self, vocabulary_size: int, factored: bool = False) -> SequenceModel:
+        """A module whose outputs at every step are logits of the next token; `factored` while
+        training."""
+        require(
+            self.tied or not factored,
+            "task.candidates needs a head that shares the embedding's weights: --model.tied True",
+        )
+        return self.module(
+            vocabulary_size,
+            embed=embedding(vocabulary_size, self.embed_size, self.dtype),
+            embed_dropout=self.embed_dropout,
+            pool=None,
+            tied=self.tied,
+            factored=factored,
+        )
+
+
+@dataclass(frozen=True)
+class RecurrentForecaster(RecurrentModel):
+    """Recurrent layers that read the look-back step by step; the whole horizon from their state."""
+
+    subtract_last: bool = True  # forecast the difference from the last value
+
+    reads: ClassVar[type] = Windows
 
     def forecaster(self, lookback: int, horizon: int, channels: int, per_value: int) -> Forecaster:
         """A module that forecasts `per_value` numbers for each of `horizon` steps of `channels`
         channels."""
-        return Forecaster(
-            self.sequence(horizon * channels * per_value), horizon, channels, self.subtract_last
-        )
+        module = self.sequence(horizon * channels * per_value)
+        return Forecaster(module, horizon, channels, self.subtract_last)
+
+
+def embedding(vocabulary_size: int, width: int, dtype: DTypeName) -> nn.Embed:
+    """A table of `vocabulary_size` embeddings, whose axes have names (see `sharding.RULES`)."""
+    words = named(uniform_embedding, "vocabulary", "features")
+    return nn.Embed(vocabulary_size, width, dtype=DTYPES[dtype], embedding_init=words)
+
+
+def check_embedding(size: int, dropout: float) -> None:
+    require(size > 0, f"model.embed-size {size}: must be at least 1")
+    check_rate("embed_dropout", dropout)
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raises UserError for a share to drop that is none."""
+    flag = f"model.{name.replace('_', '-')}"
+    require(0 <= rate < 1, f"{flag} {rate}: must be at least 0 and below 1")

@@ -9,12 +9,13 @@ M segments of S steps, R rows of the recurrence: one channel of one example each
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_lstm.data.base import Windows
 from flax_lstm.errors import require
 from flax_lstm.nn.cells import CELLS, CellName
 from flax_lstm.nn.layers import RNN
@@ -106,6 +107,8 @@ class SegmentForecaster(nn.Module):
 class SegmentModel:
     """The segment-wise forecaster of SegRNN: long look-backs and horizons in few recurrent
     steps."""
+
+    reads: ClassVar[type] = Windows
 
     cell: CellName = "gru"  # the recurrence over segments
     hidden_size: int = 512  # units, and the size of a segment's embedding

@@ -99,8 +99,40 @@ def _known_class(module: str, name: str) -> type:
     return getattr(sys.modules[module], name)
 
 
+# Until 0.1.0 one class had the settings of every model of recurrent layers; the task says which of
+# its heirs is meant, for which the others' fields had no meaning.
+HEIRS = {
+    "Classification": "TextModel",
+    "Forecasting": "RecurrentForecaster",
+    "LanguageModeling": "LanguageModel",
+}
+
+
+def _with_heir(call: ast.Call, known: dict[str, type]) -> None:
+    """Puts the model that an old config means in the place of the one that it names."""
+    sections = {k.arg: k.value for k in call.keywords}
+    model, task = sections.get("model"), sections.get("task")
+    names = {k.arg for k in model.keywords} if isinstance(model, ast.Call) else set()
+    if not isinstance(model, ast.Call) or not {"tied", "subtract_last"} <= names:
+        return
+    heir = HEIRS.get(_called(task), "RecurrentModel")
+    if _called(model) == "RecurrentModel":
+        known[heir] = getattr(flax_lstm, heir)
+        model.func = ast.Name(heir, ast.Load())
+        kept = {f.name for f in fields(known[heir])}
+        model.keywords = [k for k in model.keywords if k.arg in kept]
+
+
+def _called(node: ast.expr | None) -> str:
+    """The name of what is called, or nothing."""
+    called = node.func if isinstance(node, ast.Call) else None
+    return called.id if isinstance(called, ast.Name) else ""
+
+
 def _build(node: ast.expr, known: dict[str, type]) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        if known[node.func.id] is Config:
+            _with_heir(node, known)
         return known[node.func.id](**{str(k.arg): _build(k.value, known) for k in node.keywords})
     return ast.literal_eval(node)
 

@@ -11,7 +11,7 @@ Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from flax import linen as nn
 
-from flax_lstm.data.base import Batch
+from flax_lstm.data.base import Batch, Tokens
 from flax_lstm.errors import UserError
 from flax_lstm.tasks.metrics import Mean
 
@@ -38,12 +38,48 @@ class Monitor(NamedTuple):
     maximise: bool = False
 
 
-class Task(Protocol):
-    """The `task` section of a config."""
+InfoT = TypeVar("InfoT", contravariant=True)
+ModelT = TypeVar("ModelT", contravariant=True)
+
+
+class SequenceBuilder(Protocol):
+    """Models of whole sequences."""
+
+    def sequence(self, outputs: int, vocabulary_size: int = 0) -> nn.Module:
+        """A module with `outputs` outputs a sequence; `vocabulary_size` 0: of numbers."""
+        ...
+
+
+class ForecasterBuilder(Protocol):
+    """Forecasters."""
+
+    def forecaster(self, lookback: int, horizon: int, channels: int, per_value: int) -> nn.Module:
+        """A module that forecasts `per_value` numbers for each step and channel."""
+        ...
+
+
+class LanguageModelBuilder(Protocol):
+    """Language models."""
+
+    def language_model(self, vocabulary_size: int, factored: bool = False) -> nn.Module:
+        """A module with logits of the next token at every step; `Factored` ones while training,
+        where that is asked for."""
+        ...
+
+
+class Task(Protocol[InfoT, ModelT]):
+    """The `task` section of a config, for data whose `info` is an `InfoT` and settings of a model
+    that are a `ModelT`.
+
+    needs, builds: these two as classes. Where they are said, what does not go together is refused
+    before the data are read.
+    """
 
     monitor: ClassVar[Monitor]
+    needs: ClassVar[type | None] = None
+    builds: ClassVar[type | None] = None
 
-    def build(self, model: Any, info: Any) -> nn.Module:
+    def build(self, model: ModelT, info: InfoT) -> nn.Module:
         """The module for these settings and data."""
         ...
 
@@ -51,15 +87,15 @@ class Task(Protocol):
         """What is minimised, as a total and the weight to divide it by."""
         ...
 
-    def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
+    def measure(self, outputs: Array, batch: Batch, info: InfoT) -> Sums:
         """Sums over the batch from which `figures` come; traced by JAX."""
         ...
 
-    def figures(self, sums: Sums, info: Any) -> dict[str, float]:
+    def figures(self, sums: Sums, info: InfoT) -> dict[str, float]:
         """Named figures from the sums over a split."""
         ...
 
-    def baselines(self, info: Any) -> dict[str, Baseline]:
+    def baselines(self, info: InfoT) -> dict[str, Baseline]:
         """Rules that learn nothing, to be judged by the same figures."""
         ...
 
@@ -71,6 +107,11 @@ class Task(Protocol):
 
     def illustrate(self, dataset: Any, forward: Forward, folder: Path) -> None:
         """Draws into the folder what helps to judge the model."""
+
+
+def vocabulary_size(info: object) -> int:
+    """How many different tokens there are; 0 where the inputs are numbers."""
+    return info.vocabulary_size if isinstance(info, Tokens) else 0
 
 
 def weighted(values_B: Array, weights_B: Array) -> Mean:

@@ -14,19 +14,31 @@ import optax
 import pandas as pd
 from flax import linen as nn
 
-from flax_lstm.data.base import Batch
+from flax_lstm.data.base import Batch, Labelled
 from flax_lstm.errors import require
-from flax_lstm.tasks.base import Array, Baseline, Forward, Monitor, Sums, Task, weighted
+from flax_lstm.tasks.base import (
+    Array,
+    Baseline,
+    Forward,
+    Monitor,
+    SequenceBuilder,
+    Sums,
+    Task,
+    vocabulary_size,
+    weighted,
+)
 from flax_lstm.tasks.metrics import Mean, area_under_curve, confusion, macro_f1, score_histogram
 
 
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(Task[Labelled, SequenceBuilder]):
     """One label for a sequence: softmax cross-entropy."""
 
     label_smoothing: float = 0.0  # share of the target spread over all classes
 
     monitor: ClassVar[Monitor] = Monitor("accuracy", maximise=True)
+    needs: ClassVar[type | None] = Labelled
+    builds: ClassVar[type | None] = SequenceBuilder
 
     def __post_init__(self) -> None:
         require(
@@ -34,8 +46,8 @@ class Classification(Task):
             f"task.label-smoothing {self.label_smoothing}: must be in [0, 1)",
         )
 
-    def build(self, model: Any, info: Any) -> nn.Module:
-        return model.sequence(len(info.labels), info.vocabulary_size)
+    def build(self, model: SequenceBuilder, info: Labelled) -> nn.Module:
+        return model.sequence(len(info.labels), vocabulary_size(info))
 
     def loss(self, outputs: Array, batch: Batch) -> Mean:
         return self._cross_entropy(outputs, batch, self.label_smoothing)
@@ -46,7 +58,7 @@ class Classification(Task):
         )
         return weighted(optax.softmax_cross_entropy(logits_BK, targets_BK), batch.weights)
 
-    def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
+    def measure(self, outputs: Array, batch: Batch, info: Labelled) -> Sums:
         predicted_B = jnp.argmax(outputs, axis=-1)
         sums = {
             "loss": self._cross_entropy(outputs, batch, 0.0),
@@ -58,7 +70,7 @@ class Classification(Task):
             )
         return sums
 
-    def figures(self, sums: Sums, info: Any) -> dict[str, float]:
+    def figures(self, sums: Sums, info: Labelled) -> dict[str, float]:
         table = np.asarray(sums["confusion"], np.float64)
         figures = {
             "loss": float(sums["loss"].value),
@@ -67,7 +79,7 @@ class Classification(Task):
         }
         return {**figures, "auc": area_under_curve(sums["scores"])} if "scores" in sums else figures
 
-    def baselines(self, info: Any) -> dict[str, Baseline]:
+    def baselines(self, info: Labelled) -> dict[str, Baseline]:
         counts = np.asarray(info.class_counts, np.float32)
         log_share = np.log(np.maximum(counts, 1e-9) / counts.sum())
         return {

@@ -15,9 +15,18 @@ import optax
 import pandas as pd
 from flax import linen as nn
 
-from flax_lstm.data.base import Batch
+from flax_lstm.data.base import Batch, Windows
 from flax_lstm.errors import require
-from flax_lstm.tasks.base import Array, Baseline, Forward, Monitor, Sums, Task, weighted
+from flax_lstm.tasks.base import (
+    Array,
+    Baseline,
+    ForecasterBuilder,
+    Forward,
+    Monitor,
+    Sums,
+    Task,
+    weighted,
+)
 from flax_lstm.tasks.metrics import Mean
 from flax_lstm.tasks.plots import plot_forecasts
 
@@ -25,7 +34,7 @@ Objective = Literal["mse", "mae", "huber", "quantile"]
 
 
 @dataclass(frozen=True)
-class Forecasting(Task):
+class Forecasting(Task[Windows, ForecasterBuilder]):
     """Future values of every target channel, at every step of the horizon.
 
     Losses on values scaled by the statistics of the training split. With objective "quantile" the
@@ -37,6 +46,8 @@ class Forecasting(Task):
     quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)  # forecast where objective is quantile
 
     monitor: ClassVar[Monitor] = Monitor("loss")
+    needs: ClassVar[type | None] = Windows
+    builds: ClassVar[type | None] = ForecasterBuilder
 
     def __post_init__(self) -> None:
         require(
@@ -58,7 +69,7 @@ class Forecasting(Task):
         """Which of the outputs on the last axis is the point forecast."""
         return int(np.argmin(np.abs(np.subtract(self.levels, 0.5)))) if self.levels else 0
 
-    def build(self, model: Any, info: Any) -> nn.Module:
+    def build(self, model: ForecasterBuilder, info: Windows) -> nn.Module:
         return model.forecaster(
             info.lookback, info.horizon, len(info.targets), max(len(self.levels), 1)
         )
@@ -77,7 +88,7 @@ class Forecasting(Task):
         levels = jnp.asarray(self.quantiles, error.dtype).reshape((1,) * (error.ndim - 1) + (-1,))
         return jnp.maximum(levels * error, (levels - 1) * error)
 
-    def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
+    def measure(self, outputs: Array, batch: Batch, info: Windows) -> Sums:
         actual, forecast = batch.targets, outputs[..., self.point]
         weights = batch.weights[:, None, None]
         mean = jnp.asarray(info.mean, jnp.float32)[: actual.shape[-1]].reshape(1, 1, -1)
@@ -96,7 +107,7 @@ class Forecasting(Task):
             sums["crps"] = weighted(2 * pinball, batch.weights[:, None, None, None])
         return {**sums, "loss": self.loss(outputs, batch)}
 
-    def figures(self, sums: Sums, info: Any) -> dict[str, float]:
+    def figures(self, sums: Sums, info: Windows) -> dict[str, float]:
         """Scaled: loss, mse, mae, and crps where there are quantiles (twice the mean pinball loss,
         an approximation by
         these quantiles: Gneiting & Raftery 2007). In the units of the data: mse_original,
@@ -117,7 +128,7 @@ class Forecasting(Task):
             figures["crps"] = sums["crps"].value
         return {name: float(value) for name, value in figures.items()}
 
-    def baselines(self, info: Any) -> dict[str, Baseline]:
+    def baselines(self, info: Windows) -> dict[str, Baseline]:
         channels, horizon, season = len(info.targets), info.horizon, info.season
         per_value = max(len(self.levels), 1)
 

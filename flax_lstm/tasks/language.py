@@ -9,16 +9,24 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from flax_lstm.data.base import Batch
+from flax_lstm.data.base import Batch, Documents
 from flax_lstm.errors import require
 from flax_lstm.nn.models import Factored
-from flax_lstm.tasks.base import Array, Baseline, Monitor, Sums, Task, weighted
+from flax_lstm.tasks.base import (
+    Array,
+    Baseline,
+    LanguageModelBuilder,
+    Monitor,
+    Sums,
+    Task,
+    weighted,
+)
 from flax_lstm.tasks.metrics import Mean
 from flax_lstm.tasks.sampled_softmax import draw, sampled_cross_entropy
 
 
 @dataclass(frozen=True)
-class LanguageModeling(Task):
+class LanguageModeling(Task[Documents, LanguageModelBuilder]):
     """The next token at every step, by truncated back-propagation through time: the recurrent state
     is carried from batch to batch, its gradient is not (Mikolov et al. 2010)."""
 
@@ -27,6 +35,8 @@ class LanguageModeling(Task):
     candidates: int = 0
 
     monitor: ClassVar[Monitor] = Monitor("loss")
+    needs: ClassVar[type | None] = Documents
+    builds: ClassVar[type | None] = LanguageModelBuilder
 
     def __post_init__(self) -> None:
         require(
@@ -34,13 +44,8 @@ class LanguageModeling(Task):
             f"task.candidates {self.candidates}: must be 0 (all words) or a number of words",
         )
 
-    def build(self, model: Any, info: Any) -> nn.Module:
-        require(
-            not self.candidates or model.tied,
-            "task.candidates needs a head that shares the embedding's weights: --model.tied True",
-        )
-        size = info.vocabulary_size
-        return model.sequence(size, size, pooled=False, factored=self.candidates > 0)
+    def build(self, model: LanguageModelBuilder, info: Documents) -> nn.Module:
+        return model.language_model(info.vocabulary_size, factored=self.candidates > 0)
 
     def loss(self, outputs: Any, batch: Batch) -> Mean:
         """outputs: scores [B, T, V], or `Factored` ones of a training step."""
@@ -57,11 +62,11 @@ class LanguageModeling(Task):
         )
         return weighted(losses_N.reshape(batch.targets.shape), batch.weights)
 
-    def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
+    def measure(self, outputs: Array, batch: Batch, info: Documents) -> Sums:
         right_BT = (jnp.argmax(outputs, axis=-1) == batch.targets).astype(jnp.float32)
         return {"loss": self.loss(outputs, batch), "accuracy": weighted(right_BT, batch.weights)}
 
-    def figures(self, sums: Sums, info: Any) -> dict[str, float]:
+    def figures(self, sums: Sums, info: Documents) -> dict[str, float]:
         loss = float(sums["loss"].value)
         return {
             "loss": loss,
@@ -69,7 +74,7 @@ class LanguageModeling(Task):
             "accuracy": float(sums["accuracy"].value),
         }
 
-    def baselines(self, info: Any) -> dict[str, Baseline]:
+    def baselines(self, info: Documents) -> dict[str, Baseline]:
         counts = np.asarray(info.token_counts, np.float32)
         log_share = np.log(np.maximum(counts, 0.5) / np.maximum(counts, 0.5).sum())
         return {

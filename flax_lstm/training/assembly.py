@@ -11,6 +11,7 @@ from flax_lstm.config import Config
 from flax_lstm.machine.sharding import check_batch_size, make_mesh
 from flax_lstm.nn.recurrence import noting
 from flax_lstm.training.optim import learning_rate, make_optimizer
+from flax_lstm.training.pairing import check_parts
 from flax_lstm.training.steps import Steps, make_steps
 
 
@@ -28,6 +29,7 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
     exist in description
     only: `steps.train.lower(steps.abstract, abstract_batch(...))` then compiles for them. Raises
     UserError for a batch that does not divide over the devices."""
+    check_parts(config, type(info))
     train, task = config.train, config.task
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
     check_batch_size(train.batch_size, train.accumulate, mesh)

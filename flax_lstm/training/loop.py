@@ -27,6 +27,7 @@ from flax_lstm.tasks.plots import plot_curves
 from flax_lstm.training.assembly import Assembly, assemble
 from flax_lstm.training.checkpoint import Checkpoints, initial_params
 from flax_lstm.training.evaluation import evaluate, evaluate_baselines
+from flax_lstm.training.pairing import check_parts
 from flax_lstm.training.profiling import STEPS, Profiler
 from flax_lstm.training.progress import Progress
 from flax_lstm.training.signals import Signals, Stopped
@@ -69,6 +70,7 @@ def fit(
     folder = Workdir(workdir or Path("runs") / config.name)
     console = Console(stderr=True, quiet=not is_first())
     wanted = replace(config, data=config.data.absolute())
+    check_parts(wanted)
     with Signals() as signals, folder.own(is_first()) as own:
         config = first_then_all(lambda: folder.open(wanted, is_first()))
         result = first_then_all(lambda: folder.finished(config.train.steps))
