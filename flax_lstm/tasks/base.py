@@ -11,7 +11,7 @@ Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,6 @@ class Monitor(NamedTuple):
 
     figure: str
     maximise: bool = False
-
-
-InfoT = TypeVar("InfoT", contravariant=True)
-ModelT = TypeVar("ModelT", contravariant=True)
 
 
 class SequenceBuilder(Protocol):
@@ -67,19 +63,19 @@ class LanguageModelBuilder(Protocol):
         ...
 
 
-class Task(Protocol[InfoT, ModelT]):
-    """The `task` section of a config, for data whose `info` is an `InfoT` and settings of a model
-    that are a `ModelT`.
+class Task(Protocol):
+    """The `task` section of a config.
 
-    needs, builds: these two as classes. Where they are said, what does not go together is refused
-    before the data are read.
+    needs: the trait of `info` (see `flax_lstm.data.base`) that `info` has below; builds: what
+    `model` has to build. Where they are said, what does not go together is refused before the data
+    are read.
     """
 
     monitor: ClassVar[Monitor]
     needs: ClassVar[type | None] = None
     builds: ClassVar[type | None] = None
 
-    def build(self, model: ModelT, info: InfoT) -> nn.Module:
+    def build(self, model: Any, info: Any) -> nn.Module:
         """The module for these settings and data."""
         ...
 
@@ -87,15 +83,15 @@ class Task(Protocol[InfoT, ModelT]):
         """What is minimised, as a total and the weight to divide it by."""
         ...
 
-    def measure(self, outputs: Array, batch: Batch, info: InfoT) -> Sums:
+    def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
         """Sums over the batch from which `figures` come; traced by JAX."""
         ...
 
-    def figures(self, sums: Sums, info: InfoT) -> dict[str, float]:
+    def figures(self, sums: Sums, info: Any) -> dict[str, float]:
         """Named figures from the sums over a split."""
         ...
 
-    def baselines(self, info: InfoT) -> dict[str, Baseline]:
+    def baselines(self, info: Any) -> dict[str, Baseline]:
         """Rules that learn nothing, to be judged by the same figures."""
         ...
 

@@ -31,7 +31,7 @@ from flax_lstm.tasks.metrics import Mean, area_under_curve, confusion, macro_f1,
 
 
 @dataclass(frozen=True)
-class Classification(Task[Labelled, SequenceBuilder]):
+class Classification(Task):
     """One label for a sequence: softmax cross-entropy."""
 
     label_smoothing: float = 0.0  # share of the target spread over all classes

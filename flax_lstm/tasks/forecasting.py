@@ -34,7 +34,7 @@ Objective = Literal["mse", "mae", "huber", "quantile"]
 
 
 @dataclass(frozen=True)
-class Forecasting(Task[Windows, ForecasterBuilder]):
+class Forecasting(Task):
     """Future values of every target channel, at every step of the horizon.
 
     Losses on values scaled by the statistics of the training split. With objective "quantile" the

@@ -26,7 +26,7 @@ from flax_lstm.tasks.sampled_softmax import draw, sampled_cross_entropy
 
 
 @dataclass(frozen=True)
-class LanguageModeling(Task[Documents, LanguageModelBuilder]):
+class LanguageModeling(Task):
     """The next token at every step, by truncated back-propagation through time: the recurrent state
     is carried from batch to batch, its gradient is not (Mikolov et al. 2010)."""
 

@@ -23,7 +23,7 @@ from flax_lstm.tasks.metrics import Mean
 
 
 @dataclass(frozen=True)
-class SequenceRegression(Task[Measured, SequenceBuilder]):
+class SequenceRegression(Task):
     """One number (or several) for a sequence, by squared error: the synthetic tests of long-term
     memory."""
 
