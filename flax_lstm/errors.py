@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class ArgumentError(UserError, ValueError):
+    """A call of a layer with arrays that do not fit it; a ValueError too, as JAX users expect."""
+
+
 def listing(names: Iterable[object], limit: int = 20) -> str:
     """`a, b, c`, or the first `limit` names and how many were left out."""
     words = [str(name) for name in names]

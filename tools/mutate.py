@@ -74,8 +74,8 @@ BREAKAGES = {
     ),
     "padding changes the state": Breakage(
         "flax_lstm/nn/layers.py",
-        "keep = jax.tree.map(lambda a, b: jnp.where(_like(valid, a), a, b), new, state)",
-        "keep = new",
+        "kept = rows.where_rows(valid_B, new, state)",
+        "kept = new",
         "tests/test_layers.py::test_padding_is_never_seen",
     ),
     "reverse is ignored": Breakage(
@@ -237,8 +237,8 @@ BREAKAGES = {
     ),
     "bfloat16: gradients of all steps add up in it": Breakage(
         "flax_lstm/nn/layers.py",
-        "weights = cell.weights(x_BTD.shape[-1])\n",
-        "weights = cell.cast(cell.weights(x_BTD.shape[-1]), x_BTD)\n",
+        "weights = self.weights(x_BTD.shape[-1])\n",
+        "weights = cell.cast(self.weights(x_BTD.shape[-1]), x_BTD)\n",
         "tests/test_bfloat16.py::test_gradients_add_up_in_float32",
     ),
     "bfloat16: gradients multiplied in float32": Breakage(

@@ -5,19 +5,23 @@ each other.
 Axes: B batch, T time, D input features, H hidden units, J hidden units of the previous step, G
 gates. Every layer maps `(x_BTD, lengths_B, state)` to `(state, y_BTH)`. Sequences are padded on the
 right; padding leaves the state untouched and outputs zero, so the final state is that after each
-row's last valid step.
+row's last valid step. What padding holds, be it NaN, reaches neither outputs nor gradients.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 
+from flax_lstm.errors import ArgumentError, UserError
 from flax_lstm.machine.sharding import on_each_device
-from flax_lstm.nn import recurrence
-from flax_lstm.nn.cells import Cell
+from flax_lstm.nn import checks, recurrence
+from flax_lstm.nn.cells import Cell, Weights
+from flax_lstm.nn.recurrence import rows
 
 Array = jax.Array
 Advance = Callable[[nn.Module, Any, Array], tuple[Any, Array]]  # (cell, state, x_t) -> (state, y_t)
@@ -30,32 +34,59 @@ def scan(
     x_BT: Array,
     lengths_B: Array | None,
     reverse: bool,
+    reset_BT: Array | None = None,
 ) -> tuple[Any, Array]:
     """`flax.linen.scan` of `advance` over the time axis: the definition of every recurrence
     here."""
+    fresh_BT = None if reset_BT is None else rows.fresh(reset_BT, lengths_B, reverse)
 
-    def body(cell: nn.Module, state: Any, inputs: tuple[Array, Array]) -> tuple[Any, Array]:
-        x, t = inputs
-        new, y = advance(cell, state, x)
+    def body(cell: nn.Module, state: Any, inputs: tuple[Array, Array, Any]) -> tuple[Any, Array]:
+        x, t, fresh_B = inputs
+        begin = state
+        if fresh_B is not None:
+            begin = rows.where_rows(fresh_B, jax.tree.map(jnp.zeros_like, state), state)
+        new, y = advance(cell, begin, x)
         if lengths_B is None:
             return new, y
-        valid = t < lengths_B
-        keep = jax.tree.map(lambda a, b: jnp.where(_like(valid, a), a, b), new, state)
-        return keep, jnp.where(_like(valid, y), y, 0)
+        valid_B = t < lengths_B
+        kept = rows.where_rows(valid_B, new, state)
+        return kept, rows.where_rows(valid_B, y, jnp.zeros_like(y))
 
     loop = nn.scan(
         body,
         variable_broadcast="params",
         split_rngs={"params": False, "dropout": True},
-        in_axes=((1, 0),),  # type: ignore[arg-type]
+        in_axes=((1, 0, 1),),  # type: ignore[arg-type]
         out_axes=1,
         reverse=reverse,
     )
-    return loop(cell, state, (x_BT, jnp.arange(x_BT.shape[1])))
+    return loop(cell, state, (x_BT, jnp.arange(x_BT.shape[1]), fresh_BT))
 
 
-def _like(valid_B: Array, x: Array) -> Array:
-    return valid_B.reshape(valid_B.shape + (1,) * (x.ndim - 1))
+def run_cell(
+    cell: Cell,
+    backend: Any,
+    reverse: bool,
+    weights: Weights,
+    state: Any,
+    x_BTD: Array,
+    lengths_B: Array | None,
+    mask_BJ: Array | None,
+    reset_BT: Array | None,
+) -> tuple[Any, Array]:
+    """One of our cells over time by a backend; None: by the scan."""
+    if backend is not None:
+        cast = cell.cast(weights, x_BTD)
+        return backend.run(cell, cast, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT)
+
+    def advance(cell: Any, state: Any, x_BGH: Array) -> tuple[Any, Array]:
+        # Cast at every step, so that the gradients of all steps add up in the dtype of the weights
+        # themselves.
+        state = cell.step(cell.cast(weights, x_BTD), state, x_BGH, mask_BJ)
+        return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
+
+    x_BTGH = cell.project(weights, rows.without_padding(x_BTD, lengths_B))
+    return scan(advance, cell, state, x_BTGH, lengths_B, reverse, reset_BT)
 
 
 class RNN(nn.Module):
@@ -91,54 +122,57 @@ class RNN(nn.Module):
         lengths_B: Array | None = None,
         state: Any = None,
         *,
+        reset_BT: Array | None = None,
         reverse: bool = False,
         deterministic: bool = True,
     ) -> tuple[Any, Array]:
         """Final state and outputs [B, T, H].
 
         lengths_B: valid steps of each row, from 0 to T; None: all T.
-        state: where to begin; None: the cell's state of zeros.
+        state: where to begin, with leaves [B, H], or [1, H] for all rows; None: the cell's state of
+        zeros.
+        reset_BT: true at steps that are the first of a sequence of their own, in the middle of a
+        row: no state, and no gradient, crosses the border before such a step, in whichever
+        direction the row is read; the step read behind the border begins from zeros.
         reverse: read each row from its last valid step to its first; outputs stay in their places.
         deterministic: no dropout; otherwise the caller gives an rng named "dropout".
+
+        Raises ArgumentError where shapes or dtypes do not fit.
         """
-        cell, backend = self.cell, self.resolve(x_BTD)
+        x_BTD = checks.inputs(x_BTD)
+        batch, time, _ = x_BTD.shape
+        lengths_B = checks.lengths(lengths_B, batch)
+        reset_BT = checks.resets(reset_BT, batch, time)
+        cell, backend = self.cell, self.resolve(x_BTD, reset_BT is not None)
         weights, state, x_BTD, mask_BJ = self.prepare(x_BTD, state, deterministic)
         if not isinstance(cell, Cell):
+            x_BTD = rows.without_padding(x_BTD, lengths_B)
             return scan(
-                lambda cell, state, x: cell(state, x), cell, state, x_BTD, lengths_B, reverse
+                lambda cell, state, x: cell(state, x),
+                cell,
+                state,
+                x_BTD,
+                lengths_B,
+                reverse,
+                reset_BT,
             )
 
-        def run(
-            weights: Any, state: Any, x_BTD: Array, lengths_B: Any, mask_BJ: Any
-        ) -> tuple[Any, Array]:
-            if backend is not None:
-                return backend.run(
-                    cell, cell.cast(weights, x_BTD), x_BTD, lengths_B, state, mask_BJ, reverse
-                )
-
-            def advance(cell: Any, state: Any, x_BGH: Array) -> tuple[Any, Array]:
-                # Cast at every step, so that the gradients of all steps add up in the dtype of the
-                # weights themselves.
-                state = cell.step(cell.cast(weights, x_BTD), state, x_BGH, mask_BJ)
-                return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
-
-            return scan(advance, cell, state, cell.project(weights, x_BTD), lengths_B, reverse)
-
+        run = functools.partial(run_cell, cell, backend, reverse)
         return on_each_device(run, partitioned=backend is None)(
-            weights, state, x_BTD, lengths_B, mask_BJ
+            weights, state, x_BTD, lengths_B, mask_BJ, reset_BT
         )
 
-    def resolve(self, x_BTD: Any) -> Any:
+    def resolve(self, x_BTD: Any, resets: bool = False) -> Any:
         """The backend for these inputs; None: the scan. Foreign cells have no other."""
-        if x_BTD.ndim != 3:
-            raise ValueError(
-                f"RNN takes inputs [batch, time, features]; these have shape {x_BTD.shape}"
+        if isinstance(self.cell, Cell):
+            dropout, layer = self.recurrent_dropout > 0, "/".join(self.path)
+            return recurrence.resolve(self.backend, self.cell, x_BTD, dropout, resets, layer)
+        if self.backend not in ("auto", "scan"):
+            raise UserError(
+                f"backend {self.backend} cannot run {type(self.cell).__name__}: it is none of "
+                "flax_lstm's cells, and so is scanned as it is. Use auto or scan."
             )
-        if not isinstance(self.cell, Cell):
-            return None
-        return recurrence.resolve(
-            self.backend, self.cell, x_BTD, self.recurrent_dropout > 0, "/".join(self.path)
-        )
+        return None
 
     @nn.compact
     def prepare(
@@ -150,31 +184,40 @@ class RNN(nn.Module):
             x_BTD = nn.Dropout(self.dropout, broadcast_dims=(1,))(
                 x_BTD, deterministic=deterministic
             )
-        cell = self.cell
+        cell, batch = self.cell, x_BTD.shape[0]
         if not isinstance(cell, Cell):
             if self.recurrent_dropout or self.weight_dropout:
-                raise ValueError(
+                raise ArgumentError(
                     "recurrent_dropout and weight_dropout work with flax_lstm's cells only"
                 )
-            if state is None:
-                state = cell.initialize_carry(jax.random.key(0), x_BTD[:, 0].shape)
-            return None, state, x_BTD, None
+            begin = cell.initialize_carry(jax.random.key(0), (batch, x_BTD.shape[2]))
+            return None, begin if state is None else checks.state(state, begin), x_BTD, None
 
-        weights = cell.weights(x_BTD.shape[-1])
+        weights = self.weights(x_BTD.shape[-1])
         if self.weight_dropout:
             drop = nn.Dropout(self.weight_dropout)
             weights = weights._replace(
                 recurrent_JGH=drop(weights.recurrent_JGH, deterministic=deterministic)
             )
-        batch, dtype = x_BTD.shape[0], cell.state_dtype(x_BTD)
-        if state is None:
-            state = cell.initial_state(batch, dtype)
-        state = jax.tree.map(lambda s: s.astype(dtype), state)
+        dtype = cell.state_dtype(x_BTD)
+        zeros = cell.initial_state(batch, dtype)
+        state = zeros if state is None else checks.state(state, zeros)
         mask_BJ = None
         if self.recurrent_dropout and not deterministic:
             ones = jnp.ones((batch, cell.features), dtype)
             mask_BJ = nn.Dropout(self.recurrent_dropout, deterministic=False)(ones)
         return weights, state, x_BTD, mask_BJ
+
+    def weights(self, input_size: int) -> Any:
+        """The cell's weights; inputs of another width than theirs are refused."""
+        try:
+            return self.cell.weights(input_size)
+        except ScopeParamShapeError:
+            kept: Any = self.cell.get_variable("params", "input").shape[0]
+            raise ArgumentError(
+                f"inputs: expected {kept} features, as the weights of this layer have them, got "
+                f"{input_size}"
+            ) from None
 
     def directions(self) -> tuple["RNN", ...]:
         return (self,)
@@ -196,17 +239,17 @@ class Bidirectional(nn.Module):
         lengths_B: Array | None = None,
         state: Any = None,
         *,
+        reset_BT: Array | None = None,
         deterministic: bool = True,
     ) -> tuple[Any, Array]:
-        together = run_together([self], x_BTD, lengths_B, (state,), deterministic)
+        together = run_together([self], x_BTD, lengths_B, (state,), reset_BT, deterministic)
         if together is not None:
             (state,), y_BTH = together
             return state, y_BTH
-        first, second = (None, None) if state is None else state
-        first, y_BTH = self.forward(x_BTD, lengths_B, first, deterministic=deterministic)
-        second, z_BTH = self.backward(
-            x_BTD, lengths_B, second, reverse=True, deterministic=deterministic
-        )
+        first, second = checks.parts(state, "directions", 2)
+        options: Any = {"reset_BT": reset_BT, "deterministic": deterministic}
+        first, y_BTH = self.forward(x_BTD, lengths_B, first, **options)
+        second, z_BTH = self.backward(x_BTD, lengths_B, second, reverse=True, **options)
         return (first, second), jnp.concatenate([y_BTH, z_BTH], axis=-1)
 
     def directions(self) -> tuple[RNN, ...]:
@@ -223,22 +266,30 @@ class Stack(nn.Module):
     layers: Sequence[nn.Module]
     residual: bool = False
 
+    def __post_init__(self) -> None:
+        # So that a Stack can be hashed, and be a static argument of jax.jit.
+        object.__setattr__(self, "layers", tuple(self.layers))
+        super().__post_init__()
+
     def __call__(
         self,
         x_BTD: Array,
         lengths_B: Array | None = None,
         state: Any = None,
         *,
+        reset_BT: Array | None = None,
         deterministic: bool = True,
     ) -> tuple[Any, Array]:
-        before = state if state is not None else (None,) * len(self.layers)
+        before = checks.parts(state, "layers", len(self.layers))
         if not self.residual:
-            together = run_together(self.layers, x_BTD, lengths_B, before, deterministic)
+            together = run_together(self.layers, x_BTD, lengths_B, before, reset_BT, deterministic)
             if together is not None:
                 return together
+        # Layers of others need not know resets.
+        options = {} if reset_BT is None else {"reset_BT": reset_BT}
         after = []
         for layer, begin in zip(self.layers, before, strict=True):
-            end, y_BTH = layer(x_BTD, lengths_B, begin, deterministic=deterministic)
+            end, y_BTH = layer(x_BTD, lengths_B, begin, deterministic=deterministic, **options)
             x_BTD = x_BTD + y_BTH if self.residual and x_BTD.shape == y_BTH.shape else y_BTH
             after.append(end)
         return tuple(after), x_BTD
@@ -249,13 +300,15 @@ def run_together(
     x_BTD: Array,
     lengths_B: Array | None,
     states: Sequence[Any],
+    reset_BT: Array | None,
     deterministic: bool,
 ) -> tuple[Any, Array] | None:
     """Layers on each other by one call of their backend. None where it has no such call, and where
-    the layers differ or
-    some of their inputs are dropped: then they run one after the other."""
-    if not all(isinstance(layer, RNN | Bidirectional) for layer in layers):
+    the layers differ or some of their inputs are dropped: then they run one after the other."""
+    if reset_BT is not None or not all(isinstance(one, RNN | Bidirectional) for one in layers):
         return None
+    x_BTD = checks.inputs(x_BTD)
+    lengths_B = checks.lengths(lengths_B, x_BTD.shape[0])
     stack = [layer.directions() for layer in layers]
     rnns = [rnn for layer in stack for rnn in layer]
     backends = [rnn.resolve(x_BTD) for rnn in rnns]
@@ -270,7 +323,7 @@ def run_together(
     cell, weights, begin = rnns[0].cell, [], []
     inputs: Any = x_BTD
     for layer, state in zip(stack, states, strict=True):
-        given = (state,) if len(layer) == 1 else state or (None,) * 2
+        given = (state,) if len(layer) == 1 else checks.parts(state, "directions", 2)
         both = [rnn.prepare(inputs, s, deterministic) for rnn, s in zip(layer, given, strict=True)]
         weights.append([one[0] for one in both])
         begin.append([one[1] for one in both])

@@ -4,8 +4,8 @@ among them.
 
 A backend is a module with two functions, or three:
 
-    run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse) -> (state, y_BTH)
-    supports(cell, x_BTD, recurrent_dropout) -> None, or the reason why not
+    run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT) -> (state, y_BTH)
+    supports(cell, x_BTD, recurrent_dropout, resets) -> None, or the reason why not
     run_stack(cell, weights, x_BTD, lengths_B, states) -> (states, y_BTH), where one call can run
     several layers
 
@@ -14,6 +14,11 @@ are valid, `mask_BJ` is recurrent dropout (None without it). Steps at or beyond 
 its state untouched and output zero; `reverse` reads each row from its last valid step to its first,
 outputs staying in their places. `recurrent_dropout`
 tells whether there is a mask in training: a layer has one backend, in training and out of it.
+`reset_BT` marks steps that are the first of a sequence of their own (None: there are none, and
+`resets` says so): no state crosses the border before such a step. A step read right after a border
+begins from zeros: read forward that is the marked step itself, read backward the one before it.
+`rows.fresh` says it in a line. Padding may hold anything, NaN included: it reaches neither outputs
+nor gradients.
 
 `run_stack` takes layers of equal cells on each other with nothing in between, each of one direction
 or each of two,
@@ -57,12 +62,19 @@ def noting() -> Iterator[dict[str, str]]:
 
 
 def resolve(
-    name: BackendName, cell: Any, x_BTD: Any, recurrent_dropout: bool = False, layer: str = ""
+    name: BackendName,
+    cell: Any,
+    x_BTD: Any,
+    recurrent_dropout: bool = False,
+    resets: bool = False,
+    layer: str = "",
 ) -> ModuleType | None:
     """The backend to run a layer, or None for the scan itself. A backend asked for by name that
     does not support the case is a `UserError` with its reason."""
+    if name not in (known := ("auto", *BACKENDS, "scan")):
+        raise UserError(f"model.backend {name}: there are {', '.join(known)}")
     reasons = {
-        other: module.supports(cell, x_BTD, recurrent_dropout)
+        other: module.supports(cell, x_BTD, recurrent_dropout, resets)
         for other, module in BACKENDS.items()
         if name in ("auto", other)
     }
@@ -91,7 +103,7 @@ def backends() -> dict[str, str]:
     that cannot run a float32 LSTM on this machine the reason why."""
     described = {}
     for name, module in BACKENDS.items():
-        reason = module.supports(LSTMCell(8), jnp.zeros((1, 1, 8)), False)
+        reason = module.supports(LSTMCell(8), jnp.zeros((1, 1, 8)), False, False)
         line = (module.__doc__ or "").splitlines()[0]
         described[name] = f"{line} Not here: {reason}." if reason else line
     return {

@@ -40,11 +40,13 @@ class Inputs(NamedTuple):
     mask_BJ: Array
 
 
-def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool) -> str | None:
+def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
     """None, or why not. Subclasses may have equations of their own, so only the three cells
     themselves are taken."""
     if type(cell) not in CELLS:
         return f"{type(cell).__name__} is none of {', '.join(c.__name__ for c in CELLS)}"
+    if resets:
+        return "it has no resets"
     if platform() != "cpu":
         return f"the arrays are on a {platform()}, not on a CPU"
     if model_shards() > 1:
@@ -62,6 +64,7 @@ def run(
     state: Any,
     mask_BJ: Array | None,
     reverse: bool,
+    reset_BT: Array | None = None,
 ) -> tuple[Any, Array]:
     """See `flax_lstm.nn.recurrence`."""
     none = jnp.zeros((0,))

@@ -23,13 +23,15 @@ from flax_lstm.nn.cells import LSTMCell, LSTMState, Weights
 Array = jax.Array
 
 
-def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool) -> str | None:
+def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
     """None, or why not. A subclass may have equations of its own, so only `LSTMCell` itself is
     taken."""
     if type(cell) is not LSTMCell:
         return f"{type(cell).__name__} is not LSTMCell"
     if cell.compute_dtype(x_BTD) != jnp.float32:
         return f"it computes in float32, not {cell.compute_dtype(x_BTD)}"
+    if resets:
+        return "it has no resets"
     if recurrent_dropout:
         return "it has no recurrent dropout"
     if model_shards() > 1:
@@ -53,6 +55,7 @@ def run(
     state: Any,
     mask_BJ: Array | None,
     reverse: bool,
+    reset_BT: Array | None = None,
 ) -> tuple[Any, Array]:
     """See `flax_lstm.nn.recurrence`."""
     turn = (lambda x: reverse_rows(x, lengths_B)) if reverse else (lambda x: x)

@@ -44,6 +44,7 @@ import jax.numpy as jnp
 
 from flax_lstm.machine.sharding import current_mesh, platform
 from flax_lstm.nn.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights
+from flax_lstm.nn.recurrence.rows import without_padding
 
 Array = jax.Array
 State = tuple[Array, ...]  # (c, h) of an LSTM, (h,) of the others: h comes last
@@ -159,9 +160,11 @@ RULES: dict[type[Cell], Rule] = {
 }
 
 
-def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool) -> str | None:
+def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
     """None, or why not. Subclasses may have equations of their own, so only the three cells
     themselves are taken."""
+    if resets:
+        return "it has no resets"
     return (
         None
         if type(cell) in RULES
@@ -177,9 +180,11 @@ def run(
     state: Any,
     mask_BJ: Array | None,
     reverse: bool,
+    reset_BT: Array | None = None,
 ) -> tuple[Any, Array]:
     """See `flax_lstm.nn.recurrence`."""
     batch, time, _ = x_BTD.shape
+    x_BTD = without_padding(x_BTD, lengths_B)
     units = weights.recurrent_JGH.shape[-1]  # that are this device's
     kept = time * batch * units * (cell.gates + 2) * cell.state_dtype(x_BTD).itemsize
     if kept <= KEEP * (jax.device_count() if current_mesh() is None else 1):
