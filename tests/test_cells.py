@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from flax_lstm import convert
+from flax_lstm.errors import UserError
 from flax_lstm.nn.cells import CELLS, LSTMCell, LSTMState, gru_step, orthogonal_per_gate
 from flax_lstm.nn.layers import RNN
+from flax_lstm.nn.recurrence import cpu
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -87,6 +90,27 @@ def test_cell_is_the_textbook_step_by_step(name: str, x64: None) -> None:
             assert leaf.dtype == jnp.float64
             np.testing.assert_allclose(leaf, [row[part] for row in expected], rtol=1e-12)
         np.testing.assert_allclose(y_BH, [row[-1] for row in expected], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, theirs, activations",
+    [
+        ("lstm", nn.LSTMCell, {"gate_fn": nn.hard_sigmoid, "activation_fn": nn.soft_sign}),
+        ("gru", nn.GRUCell, {"gate_fn": nn.hard_sigmoid, "activation_fn": nn.soft_sign}),
+        ("rnn", nn.SimpleCell, {"activation_fn": nn.relu}),
+    ],
+)
+def test_other_activations_are_those_of_flax(name: str, theirs: Any, activations: Any) -> None:
+    """And kernels written for sigmoid and tanh leave such a cell alone."""
+    x_BTD, rnn = jnp.asarray(random(B, T, D), jnp.float32), nn.RNN(theirs(H, **activations))
+    expected, variables = rnn.init_with_output(jax.random.key(0), x_BTD)
+    params = convert.from_flax(variables["params"])["layers_0"]
+    cell = CELLS[name](H, **activations)
+    np.testing.assert_allclose(RNN(cell).apply({"params": params}, x_BTD)[1], expected, atol=1e-6)
+    assert "other activations" in str(cpu.supports(cell, x_BTD, False))
+    for backend in ("cpu", "cudnn"):
+        with pytest.raises(UserError, match=f"{backend} cannot run"):
+            RNN(cell, backend=backend).apply({"params": params}, x_BTD)
 
 
 @each_cell

@@ -12,6 +12,7 @@ x_BD)`, and scanned by `flax.linen.RNN`, for it is a `RNNCellBase`.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from flax_lstm.errors import listing, require
 from flax_lstm.machine.sharding import named
 
 Array = jax.Array
+Activation = Callable[[Array], Array]
 CellName = Literal["lstm", "gru", "rnn"]
 
 
@@ -51,7 +53,12 @@ def recurrent_matmul(h_BJ: Array, recurrent_JGH: Array, mask_BJ: Array | None) -
 
 
 def lstm_step(
-    weights: Weights, state: LSTMState, x_BGH: Array, mask_BJ: Array | None = None
+    weights: Weights,
+    state: LSTMState,
+    x_BGH: Array,
+    mask_BJ: Array | None = None,
+    gate_fn: Activation = nn.sigmoid,
+    activation_fn: Activation = jnp.tanh,
 ) -> LSTMState:
     """One step of the LSTM without peepholes; gates in the order i, f, g, o.
 
@@ -65,11 +72,18 @@ def lstm_step(
     """
     z_BGH = x_BGH + recurrent_matmul(state.h_BH, weights.recurrent_JGH, mask_BJ)
     i, f, g, o = (z_BGH[:, gate] for gate in range(4))
-    c = nn.sigmoid(f) * state.c_BH + nn.sigmoid(i) * jnp.tanh(g)
-    return LSTMState(c, nn.sigmoid(o) * jnp.tanh(c))
+    c = gate_fn(f) * state.c_BH + gate_fn(i) * activation_fn(g)
+    return LSTMState(c, gate_fn(o) * activation_fn(c))
 
 
-def gru_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None = None) -> Array:
+def gru_step(
+    weights: Weights,
+    h_BH: Array,
+    x_BGH: Array,
+    mask_BJ: Array | None = None,
+    gate_fn: Activation = nn.sigmoid,
+    activation_fn: Activation = jnp.tanh,
+) -> Array:
     """One step of the GRU that resets after the matmul; gates in the order r, z, n.
 
         r, z = sigmoid(Wx + Rh + b)             reset and update gate
@@ -80,16 +94,22 @@ def gru_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None 
     b.
     """
     rh_BGH = recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)
-    r = nn.sigmoid(x_BGH[:, 0] + rh_BGH[:, 0])
-    z = nn.sigmoid(x_BGH[:, 1] + rh_BGH[:, 1])
-    n = jnp.tanh(x_BGH[:, 2] + r * (rh_BGH[:, 2] + weights.recurrent_bias_H[None]))
+    r = gate_fn(x_BGH[:, 0] + rh_BGH[:, 0])
+    z = gate_fn(x_BGH[:, 1] + rh_BGH[:, 1])
+    n = activation_fn(x_BGH[:, 2] + r * (rh_BGH[:, 2] + weights.recurrent_bias_H[None]))
     return (1 - z) * n + z * h_BH
 
 
-def rnn_step(weights: Weights, h_BH: Array, x_BGH: Array, mask_BJ: Array | None = None) -> Array:
+def rnn_step(
+    weights: Weights,
+    h_BH: Array,
+    x_BGH: Array,
+    mask_BJ: Array | None = None,
+    activation_fn: Activation = jnp.tanh,
+) -> Array:
     """One step of the simple recurrent network of Elman 1990: h' = tanh(Wx + Rh + b), with one
     "gate"."""
-    return jnp.tanh(x_BGH[:, 0] + recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)[:, 0])
+    return activation_fn(x_BGH[:, 0] + recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)[:, 0])
 
 
 def draw_orthogonal(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
@@ -135,6 +155,8 @@ class Cell(nn.RNNCellBase):
     and weights together.
     param_dtype: what the weights are kept in.
     recurrent_initializer: of the recurrent weights [J, G, H]; `orthogonal_per_gate` is another.
+    activation_fn: of the candidate and of an LSTM's output, tanh; `gate_fn` of an LSTM's and GRU's
+        gates is the sigmoid. The faster backends but `fused` know these two alone.
 
     The state is at least float32 whatever `dtype` is; float64 stays float64.
     """
@@ -143,10 +165,16 @@ class Cell(nn.RNNCellBase):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     recurrent_initializer: Any = orthogonal
+    activation_fn: Activation = jnp.tanh
 
     gates = 1
     bias_initializer: ClassVar[Any] = staticmethod(nn.initializers.zeros)
-    equations: ClassVar[Any] = staticmethod(rnn_step)
+
+    def equations(
+        self, weights: Weights, state: Any, x_BGH: Array, mask_BJ: Array | None = None
+    ) -> Any:
+        """The next state; a method, or a static method."""
+        raise NotImplementedError
 
     @nn.compact
     def weights(self, input_size: int) -> Weights:
@@ -260,9 +288,15 @@ class LSTMCell(Cell):
     When to prefer it: the default for long texts and long memory; four matmuls a step.
     """
 
+    gate_fn: Activation = nn.sigmoid
+
     gates = 4
-    bias_initializer = staticmethod(forget_bias_one)
-    equations = staticmethod(lstm_step)
+    bias_initializer: ClassVar[Any] = staticmethod(forget_bias_one)
+
+    def equations(
+        self, weights: Weights, state: Any, x_BGH: Array, mask_BJ: Array | None = None
+    ) -> Any:
+        return lstm_step(weights, state, x_BGH, mask_BJ, self.gate_fn, self.activation_fn)
 
     def output(self, state: LSTMState) -> Array:
         return state.h_BH
@@ -275,8 +309,14 @@ class GRUCell(Cell):
     """Gated recurrent unit; see `gru_step`. Three matmuls a step: a quarter fewer weights than an
     LSTM of its width."""
 
+    gate_fn: Activation = nn.sigmoid
+
     gates = 3
-    equations = staticmethod(gru_step)
+
+    def equations(
+        self, weights: Weights, state: Any, x_BGH: Array, mask_BJ: Array | None = None
+    ) -> Any:
+        return gru_step(weights, state, x_BGH, mask_BJ, self.gate_fn, self.activation_fn)
 
     def recurrent_bias(self) -> Array:
         zeros = named(nn.initializers.zeros, "hidden")
@@ -286,6 +326,21 @@ class GRUCell(Cell):
 class SimpleRNNCell(Cell):
     """The simple recurrent network; see `rnn_step`. It forgets after some tens of steps: a baseline
     to compare with."""
+
+    def equations(
+        self, weights: Weights, state: Any, x_BGH: Array, mask_BJ: Array | None = None
+    ) -> Any:
+        return rnn_step(weights, state, x_BGH, mask_BJ, self.activation_fn)
+
+
+def not_textbook(cell: Any) -> str | None:
+    """None where a cell is one of the three themselves with sigmoid and tanh, the equations for
+    which kernels are written; else what it is. A subclass may have equations of its own."""
+    if type(cell) not in CELLS.values():
+        return f"{type(cell).__name__} is none of {listing(c.__name__ for c in CELLS.values())}"
+    if cell.activation_fn is not jnp.tanh or getattr(cell, "gate_fn", nn.sigmoid) is not nn.sigmoid:
+        return f"this {type(cell).__name__} has other activations than sigmoid and tanh"
+    return None
 
 
 CELLS: dict[CellName, type[Cell]] = {"lstm": LSTMCell, "gru": GRUCell, "rnn": SimpleRNNCell}

@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from flax_lstm.machine.sharding import model_shards, platform
-from flax_lstm.nn.cells import GRUCell, LSTMCell, SimpleRNNCell, Weights
+from flax_lstm.nn.cells import Weights, not_textbook
 from flax_lstm.nn.recurrence import native
 
 Array = jax.Array
-CELLS = (LSTMCell, GRUCell, SimpleRNNCell)
 
 
 class Inputs(NamedTuple):
@@ -43,8 +42,8 @@ class Inputs(NamedTuple):
 def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
     """None, or why not. Subclasses may have equations of their own, so only the three cells
     themselves are taken."""
-    if type(cell) not in CELLS:
-        return f"{type(cell).__name__} is none of {', '.join(c.__name__ for c in CELLS)}"
+    if reason := not_textbook(cell):
+        return reason
     if resets:
         return "it has no resets"
     if platform() != "cpu":

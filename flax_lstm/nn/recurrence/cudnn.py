@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import rnn
 
 from flax_lstm.machine.sharding import model_shards
-from flax_lstm.nn.cells import LSTMCell, LSTMState, Weights
+from flax_lstm.nn.cells import LSTMCell, LSTMState, Weights, not_textbook
 
 Array = jax.Array
 
@@ -28,6 +28,8 @@ def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = Fals
     taken."""
     if type(cell) is not LSTMCell:
         return f"{type(cell).__name__} is not LSTMCell"
+    if reason := not_textbook(cell):
+        return reason
     if cell.compute_dtype(x_BTD) != jnp.float32:
         return f"it computes in float32, not {cell.compute_dtype(x_BTD)}"
     if resets:

@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_lstm.machine.sharding import current_mesh, platform
-from flax_lstm.nn.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights
+from flax_lstm.nn.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights, not_textbook
 from flax_lstm.nn.recurrence.rows import without_padding
 
 Array = jax.Array
@@ -165,11 +165,7 @@ def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = Fals
     themselves are taken."""
     if resets:
         return "it has no resets"
-    return (
-        None
-        if type(cell) in RULES
-        else f"{type(cell).__name__} is none of LSTMCell, GRUCell and SimpleRNNCell"
-    )
+    return not_textbook(cell)
 
 
 def run(
