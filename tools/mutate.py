@@ -38,8 +38,8 @@ BREAKAGES = {
     ),
     "input and forget gate swapped": Breakage(
         "flax_lstm/nn/cells.py",
-        "nn.sigmoid(f) * state.c_BH + nn.sigmoid(i) * jnp.tanh(g)",
-        "nn.sigmoid(i) * state.c_BH + nn.sigmoid(f) * jnp.tanh(g)",
+        "gate_fn(f) * state.c_BH + gate_fn(i) * activation_fn(g)",
+        "gate_fn(i) * state.c_BH + gate_fn(f) * activation_fn(g)",
         "tests/test_cells.py::test_cell_is_the_textbook_step_by_step",
     ),
     "a cell knows one batch axis": Breakage(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_lstm.errors import listing, require
+from flax_lstm.errors import ArgumentError, listing
 from flax_lstm.machine.sharding import named
 
 Array = jax.Array
@@ -257,11 +257,11 @@ class Cell(nn.RNNCellBase):
         shapes = [(*inputs.shape[:-1], *leaf.shape[1:]) for leaf in jax.tree.leaves(expected)]
         leaves = jax.tree.leaves(carry)
         found = [jnp.shape(leaf) for leaf in leaves]
-        require(
-            found == shapes,
-            f"The carry of {type(self).__name__}({self.features}) for inputs of shape "
-            f"{inputs.shape} is {listing(shapes)}; here it is {listing(found) or 'empty'}.",
-        )
+        if found != shapes:
+            raise ArgumentError(
+                f"The carry of {type(self).__name__}({self.features}) for inputs of shape "
+                f"{inputs.shape} is {listing(shapes)}; here it is {listing(found) or 'empty'}."
+            )
         return jax.tree.map(
             lambda e, leaf: jnp.reshape(leaf, e.shape),
             expected,
