@@ -4,7 +4,7 @@
 
 import sys
 
-from flax_lstm.__main__ import guarded, train
+from flax_lstm.__main__ import call, guarded
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda arguments: train(arguments, "python train.py"), sys.argv[1:]))
+    sys.exit(guarded(call("train", "python train.py"), sys.argv[1:]))

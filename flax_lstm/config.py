@@ -11,8 +11,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -181,20 +182,37 @@ def _frames(error: BaseException) -> list[Any]:
     return list(traceback.extract_tb(error.__traceback__))
 
 
-def override(config: Config, arguments: Sequence[str], prog: str, description: str) -> Config:
+def sections(config: Config) -> type:
+    """A dataclass with the fields of `Config`, each of the type that its value has in this config
+    and with that value as default: so flags are exactly the fields of those types."""
+    told = {
+        "name": "what the run is called; its folder is runs/NAME",
+        "seed": "of the initial weights, dropout and the order of examples",
+    }
+    chosen = []
+    for name in (f.name for f in fields(Config)):
+        kind: Any = type(getattr(config, name))
+        if name in told:
+            kind = Annotated[kind, tyro.conf.arg(help=told[name])]
+        # A factory, for a value that cannot be hashed is refused as a default.
+        chosen.append((name, kind, field(default_factory=partial(getattr, config, name))))
+    return make_dataclass("Settings", chosen, frozen=True)
+
+
+def read_sections(settings: Any) -> Config:
+    """The config with the values of an instance of such a dataclass."""
+    return Config(**{f.name: getattr(settings, f.name) for f in fields(Config)})
+
+
+def override(config: Config, arguments: Sequence[str], prog: str = "", about: str = "") -> Config:
     """The config with flags such as `--model.hidden-size 256` applied. Prints help or the mistake,
     and exits, like any command-line parser (0 and 2)."""
-    # Each section has the type of the value in the config file, so that the flags are exactly that
-    # type's fields.
-    types = [(f.name, type(getattr(config, f.name))) for f in fields(Config)]
-    chosen = make_dataclass(
-        "Config", [(n, t, field(default=getattr(config, n))) for n, t in types], frozen=True
+    chosen = sections(config)
+    return read_sections(
+        tyro.cli(
+            tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)(chosen),
+            args=list(arguments),
+            prog=prog,
+            description=about,
+        )
     )
-    parsed = tyro.cli(
-        tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)(chosen),
-        args=list(arguments),
-        default=chosen(),
-        prog=prog,
-        description=description,
-    )
-    return Config(**{f.name: getattr(parsed, f.name) for f in fields(Config)})

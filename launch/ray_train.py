@@ -8,11 +8,11 @@ directory.
 
 import sys
 
-from flax_lstm.__main__ import guarded, train
+from flax_lstm.__main__ import call, guarded
 
 
 def work(settings: dict) -> None:
-    status = guarded(lambda arguments: train(arguments, "ray_train.py"), settings["arguments"])
+    status = guarded(call("train", "ray_train.py"), settings["arguments"])
     if status:
         raise SystemExit(status)  # Ray starts the workers again, and they resume
 

@@ -12,7 +12,8 @@ import pytest
 from commands import KEEP, SERIES, SMALL, call, files, series, texts
 
 from flax_lstm import UserError, load, load_config
-from flax_lstm.__main__ import WRITERS, train
+from flax_lstm.commands.tables import WRITERS
+from flax_lstm.commands.train import main as train
 from flax_lstm.runs.saved_config import read_config, save_config
 from flax_lstm.runs.workdir import Workdir
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,9 @@ import pytest
 from commands import KEEP, ROOT, SERIES, SMALL, call, series, texts
 
 from flax_lstm import load
-from flax_lstm.__main__ import WRITERS, main, train
+from flax_lstm.__main__ import main
+from flax_lstm.commands.tables import WRITERS
+from flax_lstm.commands.train import main as train
 from flax_lstm.data.tables import read_table
 from flax_lstm.runs.report import params_sha256
 
@@ -308,7 +311,7 @@ def test_every_command_has_help(capsys, command):
 
 def test_usage_without_a_command(capsys):
     assert main([]) == 2
-    assert "train,evaluate,predict" in capsys.readouterr().out
+    assert "evaluate" in capsys.readouterr().out
     assert call(capsys, "evalute DIR") == (2, "", call(capsys, "evalute DIR").err)
     assert "Did you mean evaluate?" in call(capsys, "evalute DIR").err
 
@@ -347,3 +350,59 @@ def test_a_config_by_path_or_by_bare_name(tmp_path, capsys):
     assert (
         outcome.code == 2 and "Did you mean stocks?" in outcome.err and "quickstart" in outcome.err
     )
+
+
+def test_every_flag_of_every_config_has_help_and_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for config in ("quickstart", "imdb_lstm", "imdb_lm", "adding_problem"):
+        shown = call(capsys, f"train --config {config} --help").out
+        assert max(map(len, shown.splitlines())) <= 80
+        entries = re.findall(r"^[│ ] (--\S+)(.*?)(?=^[│ ] --|\Z)", shown, re.S | re.M)
+        assert len(entries) > 40
+        for flag, text in entries:
+            words = " ".join(re.sub(r"[│|─╭╮+-]", " ", text).split()).split("(default")[0]
+            told = re.sub(r"\{.*?\}|\[.*\]|\b[A-Z]{3,}\b", "", words).strip()
+            assert len(told) >= 8, f"{config} {flag}: {words}"
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--lr", "--train.learning-rate"),
+        ("--batch_size", "--train.batch-size"),
+        ("--hidden-size", "--model.hidden-size"),
+        ("--epochs", "--train.steps"),
+        ("--model.hiden-size", "model.hidden-size"),
+        ("--data.lookbak", "data.lookback"),
+    ],
+)
+def test_a_flag_by_another_name_is_answered_with_the_right_one(capsys, flag, meant):
+    outcome = call(capsys, f"train {flag} 3")
+    assert outcome.code == 2 and meant in outcome.err and len(outcome.err.splitlines()) == 1
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in ("train --help", "predict --help", "--help"):
+        shell = f"{sys.executable} -m flax_lstm {command} | head -n 1"
+        done = subprocess.run(
+            shell, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.stderr == "" and done.stdout.startswith("usage: flax-lstm")
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("flax-lstm 0.")
+
+
+def test_names_are_imported_when_they_are_used():
+    code = (
+        "import sys, flax_lstm, flax_lstm.data.base, flax_lstm.commands.grammar\n"
+        "print([m for m in ('jax', 'flax', 'optax', 'orbax', 'tensorflow_datasets') if m in "
+        "sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

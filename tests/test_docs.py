@@ -10,8 +10,8 @@ import pytest
 from commands import ROOT, call
 
 from flax_lstm import load, load_config
-from flax_lstm.__main__ import plan_parser, train_parser
-from flax_lstm.config import override
+from flax_lstm.commands import plan, train
+from flax_lstm.commands.grammar import parse_with_config
 from flax_lstm.plan.chips import parse_topology
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -91,13 +91,9 @@ def commands(path, begin="python train.py "):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_of_documents_name_configs_and_flags_that_exist(path):
-    for arguments in commands(path):
-        options, rest = train_parser("train.py").parse_known_args(arguments)
-        if not options.config.endswith(".py"):
-            override(
-                load_config(options.config), rest, "train.py", ""
-            )  # exits at a flag that is not there
+    for arguments in commands(path):  # exits at a flag that is not there
+        if not any(argument.endswith(".py") for argument in arguments):
+            parse_with_config(train.Options, arguments, "train.py", "")
     for arguments in commands(path, "python -m flax_lstm plan "):
-        options, rest = plan_parser("plan").parse_known_args(arguments)
-        override(load_config(options.config), rest, "plan", "")
+        options, _ = parse_with_config(plan.Options, arguments, "plan", "")
         assert parse_topology(options.topology)

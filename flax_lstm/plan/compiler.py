@@ -211,9 +211,7 @@ def read_program(program: Program) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     topology, config, *overrides = arguments
     try:
-        found = measure(
-            override(load_config(config), overrides, "plan", ""), parse_topology(topology)
-        )
+        found = measure(override(load_config(config), overrides), parse_topology(topology))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

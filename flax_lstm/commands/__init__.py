@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands: a module each, with its flags as a dataclass and a `main(arguments, prog)`."""
+
+# What each command does, in a line. A module is imported when its command is called.
+COMMANDS = {
+    "train": "train a config, or resume its run: flax-lstm train --config imdb_lstm",
+    "evaluate": "figures of a run: flax-lstm evaluate runs/imdb_lstm --split test",
+    "predict": "predictions of a run: flax-lstm predict runs/imdb_lstm --text 'A fine film.'",
+    "plan": "what training would take on chips that are not there: flax-lstm plan --config imdb_lm",
+}
