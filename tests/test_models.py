@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flax_lstm import UserError
+from flax_lstm.data.base import Known, SeriesForm
 from flax_lstm.nn.models import (
     AttentionPool,
     ConcatPool,
@@ -162,7 +163,7 @@ def test_tied_embeddings_are_the_head():
 
 @functools.cache
 def forecaster(settings, steps, horizon, per_value):
-    module = settings.forecaster(steps, horizon, 2, per_value)
+    module = settings.forecaster(SeriesForm(steps, horizon, 2, per_value))
     return functools.partial(initial, module), jax.jit(module.apply)
 
 
@@ -170,6 +171,8 @@ def forecast(settings, x, horizon=3, per_value=1, covariates=None, variables=Non
     """Variables, drawn unless given, and forecasts [B, N, C, Q] of the first two channels."""
     init, run = forecaster(settings, x.shape[1], horizon, per_value)
     lengths = np.full(len(x), x.shape[1], np.int32)
+    if covariates is not None:
+        covariates = Known(phase=np.zeros(len(x), np.int32), future=covariates)
     variables = variables or init(x, lengths, None, covariates)
     return variables, np.asarray(run(variables, x, lengths, None, covariates)[1])
 
@@ -258,7 +261,7 @@ def test_known_covariates_of_past_and_future_are_read(settings):
 
 def test_a_segment_longer_than_the_look_back_is_a_user_error():
     with pytest.raises(UserError, match=r"model.segment 24 is longer than data.lookback 7"):
-        SegmentModel().forecaster(7, 3, 2, 1)
+        SegmentModel(segment=24).forecaster(SeriesForm(7, 3, 2))
 
 
 def test_bfloat16_keeps_weights_and_outputs_in_float32():

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 ROWS, SIZE = 21, 8  # the last batch of three has three rows of weight 0
 
 
-def ragged(targets, outputs, inputs=None, weights=None):
+def ragged(targets, outputs, inputs=None, weights=None, units=None):
     """Batches of 8 rows and their outputs; what fills the last is garbage of weight 0."""
     inputs = np.zeros((len(targets), 4), np.int32) if inputs is None else inputs
     weights = np.ones(len(targets), np.float32) if weights is None else weights
@@ -40,7 +40,7 @@ def ragged(targets, outputs, inputs=None, weights=None):
         garbage = [np.repeat(part[:1], missing, axis=0) for part in parts]
         garbage[3] = np.zeros_like(garbage[3])
         *batch, result = (np.concatenate(pair) for pair in zip(parts, garbage, strict=True))
-        yield Batch(*batch), result
+        yield Batch(*batch, units=None if units is None else units[:SIZE]), result
 
 
 def figures(task, info, targets, outputs, **more):
@@ -100,8 +100,9 @@ SERIES = SimpleNamespace(
     season=3,
     mean=(10.0, -3.0, 99.0),  # the third channel is an input alone
     std=(2.0, 50.0, 7.0),
-    naive_scale=(0.5, 0.8),
+    reference_C=np.array([2.0, 50.0]),
 )
+UNITS = np.array([[10.0 / 2.0, -3.0 / 50.0], [1.0, 1.0], [0.5, 0.8]], np.float32)
 
 
 @pytest.mark.parametrize("objective", ["mse", "mae", "huber", "quantile"])
@@ -112,7 +113,9 @@ def test_forecasting_figures(objective):
     per_value = 3 if objective == "quantile" else 1
     actual = generator.normal(size=(ROWS, 2, 2)).astype(np.float32)
     outputs = generator.normal(size=(ROWS, 2, 2, per_value)).astype(np.float32)
-    found = figures(task, SERIES, actual, outputs, inputs=np.zeros((ROWS, 6, 3), np.float32))
+    units = np.repeat(UNITS[None], ROWS, axis=0)
+    found = figures(task, SERIES, actual, outputs, units=units)
+    outputs = np.sort(outputs, axis=-1)  # quantiles that cross are put in order
 
     point = outputs[..., 1 if objective == "quantile" else 0].astype(
         np.float64
@@ -139,13 +142,19 @@ def test_forecasting_figures(objective):
     }
     if objective == "quantile":
         expected["crps"] = 2 * pinball.mean()
+        sizes = np.abs(a_units).sum(axis=(0, 1))
+        expected["wql"] = (2 * pinball.mean(-1).sum(axis=(0, 1)) * std / sizes).mean()
+        low, high = outputs[..., 0], outputs[..., -1]
+        expected["coverage"] = ((actual >= low) & (actual <= high)).mean()
+        expected["width"] = ((high - low) * std).mean()
+    expected["observed"] = actual.size
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_smape_of_nothing_and_nothing_is_zero():
-    info = SimpleNamespace(**{**vars(SERIES), "mean": (0.0, 0.0), "std": (1.0, 1.0)})
-    zeros = np.zeros((ROWS, 2, 2), np.float32)
-    assert figures(Forecasting(), info, zeros, zeros[..., None])["smape"] == 0
+    zeros, units = np.zeros((ROWS, 2, 2), np.float32), np.ones((ROWS, 3, 2), np.float32)
+    units[:, 0] = 0
+    assert figures(Forecasting(), SERIES, zeros, zeros[..., None], units=units)["smape"] == 0
 
 
 def test_forecasting_baselines_by_hand():

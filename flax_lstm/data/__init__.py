@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flax_lstm.data.base import Batch, Data
     from flax_lstm.data.imdb import Imdb
     from flax_lstm.data.language import ImdbLanguage, LanguageTable
+    from flax_lstm.data.panel import PanelTable
     from flax_lstm.data.rotten_tomatoes import RottenTomatoes
     from flax_lstm.data.series import SeriesTable
     from flax_lstm.data.synthetic import AddingProblem
@@ -24,6 +25,7 @@ __all__ = [
     "Imdb",
     "ImdbLanguage",
     "LanguageTable",
+    "PanelTable",
     "RottenTomatoes",
     "SeriesTable",
     "TextTable",
@@ -35,6 +37,7 @@ __getattr__, __dir__ = lazily(
         "base": ("Batch", "Data"),
         "imdb": ("Imdb",),
         "language": ("ImdbLanguage", "LanguageTable"),
+        "panel": ("PanelTable",),
         "rotten_tomatoes": ("RottenTomatoes",),
         "series": ("SeriesTable",),
         "synthetic": ("AddingProblem",),

@@ -6,6 +6,7 @@ channels, K covariates. Nothing in this folder imports JAX or Flax.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -14,6 +15,16 @@ import pandas as pd
 from flax_lstm.errors import UserError
 
 Array = Any  # NumPy from a data set, JAX within the training step
+
+
+class Known(NamedTuple):
+    """What is known of a window of a series besides the past values of its channels."""
+
+    phase: Array  # (B,) int32, the place of the first step of the look-back within its season
+    future: Array | None = None  # (B, T + N, K) float32, known in advance (calendar, plans)
+    observed: Array | None = None  # (B, T, C) float32, 1 where a target was measured, 0 elsewhere
+    static: Array | None = None  # (B, F) float32, the same all along the series
+    codes: Array | None = None  # (B, G) int32, categories of the series
 
 
 class Batch(NamedTuple):
@@ -25,9 +36,10 @@ class Batch(NamedTuple):
         Array  # (B,) int32 class, (B, T) int32 next token, (B, N, C) float32, or (B, 1) float32
     )
     lengths: Array  # (B,) int32, valid steps of each row
-    weights: Array  # (B,) or (B, T) float32: how much each row or step counts
-    covariates: Array | None = None  # (B, T + N, K) float32, known in advance (calendar)
+    weights: Array  # (B,), (B, T) or (B, N, C) float32: how much each row, step or value counts
+    covariates: Known | None = None  # of series
     reset: Array | None = None  # (B,) bool: forget the carried recurrent state before this batch
+    units: Array | None = None  # (B, 3, C) float32, of series: see `flax_lstm.data.windows`
 
 
 class BatchSource(Protocol):
@@ -92,9 +104,25 @@ class Windows(Protocol):
     lookback: int
     horizon: int
     season: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    naive_scale: tuple[float, ...]
+    id_column: str  # of a table of many series; empty: one
+    categories: tuple[int, ...]  # how many there are of each that a series has
+
+    @property
+    def reference_C(self) -> Array:
+        """The unit of each target in which sums over batches are taken, float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class SeriesForm:
+    """What a forecaster is built for."""
+
+    lookback: int  # T
+    horizon: int  # N
+    channels: int = 1  # C
+    per_value: int = 1  # numbers forecast for each value, such as quantiles
+    season: int = 1  # steps
+    categories: tuple[int, ...] = ()  # how many there are of each that a series has
 
 
 class Dataset(Protocol):

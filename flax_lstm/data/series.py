@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time series from a table: look-back windows as inputs, the following steps as targets, the
-calendar as covariates.
+calendar and other columns as covariates. Many series in one table: `panel.py`.
 
-Axes: R rows of the table, D input channels (the C targets first), B windows of a batch, T steps of
-the look-back, N steps of the horizon, K covariates.
+Axes: P series, R rows of the table, D input channels (the C targets first), U different times,
+B windows of a batch, T steps of the look-back, N steps of the horizon, K covariates.
 """
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,135 +16,205 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pandas as pd
 
-from flax_lstm.data.base import Batch, Data
-from flax_lstm.data.order import EpochOrder, in_order
-from flax_lstm.data.timetable import (
-    DAY,
-    Missing,
-    clean,
-    embedded,
-    frequency,
-    median_step,
-    numeric_columns,
-    read_series,
-)
+from flax_lstm.data.base import Batch, Data, Known
+from flax_lstm.data.covariates import CYCLES, Column, calendar, columns
+from flax_lstm.data.grid import Frequency, Missing, fill
+from flax_lstm.data.timetable import embedded, numeric_columns, read_series
+from flax_lstm.data.tracks import Layout, Track
 from flax_lstm.data.vocabulary import write_atomically
+from flax_lstm.data.windows import SPLITS, Buffer, Scale, WindowDataset, WindowForm, scored
 from flax_lstm.errors import UserError, listing, require
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
-CYCLES = {
-    "day": DAY,
-    "week": 7 * DAY,
-    "year": 365.25 * DAY,
-}  # of the calendar, with their length in seconds
 
-
-@dataclass(frozen=True)
-class SeriesInfo:
+@dataclass(frozen=True, kw_only=True)
+class SeriesInfo(Layout):
     """What a forecaster and its predictions need to know about the data. Statistics are of the
     training split."""
 
-    time_column: str
-    targets: tuple[str, ...]  # forecast channels
-    inputs: tuple[str, ...]  # further input channels, known for the past only
     lookback: int  # T
     horizon: int  # N
     season: int  # steps
-    mean: tuple[float, ...]  # of each input channel, targets first
+    # Of each input channel, targets first. Of a panel, every series has a scale of its own, from
+    # its own past: these are 0, and the largest scale of any series.
+    mean: tuple[float, ...]
     std: tuple[float, ...]  # likewise; 1 for a constant channel
-    # Of each target: mean |x[t] - x[t - season]|, scaled; 1 where that is 0 but for rounding
+    # Of each target: mean |x[t] - x[t - season]|, scaled; 1 where that is 0 but for rounding. None
+    # of a panel.
     naive_scale: tuple[float, ...]
     frequency: str  # as pandas names it: "h", "D", "B" (business days), "15min"
     step_seconds: float  # median time between rows
     cycles: tuple[str, ...]  # of the calendar; each gives two covariates, sine and cosine
-    missing: Missing
+    holidays: str = ""  # country whose holidays are a covariate; empty: none
+    masked: bool = False  # batches say which values were observed
 
     @property
     def covariates(self) -> int:
         """K, the number of covariates known in advance; 0: a batch has none."""
-        return 2 * len(self.cycles)
+        waves = 2 * len(self.cycles) + bool(self.holidays)
+        return waves + sum(column.width for column in self.future)
 
     @property
-    def channels(self) -> tuple[str, ...]:
-        """The D input channels in order."""
-        return self.targets + self.inputs
+    def categories(self) -> tuple[int, ...]:
+        """Of each static category, how many codes there are; the first is for unknown ones."""
+        return tuple(len(c.categories) + 1 for c in self.static if c.categories)
+
+    @property
+    def reference_C(self) -> Array:
+        """The unit of each target in which sums over batches are taken, float64."""
+        return np.array(self.std[: len(self.targets)])
+
+    @property
+    def grid(self) -> Frequency:
+        """The step of the series."""
+        return Frequency(self.frequency, self.step_seconds)
+
+    @property
+    def form(self) -> WindowForm:
+        """The sizes of windows."""
+        return WindowForm(self.lookback, self.horizon, self.season, self.masked)
 
     def sample(self, batch_size: int) -> Batch:
         """A batch of zeros."""
-        known = self.lookback + self.horizon
+        steps, targets = self.lookback + self.horizon, len(self.targets)
+        statics = sum(not column.categories for column in self.static)
+        codes = len(self.static) - statics
+
+        def zeros(*shape: int) -> Array:
+            return np.zeros((batch_size, *shape), np.float32)
+
         return Batch(
-            inputs=np.zeros((batch_size, self.lookback, len(self.channels)), np.float32),
-            targets=np.zeros((batch_size, self.horizon, len(self.targets)), np.float32),
+            inputs=zeros(self.lookback, len(self.channels)),
+            targets=zeros(self.horizon, targets),
             lengths=np.full(batch_size, self.lookback, np.int32),
-            weights=np.zeros(batch_size, np.float32),
-            covariates=np.zeros((batch_size, known, self.covariates), np.float32)
-            if self.cycles
-            else None,
+            weights=zeros(self.horizon, targets),
+            covariates=Known(
+                phase=np.zeros(batch_size, np.int32),
+                future=zeros(steps, self.covariates) if self.covariates else None,
+                observed=zeros(self.lookback, targets) if self.masked else None,
+                static=zeros(statics) if statics else None,
+                codes=np.zeros((batch_size, codes), np.int32) if codes else None,
+            ),
+            units=zeros(3, targets),
         )
 
-    def scale(self, values_RD: Array) -> Array:
-        """Values of all channels in the units of the data as the model sees them: float32, mean 0,
-        deviation 1."""
-        return ((values_RD - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
+    def saved_scale(self) -> Scale:
+        """The scale of the one series."""
+        return Scale(*(np.array([x]) for x in (self.mean, self.std, self.naive_scale)))
 
-    def unscale(self, values: Array) -> Array:
-        """Scaled target values (..., C) in the units of the data."""
-        count = len(self.targets)
-        return np.asarray(values, np.float64) * np.array(self.std[:count]) + np.array(
-            self.mean[:count]
+    def scale_of(self, tracks: Sequence[Track], rows: Sequence[int]) -> Scale:
+        """The scale of each series from its first rows. Deviations for a table of one series; for a
+        panel, the targets' errors of the seasonal naive, so that every series weighs alike in the
+        loss: but no less than a hundredth of the deviation, and the deviation where there is no
+        season to compare with."""
+        targets = len(self.targets)
+        fitted = []
+        for track, count in zip(tracks, rows, strict=True):
+            mean_D, std_D, naive_C = _moments(track.values_RD[:count], self.season, targets)
+            if self.id_column:
+                wide = np.where(naive_C > 0, np.maximum(naive_C, 0.01 * std_D[:targets]), 0)
+                unit_C = np.where(wide > 0, wide, std_D[:targets])
+                std_D = np.concatenate([unit_C, std_D[targets:]])
+            scaled_C = naive_C / std_D[:targets]
+            fitted.append((mean_D, std_D, np.where(scaled_C > 1e-6, scaled_C, 1.0)))
+        return Scale(*(np.stack(part) for part in zip(*fitted, strict=True)))
+
+    def buffer(self, tracks: Sequence[Track], scale: Scale, static: pd.DataFrame) -> Buffer:
+        """All tracks in one buffer, scaled and filled. static: one row for each track."""
+        counts = [track.rows for track in tracks]
+        begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        values_RD = np.empty((begins[-1], len(self.channels)), np.float32)
+        observed_RC = np.empty((begins[-1], len(self.targets)), bool)
+        for n, track in enumerate(tracks):
+            place = slice(begins[n], begins[n + 1])
+            known_RD = ~np.isnan(track.values_RD)
+            whole_RD = track.values_RD
+            if not known_RD.all():
+                whole_RD = whole_RD.copy()
+                for channel in whole_RD.T:
+                    fill(channel, track.times.asi8, self.missing)
+            values_RD[place] = (whole_RD - scale.mean_PD[n]) / scale.std_PD[n]
+            observed_RC[place] = known_RD[:, : len(self.targets)]
+        times, time_R = tracks[0].times, np.arange(counts[0], dtype=np.int32)
+        if len(tracks) > 1:
+            stamps_U, places = np.unique(
+                np.concatenate([track.times.asi8 for track in tracks]), return_inverse=True
+            )
+            unit = tracks[0].times.unit
+            times = pd.DatetimeIndex(stamps_U.view(f"M8[{unit}]"))
+            zone = tracks[0].times.tz
+            times = times if zone is None else times.tz_localize("UTC").tz_convert(zone)
+            time_R = places.astype(np.int32)
+        statics = [c.encode(static[c.name], "the table") for c in self.static if not c.categories]
+        codes = [c.codes(static[c.name]) for c in self.static if c.categories]
+        return Buffer(
+            ids=np.array([track.id for track in tracks], object),
+            begins=begins,
+            times=times,
+            time_R=time_R,
+            values_RD=values_RD,
+            observed_RC=observed_RC,
+            position_U=self.grid.positions(times),
+            calendar_UK=calendar(times, self.cycles, self.holidays),
+            future_RK=np.concatenate([t.future_RK[: t.rows] for t in tracks]),
+            static_PF=np.concatenate(statics, axis=1)
+            if statics
+            else np.zeros((len(tracks), 0), np.float32),
+            codes_PG=np.stack(codes, axis=1) if codes else np.zeros((len(tracks), 0), np.int32),
+            units_P3C=dict.fromkeys(SPLITS, scale.units(self.reference_C)),
         )
 
-    def calendar(self, times: pd.DatetimeIndex) -> Array:
-        """The covariates (rows, K) of these times: sine and cosine of the position in each
-        cycle."""
-        day = ((times - times.normalize()) / pd.Timedelta(days=1)).to_numpy(np.float64)
-        phases = {
-            "day": day,
-            "week": (times.day_of_week + day) / 7,
-            "year": (times.day_of_year - 1 + day) / (365 + times.is_leap_year),
-        }
-        angles = [2 * np.pi * np.asarray(phases[cycle]) for cycle in self.cycles]
-        columns = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
-        return (
-            np.stack(columns, axis=1).astype(np.float32)
-            if columns
-            else np.zeros((len(times), 0), np.float32)
-        )
-
-    def future_times(self, last: pd.Timestamp) -> pd.DatetimeIndex:
-        """The times of the N steps after `last`."""
-        times = pd.date_range(last, periods=self.horizon + 1, freq=self.frequency)
-        return times[times > last][: self.horizon]
-
-    def window(self, frame: pd.DataFrame) -> tuple[Batch, pd.DatetimeIndex]:
-        """The last look-back of a new table as a batch of one row, and the N times to forecast; its
-        targets are 0.
+    def ahead(self, frame: pd.DataFrame) -> "SeriesDataset":
+        """The last look-back of every series of a new table, as the one window of each: split
+        "test", in order of the table. Its targets are not known.
 
         Raises UserError for what is wrong with the table, one that is too short, or one of another
-        frequency.
+        frequency, and names the columns known in advance that do not reach over the horizon.
         """
-        times, values_RD = clean(frame, self.time_column, self.channels, self.missing, "the input")
-        rows = len(times)
+        where = "the input"
+        tracks, _ = self.tracks(frame, where, self.grid)
+        for track in tracks:
+            self._require_fit(track)
+        extended = [self._extend(track) for track in tracks]
+        rows = [track.rows for track in tracks]
+        scale = self.scale_of(tracks, rows) if self.id_column else self.saved_scale()
+        buffer = self.buffer(extended, scale, first_rows(frame, self))
+        return SeriesDataset(self, buffer, scale, {"test": buffer.begins[1:] - self.horizon})
+
+    def _require_fit(self, track: Track) -> None:
+        where = f"series {track.id!r} of the input" if self.id_column else "the input"
         require(
-            rows >= self.lookback,
-            f"the input has {rows} rows; the model looks back on {self.lookback}",
+            track.rows >= (1 if self.masked else self.lookback),
+            f"{where} has {track.rows} rows; the model looks back on {self.lookback}",
         )
-        if rows > 1 and not 0.9 < (step := median_step(times)) / self.step_seconds < 1.1:
-            here, there = (pd.Timedelta(seconds=s) for s in (step, self.step_seconds))
-            raise UserError(
-                f"the input has a row every {here}; the model was trained on one every {there}"
+
+    def _extend(self, track: Track) -> Track:
+        """The track with the N rows to forecast."""
+        future = self.grid.following(track.times[-1], self.horizon)
+        known = track.future_RK[track.rows :]
+        if self.future:
+            names = listing(column.name for column in self.future)
+            whole = len(known) >= self.horizon and not np.isnan(known[: self.horizon]).any()
+            require(
+                whole,
+                f"the input ends {len(known)} row(s) after the last target; a forecast needs "
+                f"{self.horizon} more rows, with the targets left empty and a value in every "
+                f"column known in advance: {names}",
             )
-        future = self.future_times(times[-1])
-        inputs = self.scale(values_RD[-self.lookback :])[None]
-        targets = np.zeros((1, self.horizon, len(self.targets)), np.float32)
-        known = pd.DatetimeIndex(times[-self.lookback :].append(future))
-        covariates = self.calendar(known)[None] if self.cycles else None
-        return Batch(
-            inputs, targets, np.array([self.lookback], np.int32), np.ones(1, np.float32), covariates
-        ), future
+        values = np.full((self.horizon, len(self.channels)), np.nan)
+        return track._replace(
+            times=pd.DatetimeIndex(track.times.append(future)),
+            values_RD=np.concatenate([track.values_RD, values]),
+            future_RK=track.future_RK[: track.rows + self.horizon],
+        )
+
+    def window(self, frame: pd.DataFrame) -> tuple[Batch, pd.DatetimeIndex]:
+        """The last look-back of a table of one series as a batch of one row, and the N times to
+        forecast; its targets are of weight 0. Raises UserError as `ahead` does."""
+        dataset = self.ahead(frame)
+        return dataset.batch("test", np.array([0])), dataset.buffer.times[-self.horizon :]
 
     def save(self, assets: Path) -> None:
         """Writes info.json into the folder."""
@@ -158,13 +228,63 @@ class SeriesInfo:
         try:
             saved = json.loads((assets / "info.json").read_text(encoding="utf-8"))
             fields: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()
+                k: columns(v) if isinstance(v, list) else v for k, v in saved.items()
             }
             return cls(**fields)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(
                 f"cannot read {assets / 'info.json'}, the scaler of a series run: {error}"
             ) from None
+
+
+class SeriesDataset(WindowDataset):
+    """Series in memory, scaled, and the windows of each split."""
+
+    def __init__(self, info: SeriesInfo, buffer: Buffer, scale: Scale, windows: dict[str, Array]):
+        super().__init__(info.form, buffer, windows)
+        self.info, self.scale = info, scale
+
+    def unscale(self, values: Array, series: int | Array = 0) -> Array:
+        """Scaled target values (..., C) of one series, or (B, ..., C) of the series of B rows, in
+        the units of the data."""
+        count, values = len(self.info.targets), np.asarray(values, np.float64)
+        shape = (-1, *(1,) * (values.ndim - 2), count) if np.ndim(series) else (count,)
+        mean, std = (x[series][..., :count].reshape(shape) for x in self.scale[:2])
+        return values * std + mean
+
+
+def _moments(values_RD: Array, season: int, targets: int) -> tuple[Array, Array, Array]:
+    """Mean and deviation of each channel over what was observed (1 for a constant one, 0 and 1
+    where nothing was), and the targets' mean |x[t] - x[t - season]|, 0 where there is none."""
+    absent_RD = np.isnan(values_RD)
+    if absent_RD.any():
+        known = [channel[~np.isnan(channel)] for channel in values_RD.T]
+    else:
+        known = list(values_RD.T)
+    constant = np.array([len(x) == 0 or np.ptp(x) == 0 for x in known])
+    mean_D = np.array([x.mean() if len(x) else 0.0 for x in known])
+    std_D = np.where(constant, 1.0, [x.std() if len(x) else 1.0 for x in known])
+    steps = np.abs(values_RD[season:, :targets] - values_RD[:-season, :targets])
+    found = [column[~np.isnan(column)] for column in steps.T]
+    return mean_D, std_D, np.array([x.mean() if len(x) else 0.0 for x in found])
+
+
+def first_rows(frame: pd.DataFrame, layout: Layout) -> pd.DataFrame:
+    """The static columns of each series, in order of the table, checked to be the same in all
+    rows; none of a table of one series."""
+    if not layout.static:
+        return pd.DataFrame()
+    names = [column.name for column in layout.static]
+    groups = frame.groupby(layout.id_column, sort=False, observed=True)
+    for name in names:
+        counts = groups[name].nunique()
+        if (counts > 1).any():
+            raise UserError(
+                f"column {name!r} of data.static changes within the series "
+                f"{counts.index[int(np.argmax(counts > 1))]!r}; put it under data.future or "
+                "data.inputs"
+            )
+    return groups[names].first().reset_index(drop=True)
 
 
 @dataclass(frozen=True)
@@ -172,10 +292,12 @@ class SeriesTable(Data):
     """Forecasting from a table with one row per time: CSV, TSV, JSON lines or Parquet, also with
     .gz.
 
-    Training windows lie wholly in the training rows. In validation and test the forecast steps lie
-    in the split, while the look-back may reach into the split before (the protocol of the ETT
-    benchmarks: Zhou et al. 2021); every window counts. Channels are scaled to mean 0 and standard
-    deviation 1 by the training rows alone.
+    The frequency is found in the times, and with it season, look-back and horizon where they are 0.
+    Times that are missing are put in as absent values; `missing` says what becomes of these, and
+    none is ever scored. Training windows lie wholly in the training rows. In validation and test
+    the forecast steps lie in the split, while the look-back may reach into the split before (the
+    protocol of the ETT benchmarks: Zhou et al. 2021); every window counts. Channels are scaled to
+    mean 0 and standard deviation 1 by the training rows alone.
     """
 
     gives: ClassVar[type | None] = SeriesInfo
@@ -184,23 +306,21 @@ class SeriesTable(Data):
     time_column: str = ""  # column with the times, in ISO 8601; empty: the first
     targets: tuple[str, ...] = ()  # columns to forecast; empty: every numeric column
     inputs: tuple[str, ...] = ()  # further columns to read, known for the past only
-    lookback: int = 168  # steps the model sees
-    horizon: int = 24  # steps to forecast
-    season: int = 24  # steps of a season, for the seasonal-naive baseline and MASE; 1: none
-    split: tuple[float, float, float] = (
-        0.7,
-        0.1,
-        0.2,
-    )  # training, validation, test: shares, or numbers of rows
+    future: tuple[str, ...] = ()  # columns known in advance: numbers or categories
+    lookback: int = 0  # steps the model sees; 0: several seasons
+    horizon: int = 0  # steps to forecast; 0: a season
+    season: int = 0  # steps of a season; 0: natural for the frequency; 1: none
+    # training, validation, test: shares, or numbers of rows
+    split: tuple[float, float, float] = (0.7, 0.1, 0.2)
     calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
-    # Absent values: error, drop (the rows), interpolate (in time), forward_fill
+    holidays: str = ""  # tell the model the holidays of a country, such as DE; empty: none
+    # absent values: error, mask (the model is told), interpolate (in time), forward_fill, drop (the
+    # rows, and rows as they come)
     missing: Missing = "error"
+    time_zone: str = ""  # of times written without one, such as Europe/Berlin; empty: none
 
     def __post_init__(self) -> None:
-        for name in ("lookback", "horizon", "season"):
-            require(
-                getattr(self, name) >= 1, f"data.{name} {getattr(self, name)}: must be at least 1"
-            )
+        require_sizes(self)
         rule = "give shares that sum to at most 1, such as 0.7 0.1 0.2, or whole numbers of rows"
         require(min(self.split) > 0, f"data.split {self.split}: all three must be positive; {rule}")
         good = (
@@ -212,40 +332,58 @@ class SeriesTable(Data):
 
     def absolute(self) -> Self:
         """The same with an absolute path; the name of an embedded series stays."""
-        return (
-            self
-            if self.path in embedded()
-            else replace(self, path=str(Path(self.path).expanduser().absolute()))
-        )
+        return absolute(self)
 
     def read(self, path: str | Path) -> pd.DataFrame:
         """The table in a file, or an embedded series by its name. Raises UserError."""
         return read_series(path)
 
-    def load(self, assets: Path) -> "SeriesDataset":
+    def load(self, assets: Path) -> SeriesDataset:
         """Reads the series; the scaler comes from `assets`, or is fitted on the training rows and
         saved there."""
         frame = self.read(self.path)
-        time_column = self.time_column or str(frame.columns[0])
         fitted = SeriesInfo.restore(assets) if (assets / "info.json").exists() else None
-        targets = (
-            fitted.targets
-            if fitted
-            else self.targets or numeric_columns(frame, time_column, self.inputs)
-        )
-        times, values_RD = clean(frame, time_column, targets + self.inputs, self.missing, self.path)
-        borders = self._borders(len(times))
-        info = fitted or self._fit(times, values_RD[: borders[1]], time_column, targets)
-        if not fitted:
-            assets.mkdir(parents=True, exist_ok=True)
+        layout = fitted or self._layout(frame)
+        tracks, frequency = layout.tracks(frame, self.path, fitted.grid if fitted else None)
+        (track,) = tracks
+        if fitted is None:
+            info = self._fit(layout, track, frequency)
             info.save(assets)
-        return SeriesDataset(info, times, info.scale(values_RD), borders)
+        else:
+            info = fitted
+        scale = info.saved_scale()
+        borders = self._borders(track.rows, info.lookback, info.horizon, info.season)
+        begins = (borders[0] + info.lookback, *borders[1:3])
+        buffer = info.buffer(tracks, scale, pd.DataFrame())
+        windows = {
+            split: scored(np.arange(b, e - info.horizon + 1), info.horizon, buffer.observed_RC)
+            for split, b, e in zip(SPLITS, begins, borders[1:], strict=True)
+        }
+        for split in SPLITS:
+            require(
+                len(windows[split]) > 0,
+                f"the {split} split of {self.path} has no target that was measured",
+            )
+        return SeriesDataset(info, buffer, scale, windows)
 
     def restore(self, assets: Path) -> SeriesInfo:
         """What an earlier `load` saved. Raises UserError if it is not there."""
         return SeriesInfo.restore(assets)
 
-    def _borders(self, rows: int) -> tuple[int, ...]:
+    def _layout(self, frame: pd.DataFrame) -> Layout:
+        time_column = self.time_column or str(frame.columns[0])
+        others = self.inputs + self.future
+        share = self.split[0] if max(self.split) <= 1 else self.split[0] / max(len(frame), 1)
+        return Layout(
+            time_column=time_column,
+            targets=self.targets or numeric_columns(frame, time_column, others),
+            inputs=self.inputs,
+            missing=self.missing,
+            future=fit_columns(frame[: max(int(share * len(frame)), 1)], self.future, self.path),
+            time_zone=self.time_zone,
+        )
+
+    def _borders(self, rows: int, lookback: int, horizon: int, season: int) -> tuple[int, ...]:
         """Rows where training begins, validation begins, test begins, and test ends."""
         counts = max(self.split) > 1
         borders = [
@@ -256,119 +394,116 @@ class SeriesTable(Data):
             borders[-1] <= rows, f"data.split asks for {borders[-1]} rows; {self.path} has {rows}"
         )
         train, *others = np.diff(borders)
-        wanted = self.lookback + self.horizon
+        wanted = lookback + horizon
         require(
             train >= wanted,
             f"the training split of {self.path} has {train} rows, too few for data.lookback "
-            f"{self.lookback} + "
-            f"data.horizon {self.horizon} = {wanted}; they may sum to {train} at most",
+            f"{lookback} + data.horizon {horizon} = {wanted}; they may sum to {train} at most",
         )
         for name, size in zip(SPLITS[1:], others, strict=True):
             require(
-                size >= self.horizon,
+                size >= horizon,
                 f"the {name} split of {self.path} has {size} rows, too few for data.horizon "
-                f"{self.horizon}; "
-                f"the longest that fits is {min(others)}, or change data.split",
+                f"{horizon}; the longest that fits is {min(others)}, or change data.split",
             )
-        require(
-            self.season < train,
-            f"data.season {self.season}: must be below the {train} rows of training",
-        )
+        require(season < train, f"data.season {season}: must be below the {train} rows of training")
         return tuple(borders)
 
-    def _fit(
-        self, times: pd.DatetimeIndex, train_RD: Array, time_column: str, targets: tuple[str, ...]
-    ) -> SeriesInfo:
-        constant = np.ptp(train_RD, axis=0) == 0
-        if constant.any():
-            names = np.array(targets + self.inputs)[constant]
-            log.warning(
-                "%s: constant in the training split, left unscaled: %s", self.path, listing(names)
-            )
-        std = np.where(constant, 1.0, train_RD.std(axis=0))
-        naive = np.abs(train_RD[self.season :] - train_RD[: -self.season]).mean(axis=0) / std
-        step = median_step(times)
+    def _fit(self, layout: Layout, track: Track, frequency: Frequency) -> SeriesInfo:
+        shares = np.array(self.split) if max(self.split) <= 1 else np.array(self.split) / track.rows
+        train, *others = (int(share * track.rows) for share in shares)
+        season, lookback, horizon = settle(self, frequency, train, min(others))
+        say(self.path, track.times, frequency, season, lookback, horizon)
+        borders = self._borders(track.rows, lookback, horizon, season)
+        train_RD = track.values_RD[: borders[1]]
+        mean_D, std_D, naive_C = _moments(train_RD, season, len(layout.targets))
+        _warn(train_RD, layout.channels, self.path)
+        scaled_C = naive_C / std_D[: len(naive_C)]
         return SeriesInfo(
-            time_column=time_column,
-            targets=targets,
-            inputs=self.inputs,
-            lookback=self.lookback,
-            horizon=self.horizon,
-            season=self.season,
-            mean=tuple(train_RD.mean(axis=0).tolist()),
-            std=tuple(std.tolist()),
-            naive_scale=tuple(np.where(naive > 1e-6, naive, 1.0)[: len(targets)].tolist()),
-            frequency=frequency(times, self.path),
-            step_seconds=step,
-            cycles=tuple(name for name, length in CYCLES.items() if step <= length / 2)
-            if self.calendar
-            else (),
-            missing=self.missing,
+            **{name: getattr(layout, name) for name in Layout.__dataclass_fields__},
+            lookback=lookback,
+            horizon=horizon,
+            season=season,
+            mean=tuple(mean_D.tolist()),
+            std=tuple(std_D.tolist()),
+            naive_scale=tuple(np.where(scaled_C > 1e-6, scaled_C, 1.0).tolist()),
+            frequency=frequency.name,
+            step_seconds=frequency.seconds,
+            cycles=cycles(frequency) if self.calendar else (),
+            holidays=self.holidays,
+            masked=self.missing == "mask",
         )
 
 
-class SeriesDataset:
-    """A series in memory, scaled, with its borders (see `SeriesTable`); the windows of a split
-    count from 0."""
+def require_sizes(table: Any) -> None:
+    """Raises UserError for a look-back, horizon or season that is none."""
+    for name in ("lookback", "horizon", "season"):
+        value = getattr(table, name)
+        require(value >= 0, f"data.{name} {value}: must be at least 1, or 0 to be found")
 
-    def __init__(
-        self, info: SeriesInfo, times: pd.DatetimeIndex, values_RD: Array, borders: tuple[int, ...]
-    ):
-        self.info = info
-        self._times, self._values_RD, self._calendar_RK = times, values_RD, info.calendar(times)
-        begins = (borders[0] + info.lookback, *borders[1:3])
-        self._targets = {
-            split: range(b, e - info.horizon + 1)
-            for split, b, e in zip(SPLITS, begins, borders[1:], strict=True)
-        }
 
-    def size(self, split: str) -> int:
-        """Windows of a split."""
-        return len(self._targets[split])
+def absolute(table: Any) -> Any:
+    """A table's settings with an absolute path; the name of an embedded series stays."""
+    if table.path in embedded():
+        return table
+    return replace(table, path=str(Path(table.path).expanduser().absolute()))
 
-    def times(self, split: str) -> Array:
-        """The times (windows, N) of the forecast steps, datetime64 without time zone, in the order
-        of `evaluation`."""
-        first, rows = self._targets[split], self._times.tz_localize(None).to_numpy()
-        return np.lib.stride_tricks.sliding_window_view(rows, self.info.horizon)[
-            first.start : first.stop
-        ]
 
-    def train(self, batch_size: int, seed: int) -> "SeriesBatches":
-        """Shuffled batches without end; each window once an epoch."""
-        return SeriesBatches(self, EpochOrder(self.size("train"), batch_size, seed))
+def fit_columns(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> tuple[Column, ...]:
+    """The covariates of these columns; one that is not there is left to be reported with the
+    others."""
+    return tuple(Column.fit(frame[n], where) if n in frame.columns else Column(n) for n in names)
 
-    def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """Each window of a split once, in time order; rows that fill the last batch have weight
-        0."""
-        return (
-            self.batch(split, windows_B) for windows_B in in_order(self.size(split), batch_size)
+
+def cycles(frequency: Frequency) -> tuple[str, ...]:
+    """The cycles of the calendar that such steps can show."""
+    return tuple(name for name, length in CYCLES.items() if frequency.seconds <= length / 2)
+
+
+def settle(table: Any, frequency: Frequency, train: int, others: int) -> tuple[int, int, int]:
+    """Season, look-back and horizon: as given, or natural for the frequency, but no more than the
+    rows of training and of the other splits allow."""
+    natural = frequency.defaults
+    horizon = table.horizon or max(min(natural.horizon, others, max(train // 4, 1)), 1)
+    room = max((train - horizon) // 2, 1)
+    season = table.season or (natural.season if natural.season < train else 1)
+    return season, table.lookback or min(natural.lookback, room), horizon
+
+
+def say(
+    where: str,
+    times: pd.DatetimeIndex,
+    frequency: Frequency,
+    season: int,
+    lookback: int,
+    horizon: int,
+) -> None:
+    """Logs what was found in the times."""
+    log.info(
+        "%s: frequency %s, from %s to %s; season %d, look-back %d, horizon %d (steps; set them "
+        "with --data.season, --data.lookback, --data.horizon)",
+        *(where, frequency.name, times[0], times[-1], season, lookback, horizon),
+    )
+
+
+def _warn(train_RD: Array, channels: tuple[str, ...], where: str) -> None:
+    """Says which channels are constant, and which hold values far outside their usual range."""
+    names = np.array(channels, object)
+    constant = np.nanmax(train_RD, axis=0) == np.nanmin(train_RD, axis=0)
+    if constant.any():
+        log.warning(
+            "%s: constant in the training split, left unscaled: %s",
+            *(where, listing(names[constant])),
         )
-
-    def batch(self, split: str, windows_B: Array) -> Batch:
-        """These windows of a split; -1 gives a row of weight 0."""
-        lookback, horizon = self.info.lookback, self.info.horizon
-        first_B = self._targets[split].start - lookback + np.maximum(windows_B, 0)
-        rows_BS = first_B[:, None] + np.arange(lookback + horizon)
-        values_BSD = self._values_RD[rows_BS]
-        return Batch(
-            inputs=np.ascontiguousarray(values_BSD[:, :lookback]),
-            targets=np.ascontiguousarray(values_BSD[:, lookback:, : len(self.info.targets)]),
-            lengths=np.full(len(windows_B), lookback, np.int32),
-            weights=(windows_B >= 0).astype(np.float32),
-            covariates=self._calendar_RK[rows_BS] if self.info.cycles else None,
-        )
-
-
-@dataclass(frozen=True)
-class SeriesBatches:
-    """Training batches by global step (`BatchSource`)."""
-
-    dataset: SeriesDataset
-    order: EpochOrder
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.dataset.batch("train", self.order[step])
+    for name, values in zip(names, train_RD.T, strict=True):
+        known = values[~np.isnan(values)]
+        low, middle, high = np.quantile(known, (0.25, 0.5, 0.75))
+        far = np.abs(values - middle)
+        row = int(np.nanargmax(far))
+        if high > low and far[row] > 1e6 * (high - low):
+            log.warning(
+                "%s: column %r holds %g in row %d, %g times the usual range away from the rest: "
+                "figures scaled by the deviation will look far too good; is it a mark of something "
+                "absent?",
+                *(where, name, values[row], row + 1, far[row] / (high - low)),
+            )

@@ -8,24 +8,20 @@ Axes: R rows, D channels.
 import gzip
 import logging
 import tempfile
-import warnings
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pandas.tseries.frequencies import to_offset
 
+from flax_lstm.data.grid import require_sane
 from flax_lstm.data.tables import read_table
 from flax_lstm.errors import UserError, listing, nearest, require
 
 Array = np.ndarray
-Missing = Literal["error", "drop", "interpolate", "forward_fill"]
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(str(resources.files("flax_lstm") / "data" / "embedded"))
-DAY = 86400.0  # seconds
 NO_VALUE = (
     "",
     "na",
@@ -73,90 +69,73 @@ def _read_gzip(file: Path) -> pd.DataFrame:
             raise UserError(f"cannot read {file} as gzip: {error}") from None
 
 
-def clean(
-    frame: pd.DataFrame, time_column: str, channels: tuple[str, ...], missing: Missing, where: str
-) -> tuple[pd.DatetimeIndex, Array]:
-    """Times and float64 values (R, D) of the channels, checked; what is absent is treated as
-    `missing` says.
-
-    Raises UserError that names column and rows (counted from 1) of what is absent, no number,
-    infinite or out of order.
-    """
+def require_columns(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> None:
+    """Raises UserError for a column that is not there, or asked for in two roles."""
     there = list(frame.columns)
-    for name in (time_column, *channels):
+    for name in names:
         if name not in there:
             raise UserError(
                 f"{where} has no column {name!r}.{nearest(name, there)} Columns: {listing(there)}"
             )
-    require(
-        len({time_column, *channels}) == len(channels) + 1,
-        f"{where}: a column is named twice: {listing(channels)}",
-    )
+    require(len(set(names)) == len(names), f"{where}: a column is named twice: {listing(names)}")
     require(len(frame) > 0, f"{where} has no rows")
-    times = _times(frame[time_column], where)
-    steps = np.diff(times.asi8)
-    if (steps <= 0).any():
-        row = int(np.argmax(steps <= 0)) + 1
-        kind = "repeats" if steps[row - 1] == 0 else "is earlier than"
-        hint = (
-            "one row per time is needed, sorted; times that repeat as clocks go back are written "
-            "in UTC"
-        )
-        raise UserError(
-            f"{where}: row {row + 1} ({times[row]}) {kind} the time of row {row}; {hint}"
-        )
-    values_RD = np.stack([_numbers(frame[name], where) for name in channels], axis=1)
-    for name, values in zip(channels, values_RD.T, strict=True):
-        infinite = np.flatnonzero(np.isinf(values)) + 1
+
+
+def numbers(frame: pd.DataFrame, channels: tuple[str, ...], where: str) -> Array:
+    """Float64 values (R, D) of the channels, NaN where absent. Raises UserError that names column
+    and rows (counted from 1) of what is no number or no measurement."""
+    values_RD = np.empty((len(frame), len(channels)))
+    for n, name in enumerate(channels):
+        values_RD[:, n] = _numbers(frame[name], where)
+        infinite = np.flatnonzero(np.isinf(values_RD[:, n])) + 1
         require(
             len(infinite) == 0,
             f"{where}: column {name!r} is infinite in row {listing(infinite, 5)}",
         )
-    return _fill(times, values_RD, channels, missing, where)
+    require_sane(values_RD, channels, where)
+    return values_RD
 
 
-def _fill(
-    times: pd.DatetimeIndex,
-    values_RD: Array,
-    channels: tuple[str, ...],
-    missing: Missing,
-    where: str,
-) -> tuple[pd.DatetimeIndex, Array]:
-    absent_RD = np.isnan(values_RD)
-    if not absent_RD.any():
-        return times, values_RD
-    gaps = {
-        name: np.flatnonzero(absent) + 1
-        for name, absent in zip(channels, absent_RD.T, strict=True)
-        if absent.any()
-    }
-    report = "; ".join(
-        f"column {name!r} in {len(rows)} row(s): {listing(rows, 5)}" for name, rows in gaps.items()
-    )
-    choices = "choose data.missing: drop (those rows), interpolate (in time) or forward_fill"
-    require(missing != "error", f"{where}: absent values, {report}; {choices}")
-    log.warning("%s: absent values, %s; data.missing: %s", where, report, missing)
-    if missing == "drop":
-        keep = ~absent_RD.any(axis=1)
-        require(bool(keep.any()), f"{where}: data.missing drop leaves no row: {report}")
-        return times[keep], values_RD[keep]
-    for name, values in zip(channels, values_RD.T, strict=True):  # views: filled in place
-        known = np.flatnonzero(~np.isnan(values))
-        require(len(known) > 0, f"{where}: column {name!r} has no value at all")
-        if missing == "interpolate":
-            values[:] = np.interp(times.asi8, times.asi8[known], values[known])
-        else:
-            require(
-                known[0] == 0,
-                f"{where}: column {name!r} has no value before row {known[0] + 1} to fill forward",
-            )
-            values[:] = values[
-                known[np.searchsorted(known, np.arange(len(values)), side="right") - 1]
-            ]
-    return times, values_RD
+def require_order(frame: pd.DataFrame, times: pd.DatetimeIndex, where: str) -> None:
+    """Raises UserError for times that repeat or go back; says so where it looks like many series
+    in one table."""
+    steps = np.diff(times.asi8)
+    if (steps > 0).all():
+        return
+    row = int(np.argmax(steps <= 0)) + 1
+    hint = "one row per time is needed, sorted"
+    if (column := _telling_apart(frame, times)) is not None:
+        hint = (
+            f"column {column!r} tells many series apart: train them together with --config "
+            f"panel_table --data.id-column {column}, or keep the rows of one"
+        )
+    elif times.tz is None and (np.diff(times.asi8) == -3_600_000_000_000 + _usual(steps)).any():
+        hint += (
+            "; times that repeat as clocks go back need their zone: --data.time-zone "
+            "Europe/Berlin, for example, or write them in UTC"
+        )
+    kind = "repeats" if steps[row - 1] == 0 else "is earlier than"
+    raise UserError(f"{where}: row {row + 1} ({times[row]}) {kind} the time of row {row}; {hint}")
 
 
-def _times(column: pd.Series, where: str) -> pd.DatetimeIndex:
+def _usual(steps: Array) -> int:
+    return int(np.median(steps))
+
+
+def _telling_apart(frame: pd.DataFrame, times: pd.DatetimeIndex) -> str | None:
+    """A column of few values that, with the time, names every row once."""
+    for name in frame.columns:
+        values = frame[name].astype(str)
+        keyed = pd.DataFrame({"value": values.to_numpy(), "time": times.asi8})
+        if 1 < values.nunique() <= len(frame) // 2 and not keyed.duplicated().any():
+            return str(name)
+    return None
+
+
+def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeIndex:
+    """The times of a column. Those that are written with different offsets from UTC become UTC;
+    those without any are local times of `zone`, where one is given: the hour that repeats as clocks
+    go back is told apart by the order of the rows."""
     if not pd.api.types.is_datetime64_any_dtype(column):
         text = column.astype(object).where(column.notna(), "").astype(str).str.strip()
         bad = np.flatnonzero(
@@ -171,21 +150,41 @@ def _times(column: pd.Series, where: str) -> pd.DatetimeIndex:
             raise UserError(
                 f"{where}: column {column.name!r} holds {value}, no time in ISO 8601; {hint}"
             )
+        name = column.name
         try:
             column = pd.to_datetime(text, format="ISO8601")
         except ValueError:
-            raise UserError(
-                f"{where}: column {column.name!r} mixes time zones; write all times in UTC"
-            ) from None
+            if (text.str.contains(r"(?:Z|[+-]\d\d:?\d\d)$")).all():
+                log.info("%s: column %r is read in UTC, for its offsets differ", where, name)
+                column = pd.to_datetime(text, format="ISO8601", utc=True)
+            else:
+                raise UserError(
+                    f"{where}: column {name!r} mixes times with and without a zone; write all "
+                    "times in UTC"
+                ) from None
     absent = np.flatnonzero(column.isna()) + 1
     require(
         len(absent) == 0, f"{where}: column {column.name!r} has no time in row {listing(absent, 5)}"
     )
-    return pd.DatetimeIndex(column)
+    times = pd.DatetimeIndex(column)
+    return times if times.tz is not None or not zone else _localised(times, zone, where)
 
 
-def _parse(column: pd.Series) -> tuple[Array, Array]:
+def _localised(times: pd.DatetimeIndex, zone: str, where: str) -> pd.DatetimeIndex:
+    try:
+        return times.tz_localize(zone, ambiguous="infer")
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"{where}: the times are no local times of --data.time-zone {zone} ({error}); zones "
+            "are named as Europe/Berlin"
+        ) from None
+
+
+def parse(column: pd.Series) -> tuple[Array, Array]:
     """Float64 values, NaN where absent, and where there is something that is no number."""
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        values = column.to_numpy(np.float64, na_value=np.nan)
+        return values, np.zeros(len(values), bool)
     text = column.astype(object).where(column.notna(), "").astype(str).str.strip()
     absent = text.str.lower().isin(NO_VALUE).to_numpy()
     values = pd.to_numeric(text.where(~absent), errors="coerce").to_numpy(np.float64)
@@ -193,7 +192,7 @@ def _parse(column: pd.Series) -> tuple[Array, Array]:
 
 
 def _numbers(column: pd.Series, where: str) -> Array:
-    values, wrong = _parse(column)
+    values, wrong = parse(column)
     if wrong.any():
         rows = np.flatnonzero(wrong)
         found = listing((f"{column.iloc[row]!r} (row {row + 1})" for row in rows), 3)
@@ -205,13 +204,13 @@ def _numbers(column: pd.Series, where: str) -> Array:
 
 
 def numeric_columns(
-    frame: pd.DataFrame, time_column: str, inputs: tuple[str, ...]
+    frame: pd.DataFrame, time_column: str, others: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Columns that hold numbers, apart from the times and those that are inputs only."""
-    rest = [name for name in frame.columns if name not in (time_column, *inputs)]
+    """Columns that hold numbers, apart from the times and those with other roles."""
+    rest = [name for name in frame.columns if name not in (time_column, *others)]
     # One bad value does not make a column text: such a column stays in, and is reported when its
     # numbers are read.
-    numeric = tuple(name for name in rest if not np.isnan(_parse(frame[name])[0]).all())
+    numeric = tuple(name for name in rest if not np.isnan(parse(frame[name])[0]).all())
     require(
         len(numeric) > 0,
         f"no numeric column to forecast besides {time_column!r}; columns: {listing(frame.columns)}",
@@ -222,26 +221,3 @@ def numeric_columns(
             listing(name for name in rest if name not in numeric),
         )
     return numeric
-
-
-def median_step(times: pd.DatetimeIndex) -> float:
-    """Median seconds between rows."""
-    return float(np.median((times[1:] - times[:-1]).total_seconds()))
-
-
-def frequency(times: pd.DatetimeIndex, where: str) -> str:
-    """What pandas calls the frequency; "B" for business days with gaps (holidays), else that of the
-    median step."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pandas 3 announces an offset in place of its name
-        found = pd.infer_freq(times)
-    if found is not None:
-        return str(getattr(found, "freqstr", found))
-    step = median_step(times)
-    if step == DAY and (times.day_of_week < 5).all():
-        return "B"
-    name = str(to_offset(pd.Timedelta(seconds=step)).freqstr)
-    log.warning(
-        "%s: uneven times; future times are counted in steps of %s, the median", where, name
-    )
-    return name

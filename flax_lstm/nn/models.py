@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_lstm.data.base import Features, Tokens, Windows
+from flax_lstm.data.base import Features, SeriesForm, Tokens, Windows
 from flax_lstm.errors import require
 from flax_lstm.machine.sharding import named
 from flax_lstm.nn.cells import CELLS, CellName
@@ -193,12 +193,12 @@ class Forecaster(nn.Module):
 
     `inputs` [B, T, D] hold the C target channels first. With `subtract_last` the model sees them
     relative to their last value and forecasts the difference from it, so that a drifting level
-    costs nothing. Outputs [B, N, C, Q].
+    costs nothing. What else is known (see `flax_lstm.data.base.Known`) is put beside the inputs and
+    before the head. Outputs [B, N, C, Q].
     """
 
     model: nn.Module  # maps to [B, N * C * Q]
-    horizon: int
-    channels: int
+    form: SeriesForm
     subtract_last: bool = True
 
     def __call__(
@@ -206,24 +206,31 @@ class Forecaster(nn.Module):
         x_BTD: Array,
         lengths_B: Array | None = None,
         state: Any = None,
-        covariates: Array | None = None,
+        known: Any = None,
         *,
         deterministic: bool = True,
     ) -> tuple[Any, Array]:
-        x_BTD = jnp.asarray(x_BTD)
+        x_BTD, channels = jnp.asarray(x_BTD), self.form.channels
         batch, steps, _ = x_BTD.shape
-        last_BC = (
-            x_BTD[:, -1, : self.channels]
-            if self.subtract_last
-            else jnp.zeros((batch, self.channels))
-        )
-        x_BTD = x_BTD.at[:, :, : self.channels].add(-last_BC[:, None])
-        context = None
-        if covariates is not None:
-            x_BTD = jnp.concatenate([x_BTD, covariates[:, :steps]], axis=-1)
-            context = covariates[:, steps:].reshape(batch, -1)
-        state, y = self.model(x_BTD, lengths_B, state, context, deterministic=deterministic)
-        return state, y.reshape(batch, self.horizon, self.channels, -1) + last_BC[:, None, :, None]
+        last_BC = x_BTD[:, -1, :channels] if self.subtract_last else jnp.zeros((batch, channels))
+        x_BTD = x_BTD.at[:, :, :channels].add(-last_BC[:, None])
+        context: list[Array] = []
+        if known is not None:
+            if known.future is not None:
+                x_BTD = jnp.concatenate([x_BTD, known.future[:, :steps]], axis=-1)
+                context.append(known.future[:, steps:].reshape(batch, -1))
+            if known.observed is not None:
+                x_BTD = jnp.concatenate([x_BTD, known.observed], axis=-1)
+            if known.static is not None:
+                context.append(known.static)
+            context += [
+                jax.nn.one_hot(known.codes[:, n], size)
+                for n, size in enumerate(self.form.categories)
+            ]
+        context_BK = jnp.concatenate(context, axis=-1) if context else None
+        state, y = self.model(x_BTD, lengths_B, state, context_BK, deterministic=deterministic)
+        y_BNCQ = y.reshape(batch, self.form.horizon, channels, -1)
+        return state, y_BNCQ + last_BC[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -388,11 +395,10 @@ class RecurrentForecaster(RecurrentModel):
 
     reads: ClassVar[type] = Windows
 
-    def forecaster(self, lookback: int, horizon: int, channels: int, per_value: int) -> Forecaster:
-        """A module that forecasts `per_value` numbers for each of `horizon` steps of `channels`
-        channels."""
-        module = self.sequence(horizon * channels * per_value)
-        return Forecaster(module, horizon, channels, self.subtract_last)
+    def forecaster(self, form: SeriesForm) -> Forecaster:
+        """A module that forecasts series of this form."""
+        module = self.sequence(form.horizon * form.channels * form.per_value)
+        return Forecaster(module, form, self.subtract_last)
 
 
 def embedding(vocabulary_size: int, width: int, dtype: DTypeName) -> nn.Embed:

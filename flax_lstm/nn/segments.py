@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segment-wise recurrent forecaster of SegRNN, and its settings for the `model` section of a
-config.
+"""The segment-wise recurrent forecaster of SegRNN with a learned cycle, and its settings for the
+`model` section of a config.
 
 Axes: B batch, T time, D input features, H hidden units, N horizon, C target channels, Q outputs per
-forecast value,
-M segments of S steps, R rows of the recurrence: one channel of one example each.
+forecast value, M segments of S steps, W steps of a season, R rows of the recurrence: one channel of
+one example each.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_lstm.data.base import Windows
+from flax_lstm.data.base import SeriesForm, Windows
 from flax_lstm.errors import require
 from flax_lstm.nn.cells import CELLS, CellName
 from flax_lstm.nn.layers import RNN
@@ -23,26 +23,50 @@ from flax_lstm.nn.models import DTYPES, DTypeName, dense
 from flax_lstm.nn.recurrence import BackendName
 
 Array = jax.Array
+WindowName = Literal["last", "standard", "robust", "none"]
+SMALLEST = 1e-4  # scale of a window, in units of the data as the model sees them
+
+
+def window_level(kind: WindowName, x_BTC: Array, observed_BTC: Array) -> tuple[Array, Array]:
+    """Location and scale [B, 1, C] by which a window is normalised, from its observed values alone:
+    mean and standard deviation, or median and mean absolute deviation from it; 0 and 1 for the
+    other kinds. A constant window has a scale of `SMALLEST`."""
+    zero_B1C = jnp.zeros_like(x_BTC[:, :1])
+    if kind in ("last", "none"):
+        return zero_B1C, zero_B1C + 1
+    count_B1C = jnp.maximum(observed_BTC.sum(axis=1, keepdims=True), 1)
+    if kind == "standard":
+        location_B1C = (x_BTC * observed_BTC).sum(axis=1, keepdims=True) / count_B1C
+        square_BTC = jnp.square(x_BTC - location_B1C) * observed_BTC
+        scale_B1C = jnp.sqrt(square_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST**2)
+        return location_B1C, scale_B1C
+    known_BTC = jnp.where(observed_BTC > 0, x_BTC, jnp.nan)
+    location_B1C = jnp.nan_to_num(jnp.nanmedian(known_BTC, axis=1, keepdims=True))
+    distance_BTC = jnp.abs(x_BTC - location_B1C) * observed_BTC
+    return location_B1C, distance_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST
 
 
 class SegmentForecaster(nn.Module):
     """The segment-wise recurrent forecaster of SegRNN (Lin et al. 2023), channels read
-    independently by one network.
+    independently by one network, with the learned cycle of CycleNet (Lin et al. 2024).
 
-    Each channel, relative to its last value, is cut into segments of S steps, each embedded; the
-    recurrence runs over the M segments instead of the T steps. From its final state all future
-    segments are decoded at once, each by one step of the same cell whose input tells the segment's
-    position and the channel. A look-back that is no multiple of S loses its oldest steps; a horizon
-    that is none is decoded to the next multiple and cut. Known covariates, if any, are embedded per
-    segment and added to both. Outputs [B, N, C, Q].
+    Each channel is normalised within its window (`window`); a learned vector of one value for each
+    step of a season is subtracted from the look-back and added to the forecast (`cycle` steps; 0:
+    none); what remains, relative to its last value (not for the window "none"), is cut into
+    segments of S steps, each embedded; the recurrence runs over the M segments instead of the T
+    steps. From its final state all future segments are decoded at once, each by one step of the
+    same cell whose input tells the segment's position and the channel. A look-back that is no
+    multiple of S loses its oldest steps; a horizon that is none is decoded to the next multiple and
+    cut. What else is known (see `flax_lstm.data.base.Known`) is embedded per segment and added.
+    Outputs [B, N, C, Q].
     """
 
     rnn: RNN
     width: int
     segment: int
-    horizon: int
-    channels: int
-    per_value: int = 1
+    form: SeriesForm
+    window: WindowName = "last"
+    cycle: int = 0
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -52,44 +76,40 @@ class SegmentForecaster(nn.Module):
         x_BTD: Array,
         lengths_B: Array | None = None,
         state: Any = None,
-        covariates: Array | None = None,
+        known: Any = None,
         *,
         deterministic: bool = True,
     ) -> tuple[Any, Array]:
+        form = self.form
+        horizon, channels, width = form.horizon, form.channels, self.width
         batch, steps, _ = x_BTD.shape
-        size, channels, width = self.segment, self.channels, self.width
-        past, future = steps // size, math.ceil(self.horizon / size)
-        last_BC = x_BTD[:, -1, :channels]
-        x_BTC = x_BTD[:, steps - past * size :, :channels] - last_BC[:, None]
-        x_RMS = x_BTC.swapaxes(1, 2).reshape(
-            batch * channels, past, size
-        )  # a row R is one channel of one example
-        x_RMH = nn.relu(dense(width, dtype=self.dtype, name="embed")(x_RMS))
+        past, future = steps // self.segment, math.ceil(horizon / self.segment)
 
-        position_MH = self.param("position", nn.initializers.normal(1.0), (future, width // 2))
-        channel_CH = self.param(
-            "channel", nn.initializers.normal(1.0), (channels, width - width // 2)
-        )
-        query_CMH = jnp.concatenate(
-            [
-                jnp.broadcast_to(position_MH, (channels, *position_MH.shape)),
-                jnp.broadcast_to(channel_CH[:, None], (channels, future, channel_CH.shape[1])),
-            ],
-            axis=-1,
-        )
-        query_BCMH = jnp.broadcast_to(query_CMH, (batch, *query_CMH.shape))
-        if covariates is not None:
-            begin, end = steps - past * size, steps + future * size
-            pad = (
-                (0, 0),
-                (0, end - covariates.shape[1]),
-                (0, 0),
-            )  # beyond a horizon that is cut, nothing is known
-            known = jnp.pad(covariates, pad)[:, begin:].reshape(batch, 1, past + future, -1)
-            known_B1MH = dense(width, dtype=self.dtype, name="covariates")(known)
-            past_BCMH = jnp.broadcast_to(known_B1MH[:, :, :past], (batch, channels, past, width))
-            x_RMH = x_RMH + past_BCMH.reshape(x_RMH.shape)
-            query_BCMH = query_BCMH + known_B1MH[:, :, past:]
+        x_BTC = x_BTD[:, :, :channels]
+        observed_BTC = jnp.ones_like(x_BTC)
+        if known is not None and known.observed is not None:
+            observed_BTC = known.observed
+        location_B1C, scale_B1C = window_level(self.window, x_BTC, observed_BTC)
+        x_BTC, cycle_BNC = (x_BTC - location_B1C) / scale_B1C, jnp.zeros((batch, horizon, channels))
+        if self.cycle:
+            shape = (self.cycle, channels)
+            cycle_WC = self.param("cycle", nn.initializers.zeros, shape, jnp.float32)
+            phase_BS = known.phase[:, None] + jnp.arange(steps + horizon)
+            cycle_BSC = cycle_WC[phase_BS % self.cycle]
+            x_BTC, cycle_BNC = x_BTC - cycle_BSC[:, :steps], cycle_BSC[:, steps:]
+        last_B1C = x_BTC[:, -1:] if self.window != "none" else jnp.zeros_like(x_BTC[:, -1:])
+        embedded = self._segments(x_BTC - last_B1C, "embed")
+        if known is not None and known.observed is not None:
+            embedded += self._segments(known.observed, "observed")
+        x_RMH = nn.relu(embedded)
+
+        query_BCMH = self._queries(batch, future)
+        if known is not None:
+            past_BCMH, future_BCMH = self._known(x_BTD[:, :, channels:], known, past, future)
+            x_RMH = x_RMH + jnp.broadcast_to(past_BCMH, (batch, channels, past, width)).reshape(
+                x_RMH.shape
+            )
+            query_BCMH = query_BCMH + future_BCMH
 
         state, _ = self.rnn(x_RMH, None, state, deterministic=deterministic)
         repeated = jax.tree.map(lambda s: jnp.repeat(s, future, axis=0), state)
@@ -97,51 +117,110 @@ class SegmentForecaster(nn.Module):
             query_BCMH.reshape(-1, 1, width), None, repeated, deterministic=deterministic
         )
         y_RH = nn.Dropout(self.dropout)(y_R1H[:, 0], deterministic=deterministic)
-        head = dense(size * self.per_value, "hidden", None, dtype=self.dtype, name="head")
-        y = head(y_RH).astype(jnp.float32)
-        y_BCNQ = y.reshape(batch, channels, future * size, self.per_value)[:, :, : self.horizon]
-        return state, y_BCNQ.swapaxes(1, 2) + last_BC[:, None, :, None]
+        size = self.segment * form.per_value
+        y = dense(size, "hidden", None, dtype=self.dtype, name="head")(y_RH).astype(jnp.float32)
+        y_BCNQ = y.reshape(batch, channels, -1, form.per_value)[:, :, :horizon]
+        level_BNC1 = (last_B1C + cycle_BNC)[..., None]
+        y_BNCQ = y_BCNQ.swapaxes(1, 2) + level_BNC1
+        return state, y_BNCQ * scale_B1C[..., None] + location_B1C[..., None]
+
+    def _segments(self, x_BTC: Array, name: str) -> Array:
+        """[R, M, H]: each channel's segments, embedded."""
+        batch, steps, channels = x_BTC.shape
+        past = steps // self.segment
+        x_BCT = x_BTC[:, steps - past * self.segment :].swapaxes(1, 2)
+        x_RMS = x_BCT.reshape(batch * channels, past, self.segment)
+        return dense(self.width, dtype=self.dtype, name=name)(x_RMS)
+
+    def _queries(self, batch: int, future: int) -> Array:
+        """[B, C, M, H]: which segment of the horizon and which channel is asked for."""
+        half, channels = self.width // 2, self.form.channels
+        normal = nn.initializers.normal(1.0)
+        position_MH = self.param("position", normal, (future, half))
+        channel_CH = self.param("channel", normal, (channels, self.width - half))
+        query_CMH = jnp.concatenate(
+            [
+                jnp.broadcast_to(position_MH, (channels, *position_MH.shape)),
+                jnp.broadcast_to(channel_CH[:, None], (channels, future, channel_CH.shape[1])),
+            ],
+            axis=-1,
+        )
+        return jnp.broadcast_to(query_CMH, (batch, *query_CMH.shape))
+
+    def _known(self, inputs_BTI: Array, known: Any, past: int, future: int) -> tuple[Array, Array]:
+        """[B, 1, M, H] for the segments of the look-back and of the horizon: embeddings of what is
+        known of both (calendar, covariates), of further inputs of the past, and of the series."""
+        batch, steps, _ = inputs_BTI.shape
+        begin, width = steps - past * self.segment, self.width
+        both = jnp.zeros((batch, 1, past + future, width), self.dtype)
+        if known.future is not None:
+            # Beyond a horizon that is cut, nothing is known.
+            short = steps + future * self.segment - known.future.shape[1]
+            padded = jnp.pad(known.future, ((0, 0), (0, short), (0, 0)))[:, begin:]
+            segments = padded.reshape(batch, 1, past + future, -1)
+            both = dense(width, dtype=self.dtype, name="covariates")(segments)
+        if known.static is not None:
+            static_BH = dense(width, dtype=self.dtype, name="static")(known.static)
+            both = both + static_BH[:, None, None]
+        for n, size in enumerate(self.form.categories):
+            embed = nn.Embed(size, width, dtype=self.dtype, name=f"category_{n}")
+            both = both + embed(known.codes[:, n])[:, None, None]
+        before, after = both[:, :, :past], both[:, :, past:]
+        if inputs_BTI.shape[2]:
+            segments = inputs_BTI[:, begin:].reshape(batch, 1, past, -1)
+            before = before + dense(width, dtype=self.dtype, name="inputs")(segments)
+        return before, after
 
 
 @dataclass(frozen=True)
 class SegmentModel:
-    """The segment-wise forecaster of SegRNN: long look-backs and horizons in few recurrent
-    steps."""
+    """The segment-wise forecaster of SegRNN with a learned cycle: long look-backs and horizons in
+    few recurrent steps."""
 
     reads: ClassVar[type] = Windows
 
     cell: CellName = "gru"  # the recurrence over segments
     hidden_size: int = 512  # units, and the size of a segment's embedding
-    segment: int = 24  # steps of a segment
+    segment: int = 0  # steps of a segment; 0: from season and look-back
+    # how a window is normalised: last (value subtracted), standard (also by mean and deviation),
+    # robust (median and mean absolute deviation), none
+    window: WindowName = "last"
+    cycle: bool = False  # learn the shape of a season, subtracted before and added after
     dropout: float = 0.5  # before the head
     dtype: DTypeName = "float32"  # what is computed in; weights and state stay float32
     backend: BackendName = "auto"  # how the recurrence is run
 
     def __post_init__(self) -> None:
         require(self.hidden_size > 1, f"model.hidden-size {self.hidden_size}: must be at least 2")
-        require(self.segment > 0, f"model.segment {self.segment}: must be at least 1")
+        require(self.segment >= 0, f"model.segment {self.segment}: must be 0 (automatic) or more")
         require(
             0 <= self.dropout < 1, f"model.dropout {self.dropout}: must be at least 0 and below 1"
         )
 
-    def forecaster(
-        self, lookback: int, horizon: int, channels: int, per_value: int
-    ) -> SegmentForecaster:
-        """A module that forecasts `per_value` numbers for each of `horizon` steps of `channels`
-        channels."""
+    def steps(self, form: SeriesForm) -> int:
+        """Steps of a segment: as set, else a season of at most 48 steps or else 24, but never more
+        than a quarter of the look-back."""
+        if self.segment:
+            return self.segment
+        natural = form.season if 1 < form.season <= 48 else 24
+        return min(natural, max(form.lookback // 4, 1))
+
+    def forecaster(self, form: SeriesForm) -> SegmentForecaster:
+        """A module that forecasts series of this form."""
+        segment = self.steps(form)
         require(
-            lookback >= self.segment,
-            f"model.segment {self.segment} is longer than data.lookback {lookback}; choose a "
+            form.lookback >= segment,
+            f"model.segment {segment} is longer than data.lookback {form.lookback}; choose a "
             "shorter segment",
         )
         dtype = DTYPES[self.dtype]
         return SegmentForecaster(
             RNN(CELLS[self.cell](self.hidden_size, dtype=dtype), backend=self.backend),
             self.hidden_size,
-            self.segment,
-            horizon,
-            channels,
-            per_value,
+            segment,
+            form,
+            self.window,
+            form.season if self.cycle and form.season > 1 else 0,
             self.dropout,
             dtype,
         )

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from flax import linen as nn
 
-from flax_lstm.data.base import Batch, Tokens
+from flax_lstm.data.base import Batch, SeriesForm, Tokens
 from flax_lstm.errors import UserError
 from flax_lstm.tasks.metrics import Mean
 
@@ -49,8 +49,8 @@ class SequenceBuilder(Protocol):
 class ForecasterBuilder(Protocol):
     """Forecasters."""
 
-    def forecaster(self, lookback: int, horizon: int, channels: int, per_value: int) -> nn.Module:
-        """A module that forecasts `per_value` numbers for each step and channel."""
+    def forecaster(self, form: SeriesForm) -> nn.Module:
+        """A module that forecasts series of this form."""
         ...
 
 

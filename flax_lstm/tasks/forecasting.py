@@ -15,7 +15,7 @@ import optax
 import pandas as pd
 from flax import linen as nn
 
-from flax_lstm.data.base import Batch, Windows
+from flax_lstm.data.base import Batch, SeriesForm, Windows
 from flax_lstm.errors import require
 from flax_lstm.tasks.base import (
     Array,
@@ -28,7 +28,7 @@ from flax_lstm.tasks.base import (
     weighted,
 )
 from flax_lstm.tasks.metrics import Mean
-from flax_lstm.tasks.plots import plot_forecasts
+from flax_lstm.tasks.plots import plot_forecasts, plot_panel
 
 Objective = Literal["mse", "mae", "huber", "quantile"]
 
@@ -71,122 +71,220 @@ class Forecasting(Task):
 
     def build(self, model: ForecasterBuilder, info: Windows) -> nn.Module:
         return model.forecaster(
-            info.lookback, info.horizon, len(info.targets), max(len(self.levels), 1)
+            SeriesForm(
+                lookback=info.lookback,
+                horizon=info.horizon,
+                channels=len(info.targets),
+                per_value=max(len(self.levels), 1),
+                season=info.season,
+                categories=info.categories,
+            )
         )
 
+    def ordered(self, outputs: Array) -> Array:
+        """The outputs with quantiles that never cross: sorted, which cannot raise the pinball loss
+        (Chernozhukov et al. 2010)."""
+        return jnp.sort(outputs, axis=-1) if self.levels else outputs
+
     def loss(self, outputs: Array, batch: Batch) -> Mean:
-        error = batch.targets[..., None] - outputs  # [B, N, C, Q]
+        error = batch.targets[..., None] - self.ordered(outputs)  # [B, N, C, Q]
         losses: dict[Objective, Callable[[], Array]] = {
             "mse": lambda: jnp.square(error),
             "mae": lambda: jnp.abs(error),
             "huber": lambda: optax.huber_loss(error),
             "quantile": lambda: self._pinball(error),
         }
-        return weighted(losses[self.objective](), batch.weights[:, None, None, None])
+        return weighted(losses[self.objective](), counted(batch)[..., None])
 
     def _pinball(self, error: Array) -> Array:
         levels = jnp.asarray(self.quantiles, error.dtype).reshape((1,) * (error.ndim - 1) + (-1,))
         return jnp.maximum(levels * error, (levels - 1) * error)
 
     def measure(self, outputs: Array, batch: Batch, info: Windows) -> Sums:
+        outputs = self.ordered(outputs)
         actual, forecast = batch.targets, outputs[..., self.point]
-        weights = batch.weights[:, None, None]
-        mean = jnp.asarray(info.mean, jnp.float32)[: actual.shape[-1]].reshape(1, 1, -1)
-        std = jnp.asarray(info.std, jnp.float32)[: actual.shape[-1]].reshape(1, 1, -1)
+        weights = counted(batch)
+        assert batch.units is not None
+        mean, unit, naive = (batch.units[:, n, None] for n in range(3))  # [B, 1, C]
         error = forecast - actual
-        size = jnp.abs(forecast * std + mean) + jnp.abs(actual * std + mean)
-        relative = jnp.where(size > 0, 2 * jnp.abs(error) * std / jnp.where(size > 0, size, 1), 0)
-        values = {"mse": jnp.square(error), "mae": jnp.abs(error), "smape": relative}
-        count = jnp.sum(batch.weights) * actual.shape[1]
+        size = jnp.abs(forecast + mean) + jnp.abs(actual + mean)
+        values = {
+            "mse": jnp.square(error),
+            "mae": jnp.abs(error),
+            "mse_original": jnp.square(error * unit),
+            "mae_original": jnp.abs(error) * unit,
+            "smape": jnp.where(size > 0, 2 * jnp.abs(error) / jnp.where(size > 0, size, 1), 0),
+            "mase": jnp.abs(error) / naive,
+        }
+        if self.levels:
+            # [B, N, C], the mean over the levels of twice the pinball loss
+            values["crps"] = 2 * self._pinball(actual[..., None] - outputs).mean(axis=-1)
+        if len(self.levels) > 1:
+            low, high = outputs[..., 0], outputs[..., -1]
+            values["coverage"] = ((actual >= low) & (actual <= high)).astype(jnp.float32)
+            values["width"] = (high - low) * unit
+        count = jnp.sum(weights, axis=(0, 1))
         sums = {
             name: Mean(jnp.sum(value * weights, axis=(0, 1)), count)
             for name, value in values.items()
         }
         if self.levels:
-            pinball = self._pinball(actual[..., None] - outputs)
-            sums["crps"] = weighted(2 * pinball, batch.weights[:, None, None, None])
+            total = jnp.sum(jnp.abs(actual + mean) * unit * weights, axis=(0, 1))
+            sums["wql"] = Mean(jnp.sum(values["crps"] * unit * weights, axis=(0, 1)), total)
         return {**sums, "loss": self.loss(outputs, batch)}
 
     def figures(self, sums: Sums, info: Windows) -> dict[str, float]:
-        """Scaled: loss, mse, mae, and crps where there are quantiles (twice the mean pinball loss,
-        an approximation by
-        these quantiles: Gneiting & Raftery 2007). In the units of the data: mse_original,
-        mae_original; smape in per cent; mase: the error over that of the seasonal naive within the
-        training split (Hyndman & Koehler 2006)."""
-        mse, mae = sums["mse"].value, sums["mae"].value  # [C]
-        std = np.asarray(info.std, np.float64)[: len(mse)]
-        figures = {
-            "loss": sums["loss"].value,
-            "mse": mse.mean(),
-            "mae": mae.mean(),
-            "mse_original": (mse * std**2).mean(),
-            "mae_original": (mae * std).mean(),
-            "smape": 100 * sums["smape"].value.mean(),
-            "mase": (mae / np.asarray(info.naive_scale, np.float64)).mean(),
-        }
-        if "crps" in sums:
-            figures["crps"] = sums["crps"].value
-        return {name: float(value) for name, value in figures.items()}
+        """Means over all targets that were measured, of each channel and then over channels; how
+        many there were is `observed`.
+
+        Scaled: loss, mse, mae, and crps where there are quantiles (twice the mean pinball loss, an
+        approximation by these quantiles: Gneiting & Raftery 2007). In the units of the data:
+        mse_original, mae_original; smape in per cent; mase: the error over that of the seasonal
+        naive within the training split (Hyndman & Koehler 2006); wql: the sum of twice the pinball
+        losses over the sum of the targets' sizes, mean over the levels (the CRPS of GluonTS and
+        GIFT-Eval); coverage: the share of targets between the outer quantiles, and width: how far
+        these are apart, in the units of the data."""
+        reference = np.asarray(info.reference_C, np.float64)
+        means = {name: mean.value for name, mean in sums.items()}  # [C], the loss a number
+        for name in ("mse_original", "mae_original", "width"):
+            if name in means:
+                means[name] = means[name] * reference
+        means["mse_original"] = means["mse_original"] * reference
+        means["smape"] = 100 * means["smape"]
+        order = ("loss", *(name for name in means if name != "loss"))
+        figures = {name: float(np.nanmean(means[name])) for name in order}
+        return {**figures, "observed": float(np.sum(sums["mse"].weight))}
 
     def baselines(self, info: Windows) -> dict[str, Baseline]:
-        channels, horizon, season = len(info.targets), info.horizon, info.season
         per_value = max(len(self.levels), 1)
 
-        def repeat(values: Array) -> Array:
-            return jnp.repeat(values[..., None], per_value, axis=-1)
+        def repeated(rule: Baseline) -> Baseline:
+            return lambda batch: jnp.repeat(rule(batch)[..., None], per_value, axis=-1)
 
-        def last_value(batch: Batch) -> Array:
-            return repeat(jnp.repeat(batch.inputs[:, -1:, :channels], horizon, axis=1))
-
-        def seasonal_naive(batch: Batch) -> Array:
-            steps = batch.inputs.shape[1] - season + np.arange(horizon) % season
-            return repeat(batch.inputs[:, steps, :channels])
-
-        rules: dict[str, Baseline] = {"last_value": last_value}
-        return {**rules, "seasonal_naive": seasonal_naive} if 1 < season <= info.lookback else rules
+        rules = naive_forecasts(len(info.targets), info.lookback, info.horizon, info.season)
+        shown = ("last_value", "seasonal_naive")
+        return {name: repeated(rules[name]) for name in shown if name in rules}
 
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
     ) -> pd.DataFrame:
-        """Long rows `time, channel, horizon, forecast` for the steps after the table's last row,
-        and a column `q0.1` and so on for each quantile."""
-        batch, times = info.window(table)
-        outputs = forward(batch)[0].astype(np.float64)  # [N, C, Q]
-        channels = len(info.targets)
-        values = info.unscale(outputs.swapaxes(-1, -2)).swapaxes(-1, -2)
-        steps = np.arange(1, info.horizon + 1)
-        columns = {
-            "time": np.repeat(np.asarray(times), channels),
-            "channel": np.tile(np.asarray(info.targets, object), info.horizon),
-            "horizon": np.repeat(steps, channels),
+        """Long rows `time, channel, horizon, forecast` for the steps after the last row of each
+        series, and a column `q0.1` and so on for each quantile; of a panel, its id column first."""
+        dataset = info.ahead(table)
+        return self.forecasts(dataset, "test", np.arange(dataset.size("test")), forward, batch_size)
+
+    def forecasts(
+        self, dataset: Any, split: str, windows_W: np.ndarray, forward: Forward, batch_size: int
+    ) -> pd.DataFrame:
+        """The forecasts of these windows of a split, as `predict` writes them."""
+        info = dataset.info
+        values = np.concatenate(
+            [
+                self.original(dataset, split, windows_B, forward)
+                for windows_B in np.array_split(windows_W, -(-len(windows_W) // batch_size))
+            ]
+        )  # [W, N, C, Q]
+        windows, horizon, channels = values.shape[:3]
+        times = dataset.times(split, windows_W)
+        zone = dataset.buffer.times.tz
+        stamps = pd.DatetimeIndex(np.repeat(times.ravel(), channels))
+        ids = dataset.buffer.ids[dataset.series(split)[windows_W]]
+        columns: dict[str, Any] = {
+            info.id_column: np.repeat(ids, horizon * channels),
+            "time": stamps if zone is None else stamps.tz_localize(zone, ambiguous="NaT"),
+            "channel": np.tile(np.asarray(info.targets, object), windows * horizon),
+            "horizon": np.tile(np.repeat(np.arange(1, horizon + 1), channels), windows),
             "forecast": values[..., self.point].ravel(),
         }
-        return pd.DataFrame(
-            {**columns, **{f"q{q}": values[..., n].ravel() for n, q in enumerate(self.levels)}}
-        )
+        columns |= {f"q{q}": values[..., n].ravel() for n, q in enumerate(self.levels)}
+        return pd.DataFrame({name: column for name, column in columns.items() if name})
+
+    def original(
+        self, dataset: Any, split: str, windows_B: np.ndarray, forward: Forward
+    ) -> np.ndarray:
+        """Forecasts [B, N, C, Q] of these windows in the units of the data, float64."""
+        outputs = np.asarray(
+            self.ordered(jnp.asarray(forward(dataset.batch(split, windows_B)))), np.float64
+        ).swapaxes(-1, -2)
+        series_B = dataset.series(split)[windows_B]
+        return dataset.unscale(outputs, series_B).swapaxes(-1, -2)
 
     def illustrate(self, dataset: Any, forward: Forward, folder: Path) -> None:
-        """`forecasts.png`: forecasts against truth at the end of the test split."""
+        """`forecasts.png`: forecasts against truth at the end of the test split; of a panel, the
+        last forecast of a sample of its series."""
+        plot = self._plot_panel if dataset.info.id_column else self._plot_series
+        plot(dataset, forward, folder / "forecasts.png")
+
+    def _plot_series(self, dataset: Any, forward: Forward, path: Path) -> None:
         info = dataset.info
         windows, horizon = dataset.size("test"), info.horizon
-        shown = min(
-            windows, max(4 * horizon, 120)
-        )  # the last steps; each horizon is forecast from where the last ended
+        # The last steps; each horizon is forecast from where the last ended.
+        shown = min(windows, max(4 * horizon, 120))
         starts = list(range(windows - 1, windows - shown - 1, -horizon))[::-1]
-        batch = dataset.batch("test", np.arange(windows - shown, windows))
-        forecasts = np.asarray(forward(batch), np.float64)
-        truth = info.unscale(np.concatenate([batch.targets[:, 0], batch.targets[-1, 1:]]))
-        times = dataset.times("test")[windows - shown :]
+        everything = np.arange(windows - shown, windows)
+        batch = dataset.batch("test", everything)
+        truth = np.concatenate([batch.targets[:, 0], batch.targets[-1, 1:]]).astype(np.float64)
+        known = np.concatenate([batch.weights[:, 0], batch.weights[-1, 1:]]) > 0
+        times = dataset.times("test", everything)
         plot_forecasts(
             np.concatenate([times[:, 0], times[-1, 1:]]),
             [start - windows + shown for start in starts],
-            truth,
-            [
-                info.unscale(forecasts[start - windows + shown].swapaxes(-1, -2)).swapaxes(-1, -2)
-                for start in starts
-            ],
+            dataset.unscale(np.where(known, truth, np.nan)),
+            list(self.original(dataset, "test", np.array(starts), forward)),
             info.targets,
-            folder / "forecasts.png",
+            path,
             self.levels,
             self.point,
         )
+
+    def _plot_panel(self, dataset: Any, forward: Forward, path: Path) -> None:
+        info, series_W = dataset.info, dataset.series("test")
+        found = np.unique(series_W)
+        chosen = found[np.unique(np.linspace(0, len(found) - 1, PANELS).astype(int))]
+        # The last window of each.
+        windows_B = np.searchsorted(series_W, chosen, side="right") - 1
+        batch = dataset.batch("test", windows_B)
+        past = min(info.lookback, max(2 * info.horizon, 2 * info.season))
+        targets = batch.inputs[:, -past:, : len(info.targets)]
+        values = np.concatenate([targets, batch.targets], axis=1)
+        truth = dataset.unscale(values, chosen)[..., 0]
+        forecasts = self.original(dataset, "test", windows_B, forward)[:, :, 0]
+        ids = [str(name) for name in dataset.buffer.ids[chosen]]
+        plot_panel(ids, truth, forecasts, path, self.levels, self.point)
+
+
+PANELS = 12  # series drawn of a panel
+
+
+def counted(batch: Batch) -> Array:
+    """[B, N, C]: how much each target counts."""
+    weights = jnp.asarray(batch.weights)
+    return jnp.broadcast_to(
+        weights.reshape(*weights.shape, *(1,) * (3 - weights.ndim)), batch.targets.shape
+    )
+
+
+def naive_forecasts(channels: int, lookback: int, horizon: int, season: int) -> dict[str, Baseline]:
+    """Forecasts [B, N, C] that learn nothing (Hyndman & Athanasopoulos 2021, section 5.2): the last
+    value, that of the season before (where a season fits into the look-back), the line through the
+    first and the last value of the look-back, and its mean."""
+
+    def last_value(batch: Batch) -> Array:
+        return jnp.repeat(batch.inputs[:, -1:, :channels], horizon, axis=1)
+
+    def seasonal_naive(batch: Batch) -> Array:
+        steps = batch.inputs.shape[1] - season + np.arange(horizon) % season
+        return batch.inputs[:, steps, :channels]
+
+    def drift(batch: Batch) -> Array:
+        first, last = batch.inputs[:, :1, :channels], batch.inputs[:, -1:, :channels]
+        ahead = jnp.arange(1, horizon + 1)[None, :, None] / max(lookback - 1, 1)
+        return last + (last - first) * ahead
+
+    def mean(batch: Batch) -> Array:
+        return jnp.repeat(batch.inputs[..., :channels].mean(axis=1, keepdims=True), horizon, axis=1)
+
+    rules: dict[str, Baseline] = {"last_value": last_value}
+    if 1 < season <= lookback:
+        rules["seasonal_naive"] = seasonal_naive
+    return {**rules, "drift": drift, "mean": mean}

@@ -75,3 +75,35 @@ def plot_forecasts(
         if channel == 0:
             axes.legend(loc="upper left", fontsize=8)
     return _save(figure, path)
+
+
+def plot_panel(
+    ids: Sequence[str],
+    truth: np.ndarray,
+    forecasts: np.ndarray,
+    path: Path,
+    levels: Sequence[float] = (),
+    point: int = 0,
+) -> Path:
+    """One forecast each of several series, three panels in a row.
+
+    truth: [series, past + N] in the units of the data; forecasts: [series, N, Q] of its last steps.
+    """
+    rows = -(-len(ids) // 3)
+    figure = Figure(figsize=(11, 0.5 + 2 * rows), layout="constrained")
+    ahead = np.arange(1, forecasts.shape[1] + 1)
+    steps = np.arange(truth.shape[1]) - (truth.shape[1] - len(ahead)) + 1
+    for n, name in enumerate(ids):
+        axes = figure.add_subplot(rows, 3, n + 1)
+        axes.plot(steps, truth[n], color="0.3", linewidth=1, label="truth")
+        axes.plot(ahead, forecasts[n, :, point], color="C1", label="forecast")
+        if len(levels) > 1:
+            low, high = forecasts[n, :, 0], forecasts[n, :, -1]
+            band = f"{levels[0]:g} to {levels[-1]:g}"
+            axes.fill_between(ahead, low, high, color="C1", alpha=0.2, linewidth=0, label=band)
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+        if n == 0:
+            axes.legend(loc="upper left", fontsize=7)
+    return _save(figure, path)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns that are known besides the series themselves: in advance, or of a series as a whole; and
+the calendar.
+
+Axes: R rows, K covariates.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from flax_lstm.data.grid import DAY
+from flax_lstm.data.timetable import parse
+from flax_lstm.errors import UserError, listing, require
+
+Array = np.ndarray
+
+# Cycles of the calendar, with their length in seconds.
+CYCLES = {"day": DAY, "week": 7 * DAY, "year": 365.25 * DAY}
+CATEGORIES = 200  # at most, of one column
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of covariates: numbers, scaled by training rows, or categories."""
+
+    name: str
+    categories: tuple[str, ...] = ()  # none: numbers
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def fit(cls, values: pd.Series, where: str) -> Self:
+        """Numbers where all values are, categories elsewhere."""
+        name = str(values.name)
+        numbers, wrong = parse(values)
+        if not wrong.any():
+            finite = numbers[np.isfinite(numbers)]
+            require(len(finite) > 0, f"{where}: column {name!r} has no value at all")
+            constant = np.ptp(finite) == 0
+            return cls(name, (), float(finite.mean()), 1.0 if constant else float(finite.std()))
+        words = tuple(sorted(values.dropna().astype(str).unique()))
+        require(
+            len(words) <= CATEGORIES,
+            f"{where}: column {name!r} has {len(words)} different values; {CATEGORIES} are the "
+            f"most that categories may have ({listing(words, 3)})",
+        )
+        return cls(name, words)
+
+    @property
+    def width(self) -> int:
+        """Covariates that the column gives: one for numbers, one for each category."""
+        return max(len(self.categories), 1)
+
+    def encode(self, values: pd.Series, where: str) -> Array:
+        """(R, width) float32: scaled numbers, or one column for each category (all 0 for one that
+        was not seen); NaN where absent."""
+        if self.categories:
+            codes_R = self.codes(values)
+            encoded = (codes_R[:, None] == np.arange(1, self.width + 1)).astype(np.float32)
+            encoded[values.isna().to_numpy()] = np.nan
+            return encoded
+        numbers, wrong = parse(values)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise UserError(
+                f"{where}: column {self.name!r} holds {values.iloc[row]!r} in row {row + 1}, no "
+                "number as in training"
+            )
+        return ((numbers - self.mean) / self.std).astype(np.float32)[:, None]
+
+    def codes(self, values: pd.Series) -> Array:
+        """(R,) int32: 1, 2, ... for the categories in order, 0 for one that was not seen."""
+        index = pd.Index(self.categories).get_indexer(pd.Index(values.astype(str)))
+        return (index + 1).astype(np.int32)
+
+
+def columns(saved: Any) -> tuple[Column, ...]:
+    """Columns as they were written to JSON."""
+    return tuple(
+        Column(**{**fields, "categories": tuple(fields["categories"])})
+        if isinstance(fields, Mapping)
+        else fields
+        for fields in saved
+    )
+
+
+def calendar(times: pd.DatetimeIndex, cycles: tuple[str, ...], country: str = "") -> Array:
+    """Covariates (rows, K) of these times: sine and cosine of the position in each cycle, and
+    whether the day is a holiday of the country, where one is given."""
+    day = ((times - times.normalize()) / pd.Timedelta(days=1)).to_numpy(np.float64)
+    phases = {
+        "day": day,
+        "week": (times.day_of_week + day) / 7,
+        "year": (times.day_of_year - 1 + day) / (365 + times.is_leap_year),
+    }
+    angles = [2 * np.pi * np.asarray(phases[cycle]) for cycle in cycles]
+    waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    if country:
+        waves.append(_holiday(times, country))
+    if not waves:
+        return np.zeros((len(times), 0), np.float32)
+    return np.stack(waves, axis=1).astype(np.float32)
+
+
+def _holiday(times: pd.DatetimeIndex, country: str) -> Array:
+    """1 on holidays, 0 elsewhere."""
+    try:
+        import holidays
+    except ImportError:
+        raise UserError(
+            f"data.holidays {country}: needs the package holidays: "
+            "pip install 'flax-lstm[holidays]'"
+        ) from None
+    try:
+        days = holidays.country_holidays(country, years=sorted(set(times.year)))
+    except NotImplementedError:
+        known = listing(sorted(holidays.list_supported_countries()), 300)
+        raise UserError(f"data.holidays {country}: no such country; known: {known}") from None
+    dates = times.normalize().tz_localize(None)
+    return dates.isin(pd.DatetimeIndex(sorted(days))).astype(np.float64)

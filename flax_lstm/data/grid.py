@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The regular grid of times behind a table: its frequency is inferred, and what is missing on it is
+found and put in as absent values.
+
+Axes: R rows of the table, G rows of the grid, D channels.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from pandas.tseries.frequencies import to_offset
+
+from flax_lstm.errors import UserError, listing, require
+
+Array = np.ndarray
+Missing = Literal["error", "mask", "interpolate", "forward_fill", "drop"]
+
+DAY = 86400.0  # seconds
+HOLIDAYS = 5  # business days in a row that may be missing from their calendar
+CHOICES = (
+    "choose data.missing: mask (the model is told, nothing is invented for it), interpolate or "
+    "forward_fill (filled in for the model), or drop (rows as they come, for calendars with gaps "
+    "by nature); none of these scores what was not measured"
+)
+
+
+class Defaults(NamedTuple):
+    """What is natural for a frequency, in steps."""
+
+    season: int
+    lookback: int
+    horizon: int
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """The step of a regular grid of times."""
+
+    name: str  # as pandas names it: "h", "D", "B" (business days), "15min", "MS"
+    seconds: float  # median time between rows
+
+    @property
+    def unit(self) -> str:
+        """The name without its multiple and anchor: "W" of "2W-SUN"."""
+        return self.name.lstrip("0123456789").split("-")[0]
+
+    @property
+    def defaults(self) -> Defaults:
+        """Season, look-back and horizon where nothing else is asked for."""
+        known = {
+            "W": Defaults(52, 104, 13),
+            "B": Defaults(5, 60, 5),
+            "D": Defaults(7, 56, 7),
+        }
+        if self.unit in known and self.name.startswith(self.unit):
+            return known[self.unit]
+        if self.seconds < DAY:
+            season = round(DAY / self.seconds)
+            season = season if season <= 288 else 1
+            return Defaults(season, 7 * season if season <= 96 else 2 * season, max(season, 24))
+        steps = 365.25 * DAY / self.seconds  # a year
+        season = round(steps) if 2 <= steps <= 53 and self.seconds > 8 * DAY else 1
+        return Defaults(season, max(3 * season, 12), season if season > 1 else 4)
+
+    def positions(self, times: pd.DatetimeIndex) -> Array:
+        """The number of each time on the grid, counted from a fixed origin: differences are
+        steps."""
+        if self.unit == "B":
+            days = times.tz_localize(None).to_numpy().astype("datetime64[D]")
+            return np.busday_count(np.datetime64("1970-01-01"), days).astype(np.int64)
+        if self.seconds > 27 * DAY:
+            months = np.asarray(times.year * 12 + times.month, np.int64)
+            return months // max(round(self.seconds / (30.44 * DAY)), 1)
+        local = times.tz_localize(None) if self.seconds >= DAY else times
+        seconds = local.as_unit("ns").asi8 / 1e9
+        return np.floor_divide(seconds + self.seconds / 1e3, self.seconds).astype(np.int64)
+
+    def following(self, last: pd.Timestamp, steps: int) -> pd.DatetimeIndex:
+        """The times of the steps after `last`."""
+        times = pd.date_range(last, periods=steps + 1, freq=self.name)
+        return times[times > last][:steps]
+
+
+def infer(times: pd.DatetimeIndex) -> Frequency:
+    """The frequency of times in order, with gaps or not: what pandas finds in the longest stretch
+    without a gap, "B" where all days are weekdays, else the commonest step."""
+    if len(times) < 2:
+        return Frequency("D", DAY)
+    steps = np.diff(times.as_unit("ns").asi8)
+    seconds = float(np.median(steps)) / 1e9
+    found = _pandas_name(times)
+    if found is None and seconds == DAY and bool((times.day_of_week < 5).all()):
+        found = "B"
+    if found is None:
+        edges = np.flatnonzero(steps > 1.5e9 * seconds) + 1
+        stretches = np.split(np.arange(len(times)), edges)
+        found = _pandas_name(times[max(stretches, key=len)])
+    if found is None:
+        values, counts = np.unique(steps, return_counts=True)
+        found = str(to_offset(pd.Timedelta(int(values[np.argmax(counts)]), unit="ns")).freqstr)
+    return Frequency(found, seconds)
+
+
+def _pandas_name(times: pd.DatetimeIndex) -> str | None:
+    if len(times) < 3:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas 3 announces an offset in place of its name
+        found: Any = pd.infer_freq(times)
+    return None if found is None else str(getattr(found, "freqstr", found))
+
+
+class Regular(NamedTuple):
+    """A table on its grid."""
+
+    times: pd.DatetimeIndex
+    values_GD: Array  # float64, absent ones NaN
+    rows: Array  # (R,): where the rows of the table went
+    missing: int  # time stamps put in
+    report: str  # what was missing, in words; empty: nothing
+
+
+def regular(
+    times: pd.DatetimeIndex, values_RD: Array, frequency: Frequency, missing: Missing, where: str
+) -> Regular:
+    """The table with a row for every time of its grid from the first to the last.
+
+    With `missing` "drop" the rows stay as they come. Holidays of business days are no gaps, up to
+    `HOLIDAYS` in a row. Raises UserError for times that lie off the grid.
+    """
+    if missing == "drop" or len(times) < 3:
+        return Regular(times, values_RD, np.arange(len(times)), 0, "")
+    grid = pd.date_range(times[0], times[-1], freq=frequency.name)
+    places = grid.get_indexer(times)
+    if (places < 0).any():
+        rows = np.flatnonzero(places < 0)
+        raise UserError(
+            f"{where}: uneven times: {len(rows)} of {len(times)} rows lie off the grid of one row "
+            f"every {_plain(frequency)}, row {listing(rows[:3] + 1)} ({times[rows[0]]}) first; "
+            "resample the table to one grid, or take the rows as they come with data.missing drop"
+        )
+    gaps = np.diff(places) - 1
+    if frequency.unit == "B":
+        gaps = np.where(gaps <= HOLIDAYS, 0, gaps)
+    if not gaps.any():
+        return Regular(times, values_RD, np.arange(len(times)), 0, "")
+    kept = np.zeros(len(grid), bool)
+    kept[places] = True
+    for row in np.flatnonzero(gaps):
+        kept[places[row] : places[row + 1]] = True
+    longest = int(np.argmax(gaps))
+    report = (
+        f"{int(gaps.sum())} time stamps of the grid of one row every {_plain(frequency)} are "
+        f"missing, in {np.count_nonzero(gaps)} hole(s), the longest {int(gaps[longest])} long "
+        f"after {times[longest]} (row {longest + 1})"
+    )
+    rows = np.cumsum(kept) - 1
+    values_GD = np.full((int(kept.sum()), values_RD.shape[1]), np.nan)
+    values_GD[rows[places]] = values_RD
+    return Regular(grid[kept], values_GD, rows[places], int(gaps.sum()), report)
+
+
+def _plain(frequency: Frequency) -> str:
+    names = {"h": "hour", "D": "day", "B": "business day", "min": "minute"}
+    return names.get(frequency.name, frequency.name)
+
+
+def fill(values: Array, stamps: Array, missing: Missing) -> None:
+    """Fills what is NaN of one channel in place: in time, from the value before (also for "mask",
+    so that the network sees a plausible number beside its mark), and from the first value where
+    there is none before. Nothing observed at all gives zeros."""
+    known = np.flatnonzero(~np.isnan(values))
+    if not len(known):
+        values[:] = 0.0
+    elif missing == "interpolate":
+        values[:] = np.interp(stamps, stamps[known], values[known])
+    else:
+        before = np.maximum(np.searchsorted(known, np.arange(len(values)), side="right") - 1, 0)
+        values[:] = values[known[before]]
+
+
+def absent(values_RD: Array, channels: tuple[str, ...]) -> str:
+    """Which channels lack values, and in which rows (counted from 1); empty: none."""
+    found = {
+        name: np.flatnonzero(np.isnan(values)) + 1
+        for name, values in zip(channels, values_RD.T, strict=True)
+    }
+    return "; ".join(
+        f"column {name!r} in {len(rows)} row(s): {listing(rows, 5)}"
+        for name, rows in found.items()
+        if len(rows)
+    )
+
+
+def require_sane(values_RD: Array, channels: tuple[str, ...], where: str) -> None:
+    """Raises UserError for numbers whose squares leave float64, and for a spread that does."""
+    for name, values in zip(channels, values_RD.T, strict=True):
+        size = np.abs(values)
+        huge = np.flatnonzero(size > 1e100) + 1
+        require(
+            len(huge) == 0,
+            f"{where}: column {name!r} holds {values[huge[0] - 1] if len(huge) else 0:g} in row "
+            f"{listing(huge, 5)}: too large to be a measurement; leave absent values empty",
+        )
+        spread = np.nanmax(values) - np.nanmin(values) if (~np.isnan(values)).any() else 0.0
+        require(
+            spread == 0 or spread > 1e-100,
+            f"{where}: column {name!r} varies by {spread:g} only; write it in a smaller unit",
+        )

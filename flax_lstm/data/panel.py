@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many series in one long table, for one model: one row per series and time.
+
+Axes: P series, W windows, D input channels (the C targets first).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+import pandas as pd
+
+from flax_lstm.data.base import Data
+from flax_lstm.data.grid import Frequency, Missing
+from flax_lstm.data.series import (
+    SeriesDataset,
+    SeriesInfo,
+    absolute,
+    cycles,
+    first_rows,
+    fit_columns,
+    require_sizes,
+    say,
+    settle,
+)
+from flax_lstm.data.timetable import read_series
+from flax_lstm.data.tracks import Layout, Track
+from flax_lstm.data.windows import SPLITS, scored
+from flax_lstm.errors import listing, require
+
+Array = np.ndarray
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PanelTable(Data):
+    """Forecasting many series of different lengths, starts and scales with one model, from a long
+    table: CSV, TSV, JSON lines or Parquet, also with .gz.
+
+    The last steps of every series test, those before validate, all before train. Nothing is learned
+    for a single series, so that new ones can be forecast. Each is scaled from its own past: the
+    deviation is replaced by the error of the seasonal naive, so that no series outweighs the others
+    (scaled figures are then of the kind of MASE). Series too short for the look-back are padded in
+    front, and the model is told; those too short to be forecast are left out, by name.
+    """
+
+    gives: ClassVar[type | None] = SeriesInfo
+
+    path: str = "panel.csv"  # the file
+    id_column: str = "unique_id"  # column that says which series a row belongs to
+    time_column: str = "ds"  # column with the times, in ISO 8601
+    targets: tuple[str, ...] = ("y",)  # columns to forecast
+    inputs: tuple[str, ...] = ()  # further columns to read, known for the past only
+    future: tuple[str, ...] = ()  # columns known in advance: numbers or categories
+    static: tuple[str, ...] = ()  # columns that stay the same along a series: numbers or categories
+    lookback: int = 0  # steps the model sees; 0: several seasons
+    horizon: int = 0  # steps to forecast; 0: a season
+    season: int = 0  # steps of a season; 0: natural for the frequency; 1: none
+    validation: int = 0  # steps of each series before the test that validate; 0: one horizon
+    test: int = 0  # last steps of each series that test; 0: one horizon
+    calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
+    holidays: str = ""  # tell the model the holidays of a country, such as DE; empty: none
+    # absent values: error, mask (the model is told), interpolate (in time), forward_fill, drop (the
+    # rows, and rows as they come)
+    missing: Missing = "error"
+    time_zone: str = ""  # of times written without one, such as Europe/Berlin; empty: none
+
+    def __post_init__(self) -> None:
+        require_sizes(self)
+        require(self.id_column != "", "data.id-column: name the column that tells series apart")
+        require(len(self.targets) > 0, "data.targets: name the columns to forecast")
+        for name in ("validation", "test"):
+            steps = getattr(self, name)
+            require(
+                steps == 0 or steps >= max(self.horizon, 1),
+                f"data.{name} {steps}: must be at least data.horizon {self.horizon}, or 0 for one "
+                "horizon",
+            )
+
+    def absolute(self) -> Self:
+        """The same with an absolute path."""
+        return absolute(self)
+
+    def read(self, path: str | Path) -> pd.DataFrame:
+        """The table in a file. Raises UserError."""
+        return read_series(path)
+
+    def load(self, assets: Path) -> SeriesDataset:
+        """Reads the series; what was settled comes from `assets`, or is saved there."""
+        frame = self.read(self.path)
+        fitted = SeriesInfo.restore(assets) if (assets / "info.json").exists() else None
+        layout = fitted or self._layout(frame)
+        tracks, frequency = layout.tracks(frame, self.path, fitted.grid if fitted else None)
+        static = first_rows(frame, layout)
+        info = fitted or self._settle(layout, tracks, frequency)
+        validation, test = self.validation or info.horizon, self.test or info.horizon
+        long = [t.rows > info.horizon for t in tracks]
+        self._say_left_out(tracks, long, validation + test, info)
+        tracks = [t for t, kept in zip(tracks, long, strict=True) if kept]
+        require(len(tracks) > 0, f"{self.path}: no series is longer than the horizon")
+        static = static[long].reset_index(drop=True) if layout.static else static
+        ends = np.array([track.rows for track in tracks])
+        before_test = np.maximum(ends - test, 1)
+        train = np.maximum(before_test - validation, 1)
+        scale = info.scale_of(tracks, [int(n) for n in train])
+        if fitted is None:
+            # The largest scale of any series is the unit of sums over all of them.
+            info = replace(info, std=tuple(scale.std_PD.max(axis=0).tolist()))
+            info.save(assets)
+        buffer = info.buffer(tracks, scale, static)
+        judged = info.scale_of(tracks, [int(n) for n in before_test])
+        naive_PC = judged.naive_PC * judged.std_PD[:, : len(info.targets)]
+        at_test = scale._replace(naive_PC=naive_PC / scale.std_PD[:, : len(info.targets)])
+        buffer = buffer._replace(
+            units_P3C={**buffer.units_P3C, "test": at_test.units(info.reference_C)}
+        )
+        windows = {
+            split: scored(first_W, info.horizon, buffer.observed_RC)
+            for split, first_W in _windows(info, train, before_test, ends, buffer.begins).items()
+        }
+        for split in SPLITS:
+            require(
+                len(windows[split]) > 0,
+                f"{self.path}: no series is long enough for the {split} split: {validation} + "
+                f"{test} steps are held out, and a window needs {info.horizon} more besides its "
+                "look-back",
+            )
+        return SeriesDataset(info, buffer, scale, windows)
+
+    def restore(self, assets: Path) -> SeriesInfo:
+        """What an earlier `load` saved. Raises UserError if it is not there."""
+        return SeriesInfo.restore(assets)
+
+    def _layout(self, frame: pd.DataFrame) -> Layout:
+        return Layout(
+            id_column=self.id_column,
+            time_column=self.time_column,
+            targets=self.targets,
+            inputs=self.inputs,
+            missing=self.missing,
+            future=fit_columns(frame, self.future, self.path),
+            static=fit_columns(frame, self.static, self.path),
+            time_zone=self.time_zone,
+        )
+
+    def _settle(self, layout: Layout, tracks: Sequence[Track], frequency: Frequency) -> SeriesInfo:
+        rows = int(np.median([track.rows for track in tracks]))
+        held = max(rows // 4, 1)
+        season, lookback, horizon = settle(self, frequency, max(rows - 2 * held, 1), held)
+        log.info("%s: %d series of %d rows (median)", self.path, len(tracks), rows)
+        longest = max(tracks, key=lambda track: track.rows)
+        say(self.path, longest.times, frequency, season, lookback, horizon)
+        held_out = (self.validation or horizon) + (self.test or horizon)
+        short = any(t.rows - held_out < lookback + horizon for t in tracks)
+        return SeriesInfo(
+            **{name: getattr(layout, name) for name in Layout.__dataclass_fields__},
+            lookback=lookback,
+            horizon=horizon,
+            season=season,
+            mean=(0.0,) * len(layout.channels),
+            std=(1.0,) * len(layout.channels),
+            naive_scale=(),
+            frequency=frequency.name,
+            step_seconds=frequency.seconds,
+            cycles=cycles(frequency) if self.calendar else (),
+            holidays=self.holidays,
+            masked=short or self.missing == "mask",
+        )
+
+    def _say_left_out(
+        self, tracks: Sequence[Track], long: Sequence[bool], held_out: int, info: SeriesInfo
+    ) -> None:
+        short = [t.id for t, kept in zip(tracks, long, strict=True) if not kept]
+        if short:
+            log.warning(
+                "%s: %d series with no more rows than the horizon of %d are left out: %s",
+                *(self.path, len(short), info.horizon, listing(short, 5)),
+            )
+        least = held_out + info.horizon + 1
+        untrained = [t.id for t in tracks if info.horizon < t.rows < least]
+        if untrained:
+            log.warning(
+                "%s: %d series are too short to train on and only forecast: %s",
+                *(self.path, len(untrained), listing(untrained, 5)),
+            )
+
+
+def _windows(
+    info: SeriesInfo, train_P: Array, test_P: Array, ends_P: Array, begins: Array
+) -> dict[str, Array]:
+    """The windows of each split. Training windows have a whole look-back before them, except where
+    a series has no such window."""
+    found: dict[str, list[Array]] = {split: [] for split in SPLITS}
+    for train, test, end, begin in zip(train_P, test_P, ends_P, begins[:-1], strict=True):
+        whole = info.lookback <= train - info.horizon
+        least = info.lookback if whole else min(info.lookback, max(info.season, info.horizon))
+        borders = {"train": (least, train), "validation": (train, test), "test": (test, end)}
+        for split, (first, last) in borders.items():
+            found[split].append(begin + np.arange(max(first, 1), last - info.horizon + 1))
+    return {split: np.concatenate(parts).astype(np.int64) for split, parts in found.items()}

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a table to tracks: series on their regular grids, each with what is known besides.
+
+Axes: R rows of a table or of a track, D input channels (the C targets first), K covariates.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from flax_lstm.data.covariates import Column
+from flax_lstm.data.grid import CHOICES, Frequency, Missing, absent, fill, infer, regular
+from flax_lstm.data.timetable import numbers, read_times, require_columns, require_order
+from flax_lstm.errors import UserError, listing, require
+
+Array = np.ndarray
+log = logging.getLogger(__name__)
+
+
+class Track(NamedTuple):
+    """One series in order of time."""
+
+    id: str
+    times: pd.DatetimeIndex
+    values_RD: Array  # float64, NaN where absent
+    future_RK: Array  # float32; as many rows more as are known ahead
+
+    @property
+    def rows(self) -> int:
+        return len(self.times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which columns of a table are what, and how it is read."""
+
+    time_column: str
+    targets: tuple[str, ...]  # forecast channels
+    inputs: tuple[str, ...]  # further input channels, known for the past only
+    missing: Missing
+    id_column: str = ""  # of a panel: which series a row belongs to; empty: there is one
+    future: tuple[Column, ...] = ()  # known in advance
+    static: tuple[Column, ...] = ()  # the same in all rows of a series
+    time_zone: str = ""  # of times that are written without one
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The D input channels in order."""
+        return self.targets + self.inputs
+
+    def tracks(
+        self, frame: pd.DataFrame, where: str, frequency: Frequency | None = None
+    ) -> tuple[list[Track], Frequency]:
+        """The series of a table on their grids, and the frequency, inferred from the longest
+        unless given.
+
+        Rows after the last target count as the future of the columns known in advance. Raises
+        UserError for what is wrong with the table, and for missing values where `missing` says so.
+        """
+        ids = (self.id_column,) if self.id_column else ()
+        known = tuple(c.name for c in self.future)
+        statics = tuple(c.name for c in self.static)
+        require_columns(frame, (*ids, self.time_column, *self.channels, *known, *statics), where)
+        times = read_times(frame[self.time_column], where, self.time_zone)
+        if not self.id_column:
+            require_order(frame, times, where)
+        values_RD = numbers(frame, self.channels, where)
+        encoded = [column.encode(frame[column.name], where) for column in self.future]
+        future_RK = np.concatenate(encoded, axis=1) if encoded else np.zeros((len(frame), 0), "f4")
+        pieces = list(self._pieces(frame, times, where))
+        if frequency is None:
+            longest = max(pieces, key=lambda piece: len(piece[1]))
+            frequency = infer(times[longest[1]])
+        tracks, reports = [], []
+        for name, rows in pieces:
+            place = f"{where}, series {name!r}" if self.id_column else where
+            _require_step(times[rows], frequency, place)
+            track, report = self._track(
+                name, times[rows], values_RD[rows], future_RK[rows], frequency, place
+            )
+            tracks.append(track)
+            if report:
+                reports.append((name, report))
+        self._report(reports, where)
+        return tracks, frequency
+
+    def _pieces(
+        self, frame: pd.DataFrame, times: pd.DatetimeIndex, where: str
+    ) -> Iterator[tuple[str, Array]]:
+        """The name and the rows, in order of time, of each series."""
+        if not self.id_column:
+            yield "", np.arange(len(frame))
+            return
+        codes_R, names = pd.factorize(frame[self.id_column])
+        if (codes_R < 0).any():
+            rows = np.flatnonzero(codes_R < 0) + 1
+            raise UserError(
+                f"{where}: column {self.id_column!r} is empty in row {listing(rows, 5)}"
+            )
+        stamps_R = times.asi8
+        order_R = np.lexsort((stamps_R, codes_R))
+        same = (np.diff(codes_R[order_R]) == 0) & (np.diff(stamps_R[order_R]) == 0)
+        if same.any():
+            at = int(np.argmax(same))
+            first, second = sorted((order_R[at] + 1, order_R[at + 1] + 1))
+            raise UserError(
+                f"{where}: rows {first} and {second} are both of series "
+                f"{str(names[codes_R[order_R[at]]])!r} at {times[order_R[at]]}; one row per series "
+                "and time is needed"
+            )
+        edges = np.flatnonzero(np.diff(codes_R[order_R])) + 1
+        for rows in np.split(order_R, edges):
+            yield str(names[codes_R[rows[0]]]), rows
+
+    def _track(
+        self,
+        name: str,
+        times: pd.DatetimeIndex,
+        values_RD: Array,
+        future_RK: Array,
+        frequency: Frequency,
+        where: str,
+    ) -> tuple[Track, str]:
+        """The series on its grid, and what was missing."""
+        some = np.flatnonzero(~np.isnan(values_RD[:, : len(self.targets)]).all(axis=1))
+        require(len(some) > 0, f"{where}: no target has any value")
+        end = int(some[-1]) + 1 if self.future else len(times)
+        ahead_RK = future_RK[end:]
+        grid = regular(times[:end], values_RD[:end], frequency, self.missing, where)
+        absence = absent(values_RD[:end], self.channels)
+        report = "; ".join(
+            part for part in (grid.report, absence and f"absent values, {absence}") if part
+        )
+        require(not report or self.missing != "error", f"{where}: {report}; {CHOICES}")
+        times, values_RD = grid.times, grid.values_GD
+        past_RK = future_RK[:end]
+        if grid.missing:
+            whole = np.full((len(times), past_RK.shape[1]), np.nan, np.float32)
+            whole[grid.rows] = past_RK
+            for channel in whole.T:
+                fill(channel, times.asi8, "forward_fill")
+            past_RK = whole
+        if self.missing == "drop" and absence:
+            keep = ~np.isnan(values_RD).any(axis=1)
+            require(bool(keep.any()), f"{where}: data.missing drop leaves no row: {absence}")
+            times, values_RD, past_RK = times[keep], values_RD[keep], past_RK[keep]
+        if np.isnan(past_RK).any():
+            row = int(np.argmax(np.isnan(past_RK).any(axis=1)))
+            raise UserError(
+                f"{where}: a column of data.future ({listing(c.name for c in self.future)}) has no "
+                f"value at {times[row]}; what is known in advance must be there in every row"
+            )
+        return Track(name, times, values_RD, np.concatenate([past_RK, ahead_RK])), report
+
+    def _report(self, reports: Sequence[tuple[str, str]], where: str) -> None:
+        if not reports:
+            return
+        if not self.id_column:
+            log.warning("%s: %s; data.missing: %s", where, reports[0][1], self.missing)
+            return
+        log.warning(
+            "%s: %d series with missing values, such as %r: %s; data.missing: %s",
+            *(where, len(reports), reports[0][0], reports[0][1], self.missing),
+        )
+
+
+def _require_step(times: pd.DatetimeIndex, frequency: Frequency, where: str) -> None:
+    """Raises UserError for a series of another frequency."""
+    if len(times) < 3:
+        return
+    step = float(np.median(np.diff(times.as_unit("ns").asi8))) / 1e9
+    here, there = (pd.Timedelta(seconds=s) for s in (step, frequency.seconds))
+    require(
+        0.9 < step / frequency.seconds < 1.1,
+        f"{where} has a row every {here}; the model was trained on one every {there}",
+    )
