@@ -1,33 +1,35 @@
 """Forecasts of your own series: a CSV, TSV, JSON-lines or Parquet file with one row per time.
 
     python train.py --config series_table --data.path measurements.csv --data.targets load price
-    --data.horizon 48
 
 The first column holds the times (else --data.time-column NAME), in ISO 8601. Without --data.targets
-every numeric column is forecast. --data.season is the length of a season in rows: 24 for hourly
-data with a daily rhythm. Gaps are an error until --data.missing says what to do with them. The
-report names the errors of naive forecasts: where whole seasons are forecast and the seasonal one is
-better, take the `SegmentModel` of configs/electricity.py.
+every numeric column is forecast. The frequency is found in the times, and with it the season, the
+look-back and the horizon where they are not given (--data.season, --data.lookback, --data.horizon).
+Missing times and values are an error until --data.missing says what to do with them. Columns known
+in advance: --data.future; holidays: --data.holidays DE. Many series in one table: panel_table. The
+report names the errors of naive forecasts, which are hard to beat where a series is close to
+periodic or to a random walk.
 """
 
-from flax_lstm import Config, Forecasting, RecurrentForecaster, TrainConfig
+from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig
 from flax_lstm.data import SeriesTable
 
 
 def get_config() -> Config:
     return Config(
         name="series_table",
-        data=SeriesTable(path="series.csv", lookback=168, horizon=24, season=24),
-        task=Forecasting(objective="mse"),
-        model=RecurrentForecaster(cell="lstm", hidden_size=128, dropout=0.1),
+        data=SeriesTable(path="series.csv"),
+        task=Forecasting(objective="mae"),
+        model=SegmentModel(cell="gru", hidden_size=128, window="last", cycle=True, dropout=0.2),
         train=TrainConfig(
-            steps=3000,
+            steps=2000,
             batch_size=64,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             schedule="cosine",
-            warmup_steps=100,
-            eval_every=300,
-            checkpoint_every=300,
+            warmup_steps=50,
+            ema=0.99,
+            eval_every=200,
+            checkpoint_every=200,
             patience=5,
         ),
     )

@@ -15,7 +15,7 @@ from flax_lstm.training.pairing import check_parts, noun, offers, shipped
 TEXTS = {"Imdb", "RottenTomatoes", "TextTable"}
 TOGETHER = {
     "Classification": (TEXTS, {"TextModel"}),
-    "Forecasting": ({"SeriesTable"}, {"RecurrentForecaster", "SegmentModel"}),
+    "Forecasting": ({"SeriesTable", "PanelTable"}, {"RecurrentForecaster", "SegmentModel"}),
     "LanguageModeling": ({"ImdbLanguage", "LanguageTable"}, {"LanguageModel"}),
     "SequenceRegression": ({"AddingProblem"}, {"RecurrentModel", "RecurrentForecaster"}),
 }
