@@ -17,7 +17,8 @@ SMALL = (
     "--mesh.data 1 --model.hidden-size 4 --train.steps 4 --train.batch-size 8 "
     "--train.eval-every 2 --train.log-every 2"
 )
-SERIES = f"--config series_table --data.lookback 8 --data.horizon 2 --data.season 4 {SMALL}"
+STEPWISE = Path(__file__).parent / "fixtures" / "stepwise.py"
+SERIES = f"--config {STEPWISE} --data.lookback 8 --data.horizon 2 --data.season 4 {SMALL}"
 
 
 class Outcome(NamedTuple):

@@ -32,6 +32,7 @@ PROMISED = {
         "rotten_tomatoes",
     ),
     *("stocks", "electricity", "etth1", "adding_problem", "text_table", "series_table"),
+    "panel_table",
 }
 
 
@@ -71,7 +72,7 @@ def test_a_shipped_config_loads_and_is_read_back_equal(name, tmp_path):
 
 def test_unusual_values_are_read_back_equal(tmp_path):
     config = replace(
-        load_config("series_table"),
+        load_config("stocks"),
         name='it\'s "quoted"\n and {odd} ' + "long " * 40,
         model=RecurrentModel(hidden_size=(128, 64, 3), dropout=1e-17),
         task=Forecasting(objective="quantile", quantiles=(0.1, 0.3, 0.5)),
@@ -145,7 +146,7 @@ class Own(Forecasting):
 
 
 def test_classes_of_the_user_are_read_back_where_they_are_loaded(tmp_path):
-    config = replace(load_config("series_table"), task=Own(weight=3.0))
+    config = replace(load_config("stocks"), task=Own(weight=3.0))
     path = tmp_path / "config.py"
     save_config(config, path)
     assert read_config(path) == config
@@ -195,7 +196,7 @@ def test_a_config_file_with_a_mistake_says_where(content, said, tmp_path, monkey
 
 
 def test_flags_override_fields():
-    config = load_config("series_table")
+    config = load_config("stocks")
     changed = flags(
         config,
         *(
@@ -256,15 +257,15 @@ def test_flags_override_fields():
         ("--model.dropout", "1.5", ["model.dropout 1.5"]),
         ("--train.learning-rate", "inf", ["train.learning-rate inf"]),
         ("--train.weight-decay", "nan", ["train.weight-decay nan"]),
-        ("--train.accumulate", "5", ["does not divide", "64"]),
-        ("--data.horizon", "0", ["data.horizon 0"]),
+        ("--train.accumulate", "5", ["does not divide", "32"]),
+        ("--data.horizon", "-1", ["data.horizon -1"]),
         ("--task.quantiles", "0.9", ["0.5"]),
         ("--model.num-layers", "0", ["model.num-layers 0"]),
     ],
 )
 def test_a_wrong_flag_is_answered_on_one_screen(flag, value, said, capsys):
     arguments = (flag, value, "0.5") if flag == "--task.quantiles" else (flag, value)
-    printed = wrong_flags(capsys, load_config("series_table"), *arguments)
+    printed = wrong_flags(capsys, load_config("stocks"), *arguments)
     assert all(word in printed for word in said), printed
 
 
