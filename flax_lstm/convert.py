@@ -317,16 +317,17 @@ def _to_keras_direction(d: _Direction) -> list[Array]:
 
 
 def from_flax(layers: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Tree:
-    """Parameters of a `Stack` from those of Flax Linen's `LSTMCell`, `OptimizedLSTMCell`, `GRUCell`
-    or `SimpleCell`.
+    """Parameters of a `Stack` from those of Flax's `LSTMCell`, `OptimizedLSTMCell`, `GRUCell` or
+    `SimpleCell`, of Linen or of NNX (`nnx.to_pure_dict(nnx.state(module, nnx.Param))`).
 
     layers: the `params` of each layer, the lowest first, or of one alone. A layer is a cell, an
     `nn.RNN` of it, or an
         `nn.Bidirectional` of two.
 
-    Flax keeps a kernel for each gate: `ii, if, ig, io` and `hi, ...` with the LSTM's bias, `ir, iz,
-    in` with the GRU's and `hr, hz, hn` with its candidate's, `i` and `h`. Its states have the order
-    of ours. `SimpleCell(residual=True)` cannot be told from its weights and is not the same.
+    Linen keeps a kernel for each gate: `ii, if, ig, io` and `hi, ...` with the LSTM's bias, `ir,
+    iz, in` with the GRU's and `hr, hz, hn` with its candidate's, `i` and `h`. NNX, but for its
+    `LSTMCell`, has one for all, `dense_i` and `dense_h`. Their states have the order of ours.
+    `SimpleCell(residual=True)` cannot be told from its weights and is not the same.
 
     Raises `UserError` on other cells.
     """
@@ -342,6 +343,9 @@ def _flax_layer(tree: Mapping[str, Any]) -> Layer:
 
 
 def _flax_direction(cell: Mapping[str, Any]) -> _Direction:
+    if set(cell) == {"dense_i", "dense_h"}:
+        return _nnx_direction(cell["dense_i"], cell["dense_h"])
+    cell = {name.rstrip("_"): dense for name, dense in cell.items()}  # NNX has if_ for if
     for gates in GATES.values():
         if set(cell) == {side + gate for side in "ih" for gate in gates}:
             break
@@ -359,6 +363,19 @@ def _flax_direction(cell: Mapping[str, Any]) -> _Direction:
         return np.stack([np.asarray(cell[side + gate].get("bias", none)) for gate in gates])
 
     return _Direction(kernels("i"), kernels("h"), biases("i"), biases("h"))
+
+
+def _nnx_direction(inner: Mapping[str, Any], recurrent: Mapping[str, Any]) -> _Direction:
+    """The cells of Flax NNX that have one matrix for all gates, in the order of ours."""
+    hidden = np.shape(recurrent["kernel"])[0]
+    gates = _count_gates(np.shape(recurrent["kernel"])[1], hidden)
+    kernels = [np.asarray(dense["kernel"]) for dense in (inner, recurrent)]
+    none = np.zeros(gates * hidden, kernels[1].dtype)
+    biases = [np.asarray(dense.get("bias", none)) for dense in (inner, recurrent)]
+    return _Direction(
+        *(kernel.reshape(-1, gates, hidden) for kernel in kernels),
+        *(bias.reshape(gates, hidden) for bias in biases),
+    )
 
 
 def to_flax(params: Mapping[str, Any]) -> list[Tree]:

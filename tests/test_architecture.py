@@ -29,6 +29,7 @@ ALLOWED = {
     "inference": {"config", "data", "runs", "training"},
     "plan": {"config", "machine", "training"},
     "convert": {"nn"},
+    "nnx": {"nn"},
 }
 
 

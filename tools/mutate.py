@@ -66,6 +66,37 @@ BREAKAGES = {
         "if False:",
         "tests/test_convert.py::test_parameters_that_require_gradients_and_bfloat16",
     ),
+    "nnx: outputs of a reversed layer stay in their places": Breakage(
+        "flax_lstm/nnx.py",
+        "if reverse and not keep_order:",
+        "if False:",
+        "tests/test_nnx.py::test_an_rnn_of_nnx_from_its_weights",
+    ),
+    "nnx: dropout in evaluation": Breakage(
+        "flax_lstm/nnx.py",
+        "if rnn.drops and not deterministic]",
+        "if rnn.drops]",
+        "tests/test_nnx.py::test_dropout_draws_from_its_stream_and_is_turned_off_by_eval",
+    ),
+    "nnx: a derived cell's own step is passed over": Breakage(
+        "flax_lstm/nnx.py",
+        " and type(self.cell).__call__ is Cell.__call__",
+        "",
+        "tests/test_nnx.py::test_a_cell_of_others_is_run_by_nnx",
+    ),
+    "nnx: initializers see all gates at once": Breakage(
+        "flax_lstm/nnx.py",
+        "initializer(k, (*rows, hidden), dtype) for k in keys",
+        "initializer(key, (*rows, gates * hidden), dtype)[..., g * hidden :][..., :hidden] "
+        "for g, k in enumerate(keys)",
+        "tests/test_nnx.py::test_initializers_and_activations_of_nnx",
+    ),
+    "convert: the order of NNX's gates": Breakage(
+        "flax_lstm/convert.py",
+        "*(kernel.reshape(-1, gates, hidden) for kernel in kernels),",
+        "*(kernel.reshape(-1, hidden, gates).swapaxes(1, 2) for kernel in kernels),",
+        "tests/test_nnx.py::test_an_rnn_of_nnx_from_its_weights",
+    ),
     "recurrent dropout on the carried state": Breakage(
         "flax_lstm/nn/cells.py",
         "return (1 - z) * n + z * h_BH",
