@@ -31,7 +31,7 @@ class Run:
         self._folder = Workdir(workdir)
         self.info = config.data.restore(self._folder.assets)
         self._parts = assemble(config, self.info)
-        self._checkpoints = Checkpoints(self._folder.checkpoints, config.task.monitor.maximise)
+        self._checkpoints = Checkpoints(self._folder.checkpoints)
 
     def step(self, checkpoint: str | int = "best") -> int:
         """The step of a checkpoint named "best", "latest", or by its step."""
@@ -41,8 +41,7 @@ class Run:
         if checkpoint == "latest":
             return latest
         if checkpoint == "best":
-            best = self._checkpoints.progress(latest).best.step
-            return latest if best is None else best
+            return self._checkpoints.best() or latest
         kept = self._checkpoints.steps()
         require(
             str(checkpoint).isdigit() and int(checkpoint) in kept,

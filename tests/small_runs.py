@@ -185,7 +185,7 @@ def saved(config: Config, workdir: Path, step: int) -> tuple[dict[str, np.ndarra
     progress."""
     folder = Workdir(workdir)
     abstract = remembered(config, config.data.restore(folder.assets)).steps.abstract
-    with Checkpoints(folder.checkpoints, config.task.monitor.maximise) as checkpoints:
+    with Checkpoints(folder.checkpoints) as checkpoints:
         state, progress = checkpoints.restore(step, abstract)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, progress

@@ -37,10 +37,15 @@ def abstract(state: TrainState, sharding=None) -> TrainState:
     )
 
 
-def fill(folder, monitors: dict[int, float | None], maximise: bool = False) -> Checkpoints:
-    checkpoints = Checkpoints(folder, maximise)
+def fill(
+    folder, monitors: dict[int, float | None], maximise: bool = False, best: Best | None = None
+) -> Checkpoints:
+    checkpoints = Checkpoints(folder)
+    best = best or Best()
     for step, monitor in monitors.items():
-        checkpoints.save(state_at(step), Progress(monitor=monitor, seconds=step))
+        best = best if monitor is None else best.after(monitor, step, maximise)
+        checkpoints.save(state_at(step), Progress(monitor=monitor, best=best, seconds=step))
+        checkpoints.prove(step + 1)
     checkpoints.wait()
     return checkpoints
 
@@ -57,6 +62,7 @@ def test_another_process_restores_the_same(tmp_path, carry):
     before = state_at(3, carry)
     first = Checkpoints(tmp_path)
     first.save(before, Progress(monitor=0.5, best=Best(0.5, 3, 0), losses=(0.1, 0.3)))
+    first.wait()
     first.close()
     second = Checkpoints(tmp_path)  # as another process would: it knows nothing of what was saved
     assert second.latest() == 3 and second.steps() == [3]
@@ -74,24 +80,18 @@ def test_another_process_restores_the_same(tmp_path, carry):
 @pytest.mark.parametrize(
     ("monitors", "maximise", "kept"),
     [
-        ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.7}, False, [2, 4]),
-        ({1: 0.3, 2: 0.9, 3: 0.5, 4: 0.7}, True, [2, 4]),
-        ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.1}, False, [4]),
-        (
-            {1: 0.9, 2: 0.3, 3: None, 4: None},
-            False,
-            [2, 4],
-        ),  # between evaluations: the latest, never the best
-        ({1: None, 2: None}, False, [2]),
-        (
-            {1: 0.5, 2: 0.3, 3: 0.3, 4: 0.6},
-            False,
-            [2, 4],
-        ),  # of equals the earliest, as `Best` has it
-        ({1: 0.5, 2: 0.8, 3: 0.8, 4: 0.6}, True, [2, 4]),
+        ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.7}, False, [2, 3, 4]),
+        ({1: 0.3, 2: 0.9, 3: 0.5, 4: 0.7}, True, [2, 3, 4]),
+        ({1: 0.9, 2: 0.3, 3: 0.5, 4: 0.1}, False, [3, 4]),
+        # Between evaluations: among the latest, never the best.
+        ({1: 0.9, 2: 0.3, 3: None, 4: None}, False, [2, 3, 4]),
+        ({1: None, 2: None, 3: None}, False, [2, 3]),
+        # Of equals the earliest, as `Best` has it.
+        ({1: 0.5, 2: 0.3, 3: 0.3, 4: 0.6, 5: 0.6}, False, [2, 4, 5]),
+        ({1: 0.5, 2: 0.8, 3: 0.8, 4: 0.6, 5: 0.6}, True, [2, 4, 5]),
     ],
 )
-def test_keeps_the_latest_and_the_best(tmp_path, monitors, maximise, kept):
+def test_keeps_the_two_latest_and_the_best(tmp_path, monitors, maximise, kept):
     checkpoints = fill(tmp_path, monitors, maximise)
     assert checkpoints.steps() == kept and checkpoints.latest() == max(monitors)
     for step in kept:
@@ -104,69 +104,123 @@ def test_keeps_the_latest_and_the_best(tmp_path, monitors, maximise, kept):
 
 def test_the_best_stays_the_best_for_the_next_process(tmp_path):
     fill(tmp_path, {1: 0.1, 2: 0.5}).close()
-    second = fill(tmp_path, {3: 0.4, 4: None})
-    assert second.steps() == [1, 4]
+    best = Checkpoints(tmp_path).progress(2).best
+    second = fill(tmp_path, {3: 0.4, 4: None, 5: None}, best=best)
+    assert second.steps() == [1, 4, 5] and second.best() == 1
     second.close()
 
 
-def test_what_a_kill_leaves_of_a_save_is_passed_over(tmp_path):
+def test_a_state_is_kept_once_the_step_after_it_is_known_to_be_finite(tmp_path):
+    checkpoints = fill(tmp_path, {1: 0.5})
+    checkpoints.save(state_at(2), Progress())
+    checkpoints.prove(2)  # the step that made it
+    checkpoints.settle()
+    assert checkpoints.steps() == [1]
+    checkpoints.save(state_at(3), Progress())  # nothing was heard of 2
+    checkpoints.prove(4)
+    checkpoints.settle()
+    assert checkpoints.steps() == [1, 3]
+    with pytest.raises(ZeroDivisionError), checkpoints:
+        checkpoints.save(state_at(4), Progress())
+        raise ZeroDivisionError
+    assert Checkpoints(tmp_path).steps() == [1, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+
+
+def test_what_a_kill_leaves_is_passed_over_and_removed(tmp_path):
+    """Of a save, of a checkpoint that was not sealed yet, of a deletion."""
     fill(tmp_path, {1: 0.5, 2: 0.6}).close()
-    shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")
-    for path in list((tmp_path / "3.orbax-checkpoint-tmp").rglob("*"))[::2]:
-        if path.is_file():
-            path.unlink()
-    checkpoints = fill(tmp_path, {})
-    assert checkpoints.latest() == 2
-    checkpoints.save(state_at(3), Progress(monitor=0.4))  # the same step again
+    for left in ("3.unproven.orbax-checkpoint-tmp", "3.unproven", "1.deleted"):
+        shutil.copytree(tmp_path / "2", tmp_path / left)
+        for path in list((tmp_path / left).rglob("*"))[::2]:
+            if path.is_file():
+                path.unlink()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.newest_intact() == 2 and checkpoints.steps() == [1, 2]
     checkpoints.close()
+    fill(tmp_path, {3: 0.4}).close()  # the same step again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
     checkpoints = Checkpoints(tmp_path)
     assert_equal(checkpoints.restore(3, abstract(state_at(0)))[0], state_at(3))
-    checkpoints.close()
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
-def test_what_a_kill_leaves_of_a_deletion_does_not_bar_the_latest(tmp_path, share):
-    fill(tmp_path, {1: 0.5, 2: 0.6}).close()
-    files = sorted(path for path in (tmp_path / "1").rglob("*") if path.is_file())
-    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
-    for path in files[: round(share * len(files))]:
-        path.unlink()
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.latest() == 2
-    assert_equal(checkpoints.restore(2, abstract(state_at(0)))[0], state_at(2))
-    checkpoints.save(state_at(3), Progress(monitor=0.4))
-    checkpoints.wait()
-    assert checkpoints.steps() == [3]
-    checkpoints.close()
+def flip(content: bytes, generator: np.random.Generator) -> bytes:
+    at = generator.integers(len(content))
+    bit = 1 << generator.integers(8)
+    return content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
 
 
-def test_a_truncated_file_is_a_user_error_and_never_wrong_values(tmp_path):
-    checkpoints = fill(tmp_path / "whole", {1: 0.5, 2: 0.6})
-    checkpoints.close()
-    files = [
-        path.relative_to(tmp_path / "whole")
-        for path in (tmp_path / "whole" / "2").rglob("*")
-        if path.is_file()
-    ]
-    errors = 0
+DAMAGES = {
+    "a bit flipped": lambda path, g: path.write_bytes(flip(path.read_bytes(), g)),
+    "cut": lambda path, g: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "emptied": lambda path, g: path.write_bytes(b""),
+    "deleted": lambda path, g: path.unlink(),
+    "added to": lambda path, g: path.write_bytes(path.read_bytes() + b"\0"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_is_noticed_and_the_next_checkpoint_used(damage, tmp_path):
+    fill(tmp_path / "whole", {1: 0.5, 2: 0.6}).close()
+    generator = np.random.default_rng(0)
+    files = [p.relative_to(tmp_path) for p in (tmp_path / "whole" / "2").rglob("*") if p.is_file()]
+    assert len(files) > 15
     for number, file in enumerate(files):
+        if not (tmp_path / file).stat().st_size and damage != "deleted":
+            continue
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", folder)
-        content = (folder / file).read_bytes()
-        (folder / file).write_bytes(content[: len(content) // 2])
-        try:
-            damaged = Checkpoints(folder)
-            state, _ = damaged.restore(2, abstract(state_at(0)))
-            assert_equal(state, state_at(2))  # a file that nothing depends on
-            damaged.close()
-        except UserError as error:
-            assert (
-                str(folder) in str(error)
-                and "cannot be read" in str(error)
-                and "1" in str(error).split("read")[1]
-            )
-            errors += 1
-    assert errors >= 5, f"{errors} of {len(files)}"
+        path = folder.joinpath(*file.parts[1:])
+        DAMAGES[damage](path, generator)
+        said: list[str] = []
+        checkpoints = Checkpoints(folder, said.append)
+        with pytest.raises(UserError, match=r"cannot be read .*There are others: 1"):
+            checkpoints.restore(2, abstract(state_at(0)))
+        assert checkpoints.newest_intact() == 1
+        assert len(said) == 1 and str(path) in said[0]
+        assert "set aside as 2.damaged; going on from step 1, 1 earlier" in said[0]
+        assert sorted(p.name for p in folder.iterdir()) == ["1", "2.damaged"]
+
+
+def test_where_all_are_damaged_nothing_begins_anew(tmp_path):
+    fill(tmp_path, {1: 0.5, 2: 0.6}).close()
+    for step in (1, 2):
+        path = tmp_path / str(step) / "progress" / "metadata"
+        path.write_bytes(path.read_bytes().replace(b"0.", b"1."))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no checkpoint is left .*1\.damaged, 2\.damaged"):
+            Checkpoints(tmp_path).newest_intact()
+
+
+def test_the_best_of_those_left_stands_in_for_a_damaged_best(tmp_path):
+    fill(tmp_path, {1: 0.5, 2: 0.6, 3: 0.7}).close()
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, said.append)
+    assert checkpoints.best_intact(1, maximise=False) == 1 and not said
+    (tmp_path / "1" / "manifest.json").unlink()
+    assert Checkpoints(tmp_path, said.append).best_intact(1, maximise=False) == 2
+    assert "best step, 1, is damaged" in said[0] and "those of step 2" in said[0]
+
+
+def test_a_save_that_fails_costs_a_line_and_the_next_one_is_tried(tmp_path):
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, said.append)
+    for step in range(1, 5):
+        broken = tmp_path / "2.unproven"
+        if step == 2:
+            broken.write_text("a file in the way")
+        checkpoints.save(state_at(step), Progress())
+        checkpoints.prove(step + 1)
+        checkpoints.settle()
+        if step == 2:
+            broken.unlink(missing_ok=True)
+            with pytest.raises(UserError, match=r"Make room.* goes on from step 1"):
+                checkpoints.wait()
+    checkpoints.wait()
+    checkpoints.close()
+    assert len(said) == 1 and str(tmp_path) in said[0] and len(said[0].splitlines()) == 1
+    assert "step 2 cannot be saved" in said[0] and "the last good one is of step 1" in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
 
 
 def test_a_checkpoint_of_another_model_names_the_parameters(tmp_path):
@@ -194,6 +248,7 @@ def test_restores_onto_another_mesh(tmp_path, devices):
     before = jax.device_put(state_at(5, carry=True), saved)
     first = Checkpoints(tmp_path)
     first.save(before, Progress())
+    first.wait()
     first.close()
     second = Checkpoints(tmp_path)
     after, _ = second.restore(5, abstract(before, wanted))

@@ -165,6 +165,24 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
     assert fit(config, workdir)["params_sha256"] == fit(config, tmp_path / "whole")["params_sha256"]
 
 
+def test_a_damaged_checkpoint_costs_steps_and_not_the_run(tmp_path, capsys):
+    """One bit of the latest: the one before it is used, and the end is the same."""
+    config, workdir = small_runs.adding_run(), tmp_path / "run"
+    fit(config, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        fit(config, workdir, interrupted(7))
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["5", "6", "7"]
+    array = max((workdir / "checkpoints" / "7" / "params" / "d").iterdir())
+    content = array.read_bytes()
+    array.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    capsys.readouterr()
+    assert fit(config, workdir)["sessions"] == 2
+    said = capsys.readouterr().err
+    assert str(array) in said and "going on from step 6, 1 earlier" in said
+    assert (workdir / "checkpoints" / "7.damaged").is_dir()
+    assert_same_end(config, tmp_path / "whole", workdir)
+
+
 # The same by real processes. The config file sends its own process a signal as the batch of a step
 # is taken, where the environment asks for it.
 CONFIG = f"""

@@ -187,6 +187,24 @@ BREAKAGES = {
         "self.restore(step, abstract)[0].params",
         "tests/test_cli.py::test_figures_are_those_of_the_averaged_weights_at_the_best_step",
     ),
+    "a changed byte of a checkpoint is not noticed": Breakage(
+        "flax_lstm/runs/manifest.py",
+        "if _sha256(folder / name) != digest:",
+        "if False:",
+        "tests/test_checkpoint.py::test_damage_to_any_file_is_noticed_and_the_next_checkpoint_used",
+    ),
+    "a manifest is believed whatever it says": Breakage(
+        "flax_lstm/runs/manifest.py",
+        'content["sha256"] == _of_entries(files)',
+        "True",
+        "tests/test_checkpoint.py::test_damage_to_any_file_is_noticed_and_the_next_checkpoint_used",
+    ),
+    "a state is kept before the step after it is known": Breakage(
+        "flax_lstm/training/checkpoint.py",
+        "self._saving.step < step and",
+        "self._saving.step <= step and",
+        "tests/test_loop.py::test_what_is_not_finite_ends_the_run_and_is_never_saved",
+    ),
     "the worst checkpoint taken for the best": Breakage(
         "flax_lstm/training/progress.py",
         "value > self.value if maximise else value < self.value",

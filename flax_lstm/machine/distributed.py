@@ -343,6 +343,12 @@ def first_then_all(action: Callable[[], T]) -> T:
     return result
 
 
+def meet(name: str) -> None:
+    """Waits until all processes of the run are here."""
+    if process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def stop_agreed(step: int) -> bool:
     """Whether all processes are to stop before this step, because one of them was sent SIGTERM. All
     must ask at each step."""

@@ -53,6 +53,7 @@ class Journal:
         self.log = MetricsLog(folder.metrics)
         self.losses = [*losses]
         self.console = console
+        self.sound = step  # the last whose loss and gradient are known to be finite
         self._folder, self._train, self._step = folder, train, step
         self._began = time.monotonic() if began is None else began
         self._window = time.monotonic()  # since when the losses of the next row come in
@@ -98,6 +99,7 @@ class Journal:
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise Diverged(f"the loss is {loss} and the norm of its gradient {norm} at step {step}")
+        self.sound = step
         self.losses.append(loss)
         elapsed = max(time.monotonic() - self._window, 1e-9)
         rate = len(self.losses) * self._train.batch_size / elapsed

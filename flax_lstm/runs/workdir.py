@@ -83,7 +83,8 @@ class Workdir:
     def _failed_at_its_start(self) -> bool:
         """Whether it holds what a run writes before its first checkpoint, and nothing else."""
         early = {self.config, self.assets, self.checkpoints, self.metrics, self.discarded}
-        saved = any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+        kept = self.checkpoints.glob("*")
+        saved = any(path.name.isdigit() or path.suffix == ".damaged" for path in kept)
         return not saved and {*self.path.iterdir()} <= early | {self.tensorboard}
 
     def finished(self, steps: int) -> dict[str, Any] | None:

@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by Orbax: the latest and the best, each with the progress of the run.
+"""Checkpoints: written by Orbax, hashed to the last byte, the best and the two latest kept.
 
-A checkpoint holds the items `params`, `rest` (optimiser, averaged weights, carried state, step) and
-`progress` (JSON).
-The position in the data is the step itself: batches are addressed by it.
+A checkpoint is a folder named by its step, with the items `params`, `rest` (optimiser, averaged
+weights, carried state, step) and `progress` (JSON), and a manifest of hashes. The position in the
+data is the step itself: batches are addressed by it.
+
+    N.unproven    written, but nobody knows yet whether the step after it is finite
+    N             sealed with its manifest; only these are restored
+    N.damaged     was sealed, and is not any more what was sealed: set aside, never restored
+    N.deleted     on its way out
 """
 
+import json
 import logging
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from flax_lstm.errors import UserError, listing, require
+from flax_lstm.machine.distributed import is_first, meet, process_count
+from flax_lstm.runs.manifest import Damaged, is_sealed, seal, verify
 from flax_lstm.training.progress import Progress
 from flax_lstm.training.steps import TrainState
 
@@ -25,133 +34,343 @@ from flax_lstm.training.steps import TrainState
 # ours.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
+logger = logging.getLogger(__name__)
+
+LATEST_KEPT = 2  # so that one damage costs steps and not the run
+LEFTOVERS = ("*.orbax-checkpoint-tmp", "*.unproven", "*.deleted")
+
+
+class Saving(NamedTuple):
+    """A checkpoint that is not sealed yet."""
+
+    step: int
+    best: int | None  # the best step, as of this checkpoint
+    sealed: Future[None] | None = None  # the work of sealing, once it has been asked for
+
 
 class Checkpoints:
     """The checkpoints in a folder; a context manager, which waits for what is being saved.
 
-    maximise: whether the best has the largest `progress.monitor`, or the smallest; the earliest of
-    equal ones. Checkpoints saved between evaluations carry None there and can be the latest but
-    never the best.
+    warn: told in a line of a checkpoint that cannot be saved, or is damaged. Training goes on.
     """
 
-    def __init__(self, folder: Path, maximise: bool = False):
-        self.folder = folder
-        sign = 1 if maximise else -1
-
-        def rank(metrics: dict[str, float]) -> tuple[float, float]:
-            return sign * metrics["monitor"], -metrics["step"]
-
-        best = policies.BestN(n=1, get_metric_fn=rank, keep_checkpoints_without_metrics=False)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
-            best_fn=rank,  # type: ignore[arg-type]  # anything that can be compared
-            step_prefix=None,
-            create=True,
-        )
-        handlers: dict[
-            str, Any
-        ] = {  # named, or the shapes of what an earlier process saved could not be told
-            "params": ocp.StandardCheckpointHandler(),
-            "rest": ocp.StandardCheckpointHandler(),
-            "progress": ocp.JsonCheckpointHandler(),
-        }
-        try:
-            self._manager = ocp.CheckpointManager(
-                folder.absolute(), options=options, item_handlers=handlers
-            )
-        except Exception as error:  # the figures of all checkpoints are read here
-            there = listing(sorted(path.name for path in folder.glob("*")))
-            raise UserError(
-                f"{folder}: a checkpoint here cannot be read ({type(error).__name__}: {error}). "
-                f"Move the damaged one away, to go on from another; there are: {there}"
-            ) from error
+    def __init__(self, folder: Path, warn: Callable[[str], object] = logger.warning):
+        self.folder = folder.absolute()
+        self._warn = warn
+        self._saving: Saving | None = None
+        self._writer: Any = None
+        self._sealer = ThreadPoolExecutor(1, "seal")
+        self._failed: str | None = None  # why the latest save failed
+        self._verified: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self._saving and not self._saving.sealed:
+            self._discard()
         self.close()
+
+    # --- what there is
 
     def steps(self) -> list[int]:
         """Steps that a checkpoint is kept of."""
-        return sorted(self._manager.all_steps())
+        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
 
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
+
+    def verify(self, step: int) -> None:
+        """Raises Damaged for the first file that is not as it was saved. A checkpoint of version
+        0.1.0 has no hashes to compare with."""
+        folder = self.folder / str(step)
+        if not is_sealed(folder) and not self._is_old(folder):
+            raise Damaged(folder / "manifest.json", "is missing")
+        if is_sealed(folder):
+            verify(folder)
+        self._verified.add(step)
+
+    def _is_old(self, folder: Path) -> bool:
+        """Whether an earlier release saved it: these had an item `metrics`, or no best figure yet,
+        and said nothing of their form."""
+        return self._progress(folder).form == 1
+
+    def newest_intact(self) -> int | None:
+        """The latest step whose checkpoint is as it was saved. Damaged ones are set aside, with a
+        warning that says what that costs; where all are, a UserError says so."""
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                self.verify(step)
+                return step
+            except UserError as error:
+                earlier = [other for other in steps if other < step]
+                self._set_aside(step)
+                cost = (
+                    f"going on from step {earlier[-1]}, {step - earlier[-1]} earlier"
+                    if earlier
+                    else "there is no other"
+                )
+                self._warn(
+                    f"warning: the checkpoint of step {step} is damaged and set aside as "
+                    f"{step}.damaged; {cost}. {error}"
+                )
+        aside = sorted(path.name for path in self.folder.glob("*.damaged"))
+        require(
+            not aside,
+            f"{self.folder}: no checkpoint is left that is as it was saved; set aside: "
+            f"{listing(aside)}. Begin a new run in another --workdir, or bring back a copy",
+        )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        if is_first():
+            aside = self.folder / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier damage
+            (self.folder / str(step)).rename(aside)
+
+    def best(self) -> int | None:
+        """The step with the best validation figure, as the latest intact checkpoint has it; the
+        latest where none was evaluated."""
+        intact = self._intact()
+        if not intact:
+            return self.latest()
+        best = self.progress(intact[-1]).best.step
+        return intact[-1] if best is None else best
+
+    def _intact(self) -> list[int]:
+        found = []
+        for step in self.steps():
+            try:
+                self.verify(step)
+                found.append(step)
+            except UserError:
+                pass
+        return found
+
+    def best_intact(self, best: int, maximise: bool) -> int:
+        """The best step, or the best of those left where its checkpoint is damaged or could not be
+        saved; a warning says so."""
+        intact = self._intact()
+        if best in intact:
+            return best
+        figures = {step: self.progress(step).monitor for step in intact}
+        ranked = sorted(
+            (value if maximise else -value, step)
+            for step, value in figures.items()
+            if value is not None
+        )
+        require(
+            bool(ranked), f"{self.folder}: the checkpoint of the best step, {best}, cannot be read"
+        )
+        step = ranked[-1][1]
+        self._warn(
+            f"warning: the checkpoint of the best step, {best}, is damaged or could not be saved; "
+            f"figures are those of step {step}, the best of those left"
+        )
+        return step
+
+    # --- saving
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Begins to save; training may go on meanwhile."""
+        """Begins to save; training may go on meanwhile. The checkpoint before it, if it was not
+        found good, is given up."""
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if (self._saving and self._saving.step == step) or (self.folder / str(step)).exists():
             return
+        self.settle()
+        self._discard()
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             rest=ocp.args.StandardSave(state._replace(params=None)),
             progress=ocp.args.JsonSave(progress.as_json()),
         )
-        monitor = progress.monitor
-        metrics = None if monitor is None else {"monitor": monitor, "step": step}
-        self._manager.save(step, args=items, metrics=metrics)
+        self._saving = Saving(step, progress.best.step)
+        try:
+            self._write(step, items)
+        except Exception as error:  # a full or read-only disk raises assorted exceptions
+            self._not_saved(error)
+
+    def _write(self, step: int, items: Any) -> None:
+        if self._writer is None:
+            if is_first():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+            meet("checkpoints")
+            self._writer = ocp.AsyncCheckpointer(_handler())
+        self._writer.save(self.folder / f"{step}.unproven", args=items)
+
+    def prove(self, step: int) -> None:
+        """Says that the loss and gradient of this step are finite, and so the states before it are
+        worth keeping: what is being saved of them is sealed, in a thread of its own."""
+        if self._saving and self._saving.step < step and not self._saving.sealed:
+            self.accept()
+        if self._saving and self._saving.sealed and self._saving.sealed.done():
+            self.settle()
+
+    def accept(self) -> None:
+        """What is being saved is good."""
+        if self._saving and not self._saving.sealed:
+            work = self._sealer.submit(self._seal, self._saving)
+            self._saving = self._saving._replace(sealed=work)
+
+    def _seal(self, saving: Saving) -> None:
+        self._writer.wait_until_finished()
+        if not is_first():
+            return
+        unproven, final = self.folder / f"{saving.step}.unproven", self.folder / str(saving.step)
+        seal(unproven)
+        unproven.rename(final)
+        kept = {*self.steps()[-LATEST_KEPT:], saving.best}
+        for step in self.steps():
+            if step not in kept:
+                _delete(self.folder / str(step))
+
+    def settle(self) -> None:
+        """Until what was found good is sealed."""
+        if self._saving and self._saving.sealed:
+            try:
+                self._saving.sealed.result()
+                self._saving = self._failed = None
+            except Exception as error:
+                self._not_saved(error)
+
+    def _not_saved(self, error: Exception) -> None:
+        """Goes on without this checkpoint. Among several processes the others wait for it, so that
+        there all end."""
+        assert self._saving
+        if process_count() > 1:
+            raise error
+        step, self._saving = self._saving.step, None
+        self._failed = _reason(error)
+        self._remove_leftovers()
+        last = self.latest()
+        kept = "there is none yet" if last is None else f"the last good one is of step {last}"
+        self._warn(
+            f"warning: {self.folder}: the checkpoint of step {step} cannot be saved "
+            f"({self._failed}); {kept}. Training goes on and tries again at the next"
+        )
+
+    def _discard(self) -> None:
+        """Gives up what is being saved."""
+        if self._saving:
+            try:
+                self._writer.wait_until_finished()
+            except Exception as error:
+                self._not_saved(error)
+            self._saving = None
+            if is_first():
+                self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Of a kill, or of a save that failed: they hold space that the next one may need."""
+        for pattern in LEFTOVERS:
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Until the last save is sealed, in all processes. Raises UserError where it failed."""
+        self.accept()
+        self.settle()
+        meet("sealed")
+        require(
+            self._failed is None,
+            f"{self.folder}: the last checkpoint could not be saved ({self._failed}). Make room, "
+            "and the same command goes on from "
+            f"{'the beginning' if self.latest() is None else f'step {self.latest()}'}",
+        )
+
+    def close(self) -> None:
+        self.settle()
+        self._sealer.shutdown()
+        if self._writer is not None:
+            self._writer.close()
+
+    # --- restoring
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Progress]:
         """The state and progress at a step, on the devices that `abstract` says.
 
-        Raises UserError for a checkpoint of another model, and for one that cannot be read.
+        Raises UserError for a checkpoint of another model, and for one that is not as it was saved.
         """
+        self._check(step)
         require_same_model(self._shapes(step), abstract.params, f"{self.folder}/{step}")
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             rest=ocp.args.StandardRestore(abstract._replace(params=None)),
-            progress=ocp.args.JsonRestore(),
         )
-        restored = self._restore(step, items)
+        restored = self._read(step, lambda reader, folder: reader.restore(folder, args=items))
         state = restored["rest"]._replace(params=restored["params"])
-        return state, Progress.of_json(restored["progress"])
+        return state, self._progress(self.folder / str(step))
 
     def restore_params(self, step: int, abstract: TrainState) -> Any:
         """The weights that are evaluated: the averaged ones if there are, else the parameters."""
         return self.restore(step, abstract)[0].evaluated
 
     def progress(self, step: int) -> Progress:
-        items = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return Progress.of_json(self._restore(step, items)["progress"])
+        self._check(step)
+        return self._progress(self.folder / str(step))
 
-    def wait(self) -> None:
-        """Until the saves under way are done."""
-        self._manager.wait_until_finished()
+    def _progress(self, folder: Path) -> Progress:
+        try:
+            return Progress.of_json(json.loads((folder / "progress" / "metadata").read_bytes()))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise self._unreadable(int(folder.name), error) from error
 
-    def close(self) -> None:
-        self.wait()
-        self._manager.close()
+    def _check(self, step: int) -> None:
+        """Verifies a checkpoint, once."""
+        if step not in self._verified:
+            try:
+                self.verify(step)
+            except Damaged as error:
+                raise self._unreadable(step, error) from error
 
     def _shapes(self, step: int) -> Any:
-        try:
-            found = self._manager.item_metadata(step)["params"]
-        except Exception as error:
-            raise self._unreadable(step, error) from error
+        found = self._read(step, lambda reader, folder: reader.metadata(folder))
+        found = found.item_metadata["params"]
         if not shapes(found):
             raise self._unreadable(step, FileNotFoundError())
         return found
 
-    def _restore(self, step: int, items: Any) -> Any:
+    def _read(self, step: int, action: Callable[[Any, Path], Any]) -> Any:
         try:
-            return self._manager.restore(step, args=items)
-        except (
-            Exception
-        ) as error:  # damaged files raise assorted exceptions, plain Exception among them
+            with ocp.Checkpointer(_handler()) as reader:
+                return action(reader, self.folder / str(step))
+        # Damaged files raise assorted exceptions, plain Exception among them.
+        except Exception as error:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         others = [other for other in self.steps() if other != step]
-        remedy = (
-            f"Move it away, to go on from: {listing(others)}"
-            if others
-            else "There is no other: begin a new run"
-        )
-        return UserError(
-            f"{self.folder}/{step}: this checkpoint cannot be read ({type(error).__name__}). "
-            f"{remedy}"
-        )
+        remedy = f"There are others: {listing(others)}" if others else "There is no other"
+        why = str(error) if isinstance(error, Damaged) else type(error).__name__
+        return UserError(f"{self.folder}/{step}: this checkpoint cannot be read ({why}). {remedy}")
+
+
+def _handler() -> Any:
+    """Items by name, or the shapes of what an earlier process saved could not be told."""
+    return ocp.CompositeCheckpointHandler(
+        params=ocp.StandardCheckpointHandler(),
+        rest=ocp.StandardCheckpointHandler(),
+        progress=ocp.JsonCheckpointHandler(),
+    )
+
+
+def _delete(folder: Path) -> None:
+    """Renamed first, so that half of a checkpoint is never taken for one."""
+    gone = folder.with_name(f"{folder.name}.deleted")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """An error in a few words: `No space left on device`."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    for known in ("No space left on device", "Read-only file system", "Permission denied"):
+        if known in str(error):
+            return known
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

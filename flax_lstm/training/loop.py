@@ -120,10 +120,12 @@ class Session:
         console.print(f"{config.name}: reading the data")
         self.dataset: Dataset = first_then_all(lambda: config.data.load(folder.assets))
         parts = around.assemble(config, self.dataset.info)
-        self.checkpoints = Checkpoints(folder.checkpoints, config.task.monitor.maximise)
+        warn = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        self.checkpoints = Checkpoints(folder.checkpoints, warn)
+        self.latest = first_then_all(self.checkpoints.newest_intact)
         self.progress = Progress()
-        if (latest := self.checkpoints.latest()) is not None:
-            self.progress = self.checkpoints.progress(latest)
+        if self.latest is not None:
+            self.progress = self.checkpoints.progress(self.latest)
         self.mesh, self.steps, self.backend = self._as_before(parts)
 
     def _as_before(self, parts: Assembly) -> Assembly:
@@ -147,15 +149,14 @@ class Session:
         """Takes the state of the latest checkpoint, or a first one; returns the journal of what
         follows."""
         train = self.config.train
-        latest = self.checkpoints.latest()
-        if latest is None:
+        if self.latest is None:
             self.state = self.steps.init()
             if params is not None:
                 self.state, told = initial_params(self.state, params)
                 self.console.print(told)
         else:
-            self.state, self.progress = self.checkpoints.restore(latest, self.steps.abstract)
-            self.console.print(f"resuming from step {latest} of {self.folder}")
+            self.state, self.progress = self.checkpoints.restore(self.latest, self.steps.abstract)
+            self.console.print(f"resuming from step {self.latest} of {self.folder}")
         self.step, self.best = int(self.state.step), self.progress.best
         # Where an evaluation was due, it was made before the save.
         self.first = self.evaluated = self.step
@@ -193,6 +194,7 @@ class Session:
                 break
             if number := signals.stop(self.step):
                 self.save(journal)
+                self.checkpoints.wait()
                 raise Stopped(number, self.step, self.folder.path)
             if profiler and (told := profiler.at(self.step - self.first, self.state)):
                 self.console.print(told, highlight=False, markup=False)
@@ -200,6 +202,7 @@ class Session:
             self.state, metrics = self.steps.train(self.state, batch)
             self.step += 1
             journal.step(self.step, metrics)
+            self.checkpoints.prove(journal.sound)
             # After 1, 2, 4, ... steps, for shapes are compiled as they come.
             if (self.step - self.first).bit_count() == 1:
                 self.around.trim_malloc()
@@ -232,6 +235,7 @@ class Session:
         """Begins to save a checkpoint; `monitor` is its validation figure."""
         # So that what is not finite is never saved, and the log is whole up to here.
         journal.flush()
+        self.checkpoints.prove(journal.sound)
         progress = Progress(
             seconds=journal.seconds(),
             sessions=self.progress.sessions + 1,
@@ -244,10 +248,11 @@ class Session:
 
     def conclude(self, journal: Journal, test: bool) -> dict[str, Any]:
         """The content of `result.json`: figures of the best checkpoint and of the baselines."""
-        config, best = self.config, self.best.step
+        config = self.config
         final_hash = params_sha256(self.state.params)
         self.checkpoints.wait()
-        assert best is not None
+        assert self.best.step is not None
+        best = self.checkpoints.best_intact(self.best.step, config.task.monitor.maximise)
         self.best_params = self.checkpoints.restore_params(best, self.steps.abstract)
         last = "test" if test else "validation"
         figures = {

@@ -28,6 +28,7 @@ class Progress:
     losses: tuple[float, ...] = ()  # since the last row of the log
     backend: str | None = None  # of the recurrences, see `Assembly`
     monitor: float | None = None  # the validation figure of this very step, where there is one
+    form: int = 2  # of the checkpoint: 2 has a manifest, 1 is of version 0.1.0
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "best": [*self.best], "losses": [*self.losses]}
@@ -37,4 +38,4 @@ class Progress:
         """What `as_json` gave, now or in an earlier release; other entries are passed over."""
         known = {field.name: saved[field.name] for field in fields(Progress) if field.name in saved}
         best, losses = Best(*known.pop("best", ())), tuple(known.pop("losses", ()))
-        return Progress(**known, best=best, losses=losses)
+        return Progress(**{"form": 1, **known}, best=best, losses=losses)
