@@ -29,6 +29,7 @@ class Run:
         self.workdir = workdir
         self.config = config
         self._folder = Workdir(workdir)
+        self.assets = self._folder.assets
         self.info = config.data.restore(self._folder.assets)
         self._parts = assemble(config, self.info)
         self._checkpoints = Checkpoints(self._folder.checkpoints)

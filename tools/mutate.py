@@ -404,6 +404,18 @@ BREAKAGES = {
         "rec, c.rows, false, sums.recurrent",
         "tests/test_backends.py::test_long_sequences",
     ),
+    "a run that begins with another makes a vocabulary of its own": Breakage(
+        "flax_lstm/data/text.py",
+        "vocabulary.save(ours / VOCABULARY)",
+        "pass",
+        "tests/test_init_from.py::test_encoder_embedding_and_vocabulary_come_from_the_other_run",
+    ),
+    "the weights of --init-from are not taken": Breakage(
+        "flax_lstm/training/loop.py",
+        "params = init_from.params()",
+        "pass",
+        "tests/test_init_from.py::test_encoder_embedding_and_vocabulary_come_from_the_other_run",
+    ),
     "every layer learns at the same rate": Breakage(
         "flax_lstm/training/optim.py",
         "decay**below, 0.0)",

@@ -21,6 +21,8 @@ Processes are found by what SLURM, Open MPI, Kubernetes or a TPU pod sets."""
 class Options:
     config: str = "quickstart"  # a file, or the name of a shipped config
     workdir: Path | None = None  # folder of the run; default: runs/NAME
+    # a run to begin with: weights that fit by name and shape, vocabulary
+    init_from: Path | None = None
     no_test: bool = False  # leave the test split unread at the end, for choosing settings
     no_report: bool = False  # draw no plots
     profile: bool = False  # trace a few steps and print what takes longest
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm train") -> int:
         return distributed.run_locally(
             options.local_processes, without(arguments, "--local-processes")
         )
+    from flax_lstm.inference import load
     from flax_lstm.training.loop import fit
     from flax_lstm.training.signals import Stopped
 
@@ -50,7 +53,15 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm train") -> int:
         options.coordinator, options.num_processes, options.process_id, options.connect_seconds
     )
     try:
-        fit(config, options.workdir, options.profile, not options.no_test, not options.no_report)
+        origin = load(options.init_from) if options.init_from is not None else None
+        fit(
+            config,
+            options.workdir,
+            profile=options.profile,
+            test=not options.no_test,
+            plots=not options.no_report,
+            init_from=origin,
+        )
     except Stopped as stopped:
         if distributed.is_first():
             print(stopped, file=sys.stderr)

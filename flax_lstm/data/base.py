@@ -163,6 +163,10 @@ class Data(Protocol):
         None: they have to be read."""
         return None
 
+    def inherit(self, theirs: Path, ours: Path) -> None:
+        """Takes over into the folder `ours`, before a new run's `load`, what the run that it begins
+        with keeps in the folder `theirs` and its weights depend on: a vocabulary."""
+
     def absolute(self) -> Self:
         """The same settings with absolute paths, so that a run works from any directory."""
         return self

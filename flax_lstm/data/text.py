@@ -22,6 +22,8 @@ from flax_lstm.data.tables import label_values, read_folder, read_table, sort_la
 from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
 from flax_lstm.errors import UserError, listing, nearest, require
 
+VOCABULARY = "vocabulary.json"  # in the folder of what is fitted
+
 
 class Texts(NamedTuple):
     """The examples of a split, as read."""
@@ -47,7 +49,7 @@ class VocabularyInfo:
             for f in dataclasses.fields(self)
             if f.name != "vocabulary"
         }
-        self.vocabulary.save(assets / "vocabulary.json")
+        self.vocabulary.save(assets / VOCABULARY)
         write_atomically(
             assets / "info.json", json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
         )
@@ -61,7 +63,7 @@ class VocabularyInfo:
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in saved.items()
             }
-            return cls(vocabulary=Vocabulary.load(assets / "vocabulary.json"), **fields)
+            return cls(vocabulary=Vocabulary.load(assets / VOCABULARY), **fields)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"cannot read what training saved of its data, {assets / 'info.json'}: {error}"
@@ -144,10 +146,21 @@ class Corpus(Data):
     def vocabulary(self, assets: Path, texts: Sequence[str]) -> Vocabulary:
         """The one saved in `assets` if there is one (say of a language model), else trained on
         `texts` and saved."""
-        path = assets / "vocabulary.json"
+        path = assets / VOCABULARY
         if not path.exists():
             Vocabulary.train_cached(texts, self.vocabulary_size, self.tokenizer).save(path)
         return Vocabulary.load(path)
+
+    def inherit(self, theirs: Path, ours: Path) -> None:
+        """Takes over the vocabulary, whatever its size: weights know words by their ids."""
+        vocabulary = Vocabulary.load(theirs / VOCABULARY)
+        if not (ours / VOCABULARY).exists():
+            vocabulary.save(ours / VOCABULARY)
+        require(
+            Vocabulary.load(ours / VOCABULARY) == vocabulary,
+            f"{ours.parent} was begun with another vocabulary than that of {theirs.parent}: name a "
+            "new folder, --workdir DIR",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,15 @@ class Vocabulary:
             )
         )
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all texts have the same ids by both."""
+        if not isinstance(other, Vocabulary):
+            return NotImplemented
+        return self._tokenizer.to_str() == other._tokenizer.to_str()
+
+    def __hash__(self) -> int:
+        return hash(self._tokenizer.to_str())
+
     @property
     def size(self) -> int:
         """Number of ids; at most the size asked for."""

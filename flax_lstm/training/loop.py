@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -44,6 +44,16 @@ class Surroundings:
     plot_curves: Callable[[Sequence[Mapping[str, Any]], Path], object] = plot_curves
 
 
+class Origin(Protocol):
+    """A run to begin another with; `load` gives one."""
+
+    assets: Path
+
+    def params(self) -> Any:
+        """Its weights."""
+        ...
+
+
 def fit(
     config: Config,
     workdir: str | Path | None = None,
@@ -51,6 +61,7 @@ def fit(
     test: bool = True,
     plots: bool = True,
     params: Any = None,
+    init_from: Origin | None = None,
     around: Surroundings | None = None,
 ) -> dict[str, Any]:
     """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of
@@ -63,6 +74,8 @@ def fit(
     plots: draw the curves, and what the task has to show.
     params: a tree of arrays to begin a new run with. Those that have the path and shape of one of
     the model's are taken, and it is said which; the model's others begin as ever.
+    init_from: another run, `load("runs/imdb_lm")`, to take these from, and its vocabulary as well,
+    so that embeddings stay with their words.
 
     Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything
     saved.
@@ -77,6 +90,11 @@ def fit(
         if result:
             console.print(f"{folder}: this run is finished.")
         else:
+            if init_from is not None:
+                # Its ids before the data are encoded, its weights once there are steps.
+                inherited = partial(config.data.inherit, init_from.assets, folder.assets)
+                first_then_all(inherited)
+                params = init_from.params()
             session = Session(config, folder, own, console, around or Surroundings())
             with session.checkpoints, session.begin(params) as journal:
                 session.train(journal, signals, Profiler(own.profile) if profile else None)

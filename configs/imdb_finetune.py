@@ -1,0 +1,45 @@
+"""Sentiment of IMDB reviews by an LSTM that has read them before: the language model `imdb_lm`,
+fine-tuned with a head on the last, largest and mean outputs (Howard & Ruder 2018).
+
+    python train.py --config imdb_lm
+    python train.py --config imdb_finetune --init-from runs/imdb_lm
+
+The widths are those of `imdb_lm`; its vocabulary is taken over.
+"""
+
+from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
+from flax_lstm.data import Imdb
+
+EPOCH = 705  # steps: 22,558 training reviews in batches of 32
+
+
+def get_config() -> Config:
+    return Config(
+        name="imdb_finetune",
+        data=Imdb(vocabulary_size=30_000, max_length=400),
+        task=Classification(),
+        model=RecurrentModel(
+            cell="lstm",
+            hidden_size=512,
+            embed_size=256,
+            embed_dropout=0.1,
+            dropout=0.3,
+            recurrent_dropout=0.1,
+            pooling="concat",
+            dense=50,
+            head_dropout=0.3,
+        ),
+        train=TrainConfig(
+            steps=3 * EPOCH,
+            batch_size=32,
+            learning_rate=2e-3,
+            layer_decay=0.6,
+            unfreeze_every=100,
+            weight_decay=0.01,
+            warmup_steps=50,
+            schedule="cosine",
+            ema=0.995,
+            eval_every=EPOCH,
+            checkpoint_every=200,
+        ),
+    )
