@@ -7,7 +7,7 @@ fine-tuned with a head on the last, largest and mean outputs (Howard & Ruder 201
 The widths are those of `imdb_lm`; its vocabulary is taken over.
 """
 
-from flax_lstm import Classification, Config, RecurrentModel, TrainConfig
+from flax_lstm import Classification, Config, TextModel, TrainConfig
 from flax_lstm.data import Imdb
 
 EPOCH = 705  # steps: 22,558 training reviews in batches of 32
@@ -18,7 +18,7 @@ def get_config() -> Config:
         name="imdb_finetune",
         data=Imdb(vocabulary_size=30_000, max_length=400),
         task=Classification(),
-        model=RecurrentModel(
+        model=TextModel(
             cell="lstm",
             hidden_size=512,
             embed_size=256,
