@@ -32,7 +32,7 @@ PROMISED = {
         "rotten_tomatoes",
     ),
     *("stocks", "electricity", "etth1", "adding_problem", "text_table", "series_table"),
-    "panel_table",
+    *("panel_table", "m4_hourly"),
 }
 
 

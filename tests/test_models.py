@@ -22,7 +22,7 @@ from flax_lstm.nn.models import (
     max_pool,
     mean_pool,
 )
-from flax_lstm.nn.segments import SegmentModel
+from flax_lstm.nn.segments import SegmentModel, window_level
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -281,3 +281,64 @@ def test_bfloat16_keeps_weights_and_outputs_in_float32():
     rough = forecast(RecurrentForecaster(hidden_size=4, dtype="bfloat16"), x)[1]
     np.testing.assert_allclose(rough, exact, atol=0.05)
     assert np.abs(rough - exact).max() > 0
+
+
+def known_from(phase, observed=None):
+    return Known(phase=np.asarray(phase, np.int32), observed=observed)
+
+
+def segment_forecast(settings, x, known, form, variables=None):
+    module = settings.forecaster(form)
+    lengths = np.full(len(x), x.shape[1], np.int32)
+    variables = variables or initial(module, x, lengths, None, known)
+    return variables, np.asarray(module.apply(variables, x, lengths, None, known)[1])
+
+
+@pytest.mark.parametrize("window", ["standard", "robust"])
+def test_a_normalised_window_makes_forecasts_follow_level_and_scale(window):
+    x, form = series(steps=8, features=1), SeriesForm(8, 3)
+    settings = SegmentModel(hidden_size=4, segment=2, window=window)
+    known = known_from([0] * 4)
+    variables, plain = segment_forecast(settings, x, known, form)
+    _, moved = segment_forecast(settings, 30 * x - 7, known, form, variables)
+    close(moved, 30 * plain - 7, atol=1e-2)  # a ten-thousandth is added to the scale
+
+
+def test_the_cycle_is_taken_away_before_and_put_back_after():
+    """With a cycle that is known, a series of that cycle is forecast as if it were flat."""
+    form, settings = SeriesForm(6, 5, season=4), SegmentModel(hidden_size=4, segment=2, cycle=True)
+    cycle_W, phases = np.array([0.0, 3.0, -1.0, 2.0], np.float32), np.array([0, 1, 3])
+    steps = phases[:, None] + np.arange(11)
+    x = cycle_W[steps[:, :6] % 4][..., None]
+    variables, _ = segment_forecast(settings, x, known_from(phases), form)
+    assert variables["params"]["cycle"].shape == (4, 1)
+    learned, none = (
+        {"params": {**variables["params"], "cycle": c}}
+        for c in (cycle_W[:, None], np.zeros((4, 1)))
+    )
+    _, level = segment_forecast(settings, np.zeros_like(x), known_from(phases), form, none)
+    _, found = segment_forecast(settings, x, known_from(phases), form, learned)
+    close(found[..., 0, 0], level[..., 0, 0] + cycle_W[steps[:, 6:] % 4], atol=1e-5)
+
+
+def test_what_was_not_observed_does_not_move_the_window():
+    x = series(steps=8, features=1)
+    observed = np.ones_like(x)
+    observed[:, 2] = 0
+    for kind in ("standard", "robust"):
+        kept = jnp.asarray(np.delete(x, 2, axis=1))
+        found = window_level(kind, jnp.asarray(x), jnp.asarray(observed))
+        expected = window_level(kind, kept, jnp.ones_like(kept))
+        for one, other in zip(found, expected, strict=True):
+            close(np.asarray(one), np.asarray(other), atol=1e-6)
+    settings = SegmentModel(hidden_size=4, segment=2, window="standard")
+    variables, _ = segment_forecast(settings, x, known_from([0] * 4, observed), SeriesForm(8, 3))
+    assert "observed" in variables["params"]
+
+
+@pytest.mark.parametrize(
+    ("season", "lookback", "segment"), [(24, 168, 24), (1, 96, 24), (168, 336, 24), (12, 36, 12)]
+)
+def test_segments_follow_from_the_season(season, lookback, segment):
+    assert SegmentModel().steps(SeriesForm(lookback, 12, season=season)) == segment
+    assert SegmentModel(segment=5).steps(SeriesForm(lookback, 12, season=season)) == 5

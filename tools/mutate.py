@@ -127,6 +127,24 @@ BREAKAGES = {
         "train_RD = track.values_RD",
         "tests/test_series_data.py::test_training_knows_nothing_of_what_follows",
     ),
+    "a panel's error scale reaches into the test": Breakage(
+        "flax_lstm/data/panel.py",
+        "info.scale_of(tracks, [int(n) for n in before_test])",
+        "info.scale_of(tracks, [int(n) for n in ends])",
+        "tests/test_panel_data.py::test_each_series_is_measured_by_its_own_seasonal_error",
+    ),
+    "a look-back reaches into the series before": Breakage(
+        "flax_lstm/data/windows.py",
+        "rows_BS = np.maximum(rows_BS, begin_B1)",
+        "rows_BS = np.maximum(rows_BS, 0)",
+        "tests/test_panel_data.py::test_short_series_are_padded_told_and_named",
+    ),
+    "the cycle starts at any step": Breakage(
+        "flax_lstm/nn/segments.py",
+        "known.phase[:, None] + jnp.arange(",
+        "0 * known.phase[:, None] + jnp.arange(",
+        "tests/test_models.py::test_the_cycle_is_taken_away_before_and_put_back_after",
+    ),
     "invented values are scored": Breakage(
         "flax_lstm/data/windows.py",
         "weights=(observed_BSC[:, lookback:] & counted_B11)",

@@ -40,10 +40,19 @@ def window_level(kind: WindowName, x_BTC: Array, observed_BTC: Array) -> tuple[A
         square_BTC = jnp.square(x_BTC - location_B1C) * observed_BTC
         scale_B1C = jnp.sqrt(square_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST**2)
         return location_B1C, scale_B1C
-    known_BTC = jnp.where(observed_BTC > 0, x_BTC, jnp.nan)
-    location_B1C = jnp.nan_to_num(jnp.nanmedian(known_BTC, axis=1, keepdims=True))
+    location_B1C = _median(x_BTC, observed_BTC, count_B1C)
     distance_BTC = jnp.abs(x_BTC - location_B1C) * observed_BTC
     return location_B1C, distance_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST
+
+
+def _median(x_BTC: Array, observed_BTC: Array, count_B1C: Array) -> Array:
+    """[B, 1, C]: the median of what was observed; 0 where nothing was."""
+    x_BTC = jnp.where(observed_BTC > 0, x_BTC, jnp.inf)
+    sorted_BTC, count = jnp.sort(x_BTC, axis=1), count_B1C.astype(jnp.int32)
+    low, high = (
+        jnp.take_along_axis(sorted_BTC, places, axis=1) for places in ((count - 1) // 2, count // 2)
+    )
+    return jnp.nan_to_num((low + high) / 2, posinf=0.0)
 
 
 class SegmentForecaster(nn.Module):
@@ -94,7 +103,7 @@ class SegmentForecaster(nn.Module):
         if self.cycle:
             shape = (self.cycle, channels)
             cycle_WC = self.param("cycle", nn.initializers.zeros, shape, jnp.float32)
-            phase_BS = known.phase[:, None] + jnp.arange(steps + horizon)
+            phase_BS = known.phase[:, None] + jnp.arange(steps + horizon)[None]
             cycle_BSC = cycle_WC[phase_BS % self.cycle]
             x_BTC, cycle_BNC = x_BTC - cycle_BSC[:, :steps], cycle_BSC[:, steps:]
         last_B1C = x_BTC[:, -1:] if self.window != "none" else jnp.zeros_like(x_BTC[:, -1:])
@@ -199,11 +208,11 @@ class SegmentModel:
 
     def steps(self, form: SeriesForm) -> int:
         """Steps of a segment: as set, else a season of at most 48 steps or else 24, but never more
-        than a quarter of the look-back."""
+        than a third of the look-back."""
         if self.segment:
             return self.segment
         natural = form.season if 1 < form.season <= 48 else 24
-        return min(natural, max(form.lookback // 4, 1))
+        return min(natural, max(form.lookback // 3, 1))
 
     def forecaster(self, form: SeriesForm) -> SegmentForecaster:
         """A module that forecasts series of this form."""
