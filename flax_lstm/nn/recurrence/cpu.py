@@ -3,40 +3,79 @@
 backward.
 
 Axes: B batch, T time, D input features, G gates, H hidden units, J hidden units of the previous
-step.
+step. With `time_major`, arrays over time are [T, B, ...] where their names say [B, T, ...].
 
 The equations are those of `cells.py` and `fused.py`; how they are computed is said in
-`native/kernel.h`. The input
-projection and all gradients of weights are within the kernel: no [B, T, G, H] array but that of the
-activated gates, for the backward pass, is ever written. The derivative is a `jax.custom_vjp`:
-reverse mode only, as with `fused`.
+`native/kernel.h`. The input projection and all gradients of weights are within the kernel: no
+[B, T, G, H] array but that of the activated gates, for the backward pass, is ever written.
+`primitives.py` makes it take every transformation; derivatives beyond those of `jax.grad` are taken
+of `define`, in plain JAX.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flax_lstm.machine.sharding import model_shards, platform
-from flax_lstm.nn.cells import Weights, not_textbook
-from flax_lstm.nn.recurrence import native
+from flax_lstm.nn.cells import (
+    GRUCell,
+    LSTMCell,
+    LSTMState,
+    SimpleRNNCell,
+    Weights,
+    gru_step,
+    lstm_step,
+    not_textbook,
+    rnn_step,
+)
+from flax_lstm.nn.recurrence import native, rows
+from flax_lstm.nn.recurrence.primitives import Derivable
 
 Array = jax.Array
+TIME_MAJOR = True  # `run` takes `time_major`
+EQUATIONS = {LSTMCell: lstm_step, GRUCell: gru_step, SimpleRNNCell: rnn_step}
 
 
 class Inputs(NamedTuple):
-    """What a gradient is taken of. A cell without recurrent bias or c has arrays without elements
-    there, and so has a mask that is not used."""
+    """What a gradient is taken of. None where a cell has no recurrent bias or no c, and where there
+    is no mask."""
 
     x_BTD: Array
-    input_DGH: Array
-    recurrent_JGH: Array
-    bias_GH: Array
-    recurrent_bias_H: Array
-    c_BH: Array
+    weights: Weights
+    c_BH: Array | None
     h_BH: Array
-    mask_BJ: Array
+    mask_BJ: Array | None
+
+
+class Marks(NamedTuple):
+    """What has no gradient."""
+
+    lengths_B: Array
+    reset_BT: Array | None
+
+
+class Results(NamedTuple):
+    y_BTH: Array
+    c_BH: Array | None
+    h_BH: Array
+    c_BTH: Array | None  # after every step, where asked for
+
+
+class Saved(NamedTuple):
+    """For the backward pass: activated gates, and c of an LSTM or the recurrent part of a GRU's
+    candidate (None for a simple RNN)."""
+
+    gates_BTGH: Array
+    kept_BTH: Array | None
+
+
+class How(NamedTuple):
+    equations: Callable[..., Any]  # of the cell
+    reverse: bool
+    time_major: bool
+    states: bool  # whether c after every step is a result
 
 
 def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
@@ -44,8 +83,6 @@ def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = Fals
     themselves are taken."""
     if reason := not_textbook(cell):
         return reason
-    if resets:
-        return "it has no resets"
     if platform() != "cpu":
         return f"the arrays are on a {platform()}, not on a CPU"
     if model_shards() > 1:
@@ -64,62 +101,136 @@ def run(
     mask_BJ: Array | None,
     reverse: bool,
     reset_BT: Array | None = None,
+    time_major: bool = False,
 ) -> tuple[Any, Array]:
     """See `flax_lstm.nn.recurrence`."""
-    none = jnp.zeros((0,))
+    how = How(EQUATIONS[type(cell)], reverse, time_major, states=False)
+    state, y_BTH, _ = call(how, weights, x_BTD, lengths_B, state, mask_BJ, reset_BT)
+    return state, y_BTH
+
+
+def call(
+    how: How,
+    weights: Weights,
+    x_BTD: Array,
+    lengths_B: Array | None,
+    state: Any,
+    mask_BJ: Array | None,
+    reset_BT: Array | None,
+) -> tuple[Any, Array, Array | None]:
+    """The final state, outputs, and c after every step where asked for."""
     leaves, structure = jax.tree.flatten(state)  # (c, h) of an LSTM, (h,) of the others
-    c_BH, h_BH = leaves if len(leaves) == 2 else (none, *leaves)
+    c_BH, h_BH = leaves if len(leaves) == 2 else (None, *leaves)
+    batch, time = x_BTD.shape[:2][:: -1 if how.time_major else 1]
     if lengths_B is None:
-        lengths_B = jnp.full(x_BTD.shape[0], x_BTD.shape[1])
-    inputs = Inputs(
-        x_BTD.astype(jnp.float32),
-        weights.input_DGH,
-        weights.recurrent_JGH,
-        weights.bias_GH,
-        none if weights.recurrent_bias_H is None else weights.recurrent_bias_H,
-        c_BH,
-        h_BH,
-        none if mask_BJ is None else mask_BJ,
+        lengths_B = jnp.full(batch, time)
+    inputs = Inputs(x_BTD.astype(jnp.float32), weights, c_BH, h_BH, mask_BJ)
+    found = recur(how, inputs, Marks(lengths_B.astype(jnp.int32), reset_BT))
+    ends = [end for end in (found.c_BH, found.h_BH) if end is not None]
+    return jax.tree.unflatten(structure, ends), found.y_BTH, found.c_BTH
+
+
+def define(how: How, inputs: Inputs, marks: Marks) -> Results:
+    """The recurrence in plain JAX."""
+    x_BTD, weights, c_BH, h_BH, mask_BJ = inputs
+    turn = (lambda x: x) if how.time_major else (lambda x: jnp.swapaxes(x, 0, 1))
+    x_TBD, (lengths_B, reset) = turn(x_BTD), marks
+    steps = jnp.arange(len(x_TBD))
+    valid_TB = steps[:, None] < lengths_B[None]
+    x_TBD = jnp.where(valid_TB[..., None], x_TBD, 0)
+    x_TBGH = jnp.einsum("tbd,dgh->tbgh", x_TBD, weights.input_DGH) + weights.bias_GH[None, None]
+    fresh_TB = jnp.zeros_like(valid_TB)
+    if reset is not None:
+        fresh_TB = rows.fresh(turn(reset).T, lengths_B, how.reverse).T
+    begin = h_BH if c_BH is None else LSTMState(c_BH, h_BH)
+
+    def step(state: Any, inputs: Any) -> tuple[Any, Any]:
+        x_BGH, valid_B, fresh_B = inputs
+        before = rows.where_rows(fresh_B, jax.tree.map(jnp.zeros_like, state), state)
+        new = how.equations(weights, before, x_BGH, mask_BJ)
+        state = rows.where_rows(valid_B, new, state)
+        return state, (jax.tree.leaves(new)[-1], jax.tree.leaves(new)[0])
+
+    end, (h_TBH, c_TBH) = jax.lax.scan(
+        step, begin, (x_TBGH, valid_TB, fresh_TB), reverse=how.reverse
     )
-    y_BTH, c_BH, h_BH = recur(reverse, inputs, lengths_B.astype(jnp.int32))
-    return jax.tree.unflatten(structure, [c_BH, h_BH][-len(leaves) :]), y_BTH
+    y_TBH = jnp.where(valid_TB[..., None], h_TBH, 0)
+    c_end, h_end = end if c_BH is not None else (None, end)
+    return Results(turn(y_TBH), c_end, h_end, turn(c_TBH) if how.states else None)
 
 
-def call(reverse: bool, inputs: Inputs, lengths_B: Array, save: bool) -> tuple[Array, ...]:
-    """(y, c, h, gates, kept): outputs, final state, and where `save` what the backward pass
-    needs."""
-    batch, steps, _ = inputs.x_BTD.shape
-    _, gates, hidden = inputs.recurrent_JGH.shape
-    shapes = [
-        (batch, steps, hidden),
-        inputs.c_BH.shape,
-        inputs.h_BH.shape,
-        (batch, steps, gates, hidden) if save else (0,),
-        (batch, steps, hidden) if save and gates > 1 else (0,),
-    ]
+# --- the kernel
+
+NONE = (0,)  # the shape of an array that is not there
+
+
+def placed(array: Array | None, dtype: Any = jnp.float32) -> Array:
+    return jnp.zeros(NONE, dtype) if array is None else array
+
+
+def there(array: Array) -> Array | None:
+    return None if array.shape == NONE else array
+
+
+def operands(inputs: Inputs, marks: Marks) -> tuple[list[Array], list[Array]]:
+    """Weights, and all that has rows, in the order of the kernel's arguments."""
+    weights = [*inputs.weights[:3], placed(inputs.weights.recurrent_bias_H)]
+    state = [placed(inputs.c_BH), inputs.h_BH, placed(inputs.mask_BJ)]
+    return weights, [*state, marks.lengths_B, placed(marks.reset_BT, bool)]
+
+
+def kernel(name: str, how: How, shapes: Any, *arrays: Array) -> Any:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    function = jax.ffi.ffi_call("flax_lstm_forward", results, vmap_method="sequential")
-    return tuple(function(*inputs, lengths_B, reverse=reverse))
+    function = jax.ffi.ffi_call(f"flax_lstm_{name}", results, vmap_method="sequential")
+    return function(*arrays, reverse=how.reverse, time_major=how.time_major)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recur(reverse: bool, inputs: Inputs, lengths_B: Array) -> tuple[Array, Array, Array]:
-    """Outputs and the final (c, h)."""
-    y_BTH, c_BH, h_BH, _, _ = call(reverse, inputs, lengths_B, save=False)
-    return y_BTH, c_BH, h_BH
+def call_forward(how: How, save: bool, inputs: Inputs, marks: Marks) -> tuple[Results, Saved]:
+    over_time = inputs.x_BTD.shape[:2]
+    _, gates, hidden = inputs.weights.recurrent_JGH.shape
+    (input_DGH, recurrent_JGH, bias_GH, bias_H), others = operands(inputs, marks)
+    shapes = [
+        (*over_time, hidden),
+        NONE if inputs.c_BH is None else inputs.c_BH.shape,
+        inputs.h_BH.shape,
+        (*over_time, gates, hidden) if save else NONE,
+        (*over_time, hidden) if save and gates > 1 else NONE,
+    ]
+    arrays = (inputs.x_BTD, input_DGH, recurrent_JGH, bias_GH, bias_H, *others)
+    y, c, h, gates_BTGH, kept = kernel("forward", how, shapes, *arrays)
+    return Results(y, there(c), h, kept if how.states else None), Saved(gates_BTGH, there(kept))
 
 
-def recur_forward(reverse: bool, inputs: Inputs, lengths_B: Array) -> Any:
-    y_BTH, c_BH, h_BH, gates_BTGH, kept_BTH = call(reverse, inputs, lengths_B, save=True)
-    return (y_BTH, c_BH, h_BH), (inputs, lengths_B, y_BTH, gates_BTGH, kept_BTH)
+def forward(how: How, inputs: Inputs, marks: Marks) -> tuple[Results, Saved]:
+    return call_forward(how, True, inputs, marks)
 
 
-def recur_backward(reverse: bool, residuals: Any, gradients: tuple[Array, Array, Array]) -> Any:
-    inputs, lengths_B, *saved = residuals
-    results = [jax.ShapeDtypeStruct(like.shape, jnp.float32) for like in inputs]
-    function = jax.ffi.ffi_call("flax_lstm_backward", results, vmap_method="sequential")
-    found = function(*inputs[:3], *inputs[5:], lengths_B, *saved, *gradients, reverse=reverse)
-    return Inputs(*found), None
+def plain(how: How, inputs: Inputs, marks: Marks) -> Results:
+    return call_forward(how, how.states, inputs, marks)[0]
 
 
-recur.defvjp(recur_forward, recur_backward)
+def backward(
+    how: How, arrays: tuple[Inputs, Marks], results: Results, saved: Saved, gradients: Results
+) -> tuple[Inputs, Marks]:
+    inputs, marks = arrays
+    (input_DGH, recurrent_JGH, bias_GH, bias_H), others = operands(inputs, marks)
+    y_BTH, dy, dc, dh = results.y_BTH, gradients.y_BTH, gradients.c_BH, gradients.h_BH
+    saves = (y_BTH, saved.gates_BTGH, placed(saved.kept_BTH))
+    given = (dy, placed(dc), dh, placed(gradients.c_BTH))
+    like = (inputs.x_BTD, input_DGH, recurrent_JGH, bias_GH, bias_H, *others[:3])
+    first = (inputs.x_BTD, input_DGH, recurrent_JGH, *others)
+    found = kernel("backward", how, [a.shape for a in like], *first, *saves, *given)
+    dx, d_input, d_recurrent, d_bias, d_bias_H, dc0, dh0, d_mask = found
+    weights = Weights(d_input, d_recurrent, d_bias, there(d_bias_H))
+    return Inputs(dx, weights, there(dc0), dh0, there(d_mask)), Marks(None, None)  # type: ignore[arg-type]
+
+
+def axes(how: How) -> Any:
+    """Where the rows of the batch are in arrays, results and what is saved."""
+    time = 1 if how.time_major else 0
+    inputs = Inputs(time, -1, 0, 0, 0)  # type: ignore[arg-type]
+    marks = Marks(0, time)  # type: ignore[arg-type]
+    return (inputs, marks), Results(time, 0, 0, time), Saved(time, time)  # type: ignore[arg-type]
+
+
+recur = Derivable(define, forward, backward, statics=1, plain=plain, rows=axes)

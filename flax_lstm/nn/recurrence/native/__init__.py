@@ -40,7 +40,7 @@ VARIANTS = {
     "neon": (("asimd",), ["-DLANES=4", "-DTILE=12"]),
     "portable": ((), ["-DLANES=4", "-DTILE=6"]),
 }
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
 
 
 class Unavailable(Exception):

@@ -1,5 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel as XLA custom calls. What a cell does not have, and a mask that is not there, is an array without elements.
+// The kernel as XLA custom calls. What a cell does not have, and a mask, resets or gradients that are not there, are arrays
+// without elements.
+//
+// The kernel trusts the sizes that it is given, so every dimension of every array is checked here: whatever is called with
+// whatever, nothing is read or written beyond an array.
+
+#include <string>
 
 #include "kernel.h"
 #include "xla/ffi/api/ffi.h"
@@ -9,50 +15,183 @@ using namespace flax_lstm;
 
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
+using Marks = ffi::Buffer<ffi::PRED>;
 using Result = ffi::Result<Floats>;
+using Dims = ffi::Span<const int64_t>;
 
 namespace {
 
-const float* some(const Floats& b) { return b.element_count() ? b.typed_data() : nullptr; }
+template <class Buffer>
+auto some(Buffer& b) {
+  return b.element_count() ? b.typed_data() : nullptr;
+}
 float* some(Result& b) { return b->element_count() ? b->typed_data() : nullptr; }
 
-Sizes sizes(const Floats& x, const Floats& recurrent) {
-  const auto d = x.dimensions();
-  return {d[0], d[1], d[2], recurrent.dimensions()[0]};
+std::string text(const std::vector<int64_t>& dims) {
+  std::string all = "[";
+  for (size_t i = 0; i < dims.size(); ++i) all += (i ? "," : "") + std::to_string(dims[i]);
+  return all + "]";
+}
+
+// Collects what is wrong with the shapes of a call: the first problem is the one that is told.
+class Shapes {
+ public:
+  void expect(const char* name, Dims dims, const std::vector<int64_t>& wanted, bool optional = false) {
+    const std::vector<int64_t> found(dims.begin(), dims.end());
+    if (problem_.empty() && found != wanted && !(optional && found == std::vector<int64_t>{0}))
+      problem_ = std::string("flax_lstm: ") + name + " has shape " + text(found) + ", expected " + text(wanted);
+  }
+  void rank(const char* name, Dims dims, size_t wanted) {
+    if (problem_.empty() && dims.size() != wanted)
+      problem_ = std::string("flax_lstm: ") + name + " has rank " + std::to_string(dims.size()) + ", expected " +
+                 std::to_string(wanted);
+  }
+  bool fine() const { return problem_.empty(); }
+  ffi::Error error() const { return ffi::Error::InvalidArgument(problem_); }
+
+ private:
+  std::string problem_;
+};
+
+// The shapes that a cell's arrays must have. [B,T,...] or, with time first, [T,B,...].
+struct Expected {
+  int64_t B, T, D, G, H;
+  bool time_major, has_cell, has_q;
+  using Shape = std::vector<int64_t>;
+  Shape over_time(std::initializer_list<int64_t> rest) const {
+    Shape shape = time_major ? Shape{T, B} : Shape{B, T};
+    shape.insert(shape.end(), rest);
+    return shape;
+  }
+  Shape state() const { return {B, H}; }
+  Shape cell() const { return has_cell ? Shape{B, H} : Shape{0}; }
+  Shape recurrent_bias() const { return has_q ? Shape{H} : Shape{0}; }
+  Sizes sizes() const { return {B, T, D, H, time_major}; }
+};
+
+// What forward and backward calls have in common; `expected` is filled in unless something is wrong.
+ffi::Error check_common(Shapes& shapes, Expected& expected, const Floats& x, const Floats& input, const Floats& recurrent,
+                        const Floats& c0, const Floats& h0, const Floats& mask, const Ints& lengths, const Marks& reset,
+                        bool time_major) {
+  shapes.rank("x", x.dimensions(), 3);
+  shapes.rank("recurrent weights", recurrent.dimensions(), 3);
+  if (!shapes.fine()) return shapes.error();
+  const Dims d = x.dimensions(), r = recurrent.dimensions();
+  Expected& e = expected = {d[time_major ? 1 : 0], d[time_major ? 0 : 1], d[2], r[1], r[2], time_major, r[1] == 4, r[1] == 3};
+  if (e.G != 4 && e.G != 3 && e.G != 1)
+    return ffi::Error::InvalidArgument("flax_lstm: no cell has " + std::to_string(e.G) + " gates");
+  shapes.expect("recurrent weights", r, {e.H, e.G, e.H});
+  shapes.expect("input weights", input.dimensions(), {e.D, e.G, e.H});
+  shapes.expect("state c", c0.dimensions(), e.cell());
+  shapes.expect("state h", h0.dimensions(), e.state());
+  shapes.expect("mask", mask.dimensions(), e.state(), true);
+  shapes.expect("lengths", lengths.dimensions(), {e.B});
+  shapes.expect("resets", reset.dimensions(), e.over_time({}), true);
+  return shapes.fine() ? ffi::Error::Success() : shapes.error();
 }
 
 // By the number of gates: 4 of the LSTM, 3 of the GRU, 1 of the simple RNN.
 template <class Run>
-ffi::Error by_cell(const Floats& recurrent, const Run& run) {
-  switch (recurrent.dimensions()[1]) {
-    case 4: run(Lstm{}); break;
-    case 3: run(Gru{}); break;
-    case 1: run(Rnn{}); break;
-    default: return ffi::Error::InvalidArgument("flax_lstm: no cell has this number of gates");
-  }
-  return ffi::Error::Success();
+void by_cell(int64_t gates, const Run& run) {
+  if (gates == 4) return run(Lstm{});
+  if (gates == 3) return run(Gru{});
+  run(Rnn{});
 }
 
 ffi::Error run_forward(ffi::ThreadPool pool, Floats x, Floats input, Floats recurrent, Floats bias,
-                       Floats recurrent_bias, Floats c0, Floats h0, Floats mask, Ints lengths, Result y, Result c,
-                       Result h, Result gates, Result kept, bool reverse) {
-  const Forward f{sizes(x, recurrent), reverse,   x.typed_data(),    input.typed_data(),   recurrent.typed_data(),
-                  bias.typed_data(),   some(recurrent_bias), some(c0), h0.typed_data(), some(mask),
-                  lengths.typed_data(), y->typed_data(), some(c),    h->typed_data(), some(gates), some(kept)};
-  return by_cell(recurrent, [&](auto cell) { forward<decltype(cell)>(pool, pool.num_threads(), f); });
+                       Floats recurrent_bias, Floats c0, Floats h0, Floats mask, Ints lengths, Marks reset, Result y,
+                       Result c, Result h, Result gates, Result kept, bool reverse, bool time_major) {
+  Shapes shapes;
+  Expected e;
+  if (auto error = check_common(shapes, e, x, input, recurrent, c0, h0, mask, lengths, reset, time_major); error.failure())
+    return error;
+  shapes.expect("bias", bias.dimensions(), {e.G, e.H});
+  shapes.expect("recurrent bias", recurrent_bias.dimensions(), e.recurrent_bias());
+  shapes.expect("outputs", y->dimensions(), e.over_time({e.H}));
+  shapes.expect("final c", c->dimensions(), e.cell());
+  shapes.expect("final h", h->dimensions(), e.state());
+  shapes.expect("gates", gates->dimensions(), e.over_time({e.G, e.H}), true);
+  const bool save = gates->dimensions().size() == 4, keeps = save && e.G > 1;
+  shapes.expect("kept", kept->dimensions(), keeps ? e.over_time({e.H}) : Expected::Shape{0});
+  if (!shapes.fine()) return shapes.error();
+  const Forward f{
+      .size = e.sizes(),
+      .reverse = reverse,
+      .x = x.typed_data(),
+      .input = input.typed_data(),
+      .recurrent = recurrent.typed_data(),
+      .bias = bias.typed_data(),
+      .recurrent_bias = some(recurrent_bias),
+      .c0 = some(c0),
+      .h0 = h0.typed_data(),
+      .mask = some(mask),
+      .lengths = lengths.typed_data(),
+      .reset = some(reset),
+      .y = y->typed_data(),
+      .c = some(c),
+      .h = h->typed_data(),
+      .gates = some(gates),
+      .kept = some(kept),
+  };
+  by_cell(e.G, [&](auto cell) { forward<decltype(cell)>(pool, pool.num_threads(), f); });
+  return ffi::Error::Success();
 }
 
 ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats recurrent, Floats c0, Floats h0,
-                        Floats mask, Ints lengths, Floats y, Floats gates, Floats kept, Floats dy, Floats dc, Floats dh,
-                        Result dx, Result dinput, Result drecurrent, Result dbias, Result drecurrent_bias, Result dc0,
-                        Result dh0, Result dmask, bool reverse) {
-  const Backward f{sizes(x, recurrent),      reverse,              x.typed_data(),      input.typed_data(),
-                   recurrent.typed_data(),   some(c0),             h0.typed_data(),     some(mask),
-                   lengths.typed_data(),     y.typed_data(),       gates.typed_data(),  some(kept),
-                   dy.typed_data(),          some(dc),             dh.typed_data(),     dx->typed_data(),
-                   dinput->typed_data(),     drecurrent->typed_data(), dbias->typed_data(), some(drecurrent_bias),
-                   some(dc0),                dh0->typed_data(),    some(dmask)};
-  return by_cell(recurrent, [&](auto cell) { backward<decltype(cell)>(pool, pool.num_threads(), f); });
+                        Floats mask, Ints lengths, Marks reset, Floats y, Floats gates, Floats kept, Floats dy, Floats dc,
+                        Floats dh, Floats dkept, Result dx, Result dinput, Result drecurrent, Result dbias,
+                        Result drecurrent_bias, Result dc0, Result dh0, Result dmask, bool reverse, bool time_major) {
+  Shapes shapes;
+  Expected e;
+  if (auto error = check_common(shapes, e, x, input, recurrent, c0, h0, mask, lengths, reset, time_major); error.failure())
+    return error;
+  const auto over_time = e.over_time({e.H});
+  shapes.expect("outputs", y.dimensions(), over_time);
+  shapes.expect("gates", gates.dimensions(), e.over_time({e.G, e.H}));
+  shapes.expect("kept", kept.dimensions(), e.G > 1 ? over_time : Expected::Shape{0});
+  shapes.expect("gradient of outputs", dy.dimensions(), over_time);
+  shapes.expect("gradient of final c", dc.dimensions(), e.cell());
+  shapes.expect("gradient of final h", dh.dimensions(), e.state());
+  shapes.expect("gradient of every c", dkept.dimensions(), over_time, true);
+  shapes.expect("gradient of x", dx->dimensions(), e.over_time({e.D}));
+  shapes.expect("gradient of input weights", dinput->dimensions(), {e.D, e.G, e.H});
+  shapes.expect("gradient of recurrent weights", drecurrent->dimensions(), {e.H, e.G, e.H});
+  shapes.expect("gradient of bias", dbias->dimensions(), {e.G, e.H});
+  shapes.expect("gradient of recurrent bias", drecurrent_bias->dimensions(), e.recurrent_bias());
+  shapes.expect("gradient of state c", dc0->dimensions(), e.cell());
+  shapes.expect("gradient of state h", dh0->dimensions(), e.state());
+  const Dims m = mask.dimensions();
+  shapes.expect("gradient of mask", dmask->dimensions(), Expected::Shape(m.begin(), m.end()));
+  if (!shapes.fine()) return shapes.error();
+  const Backward b{
+      .size = e.sizes(),
+      .reverse = reverse,
+      .x = x.typed_data(),
+      .input = input.typed_data(),
+      .recurrent = recurrent.typed_data(),
+      .c0 = some(c0),
+      .h0 = h0.typed_data(),
+      .mask = some(mask),
+      .lengths = lengths.typed_data(),
+      .reset = some(reset),
+      .y = y.typed_data(),
+      .gates = gates.typed_data(),
+      .kept = some(kept),
+      .dy = dy.typed_data(),
+      .dc = some(dc),
+      .dh = dh.typed_data(),
+      .dkept = some(dkept),
+      .dx = dx->typed_data(),
+      .dinput = dinput->typed_data(),
+      .drecurrent = drecurrent->typed_data(),
+      .dbias = dbias->typed_data(),
+      .drecurrent_bias = some(drecurrent_bias),
+      .dc0 = some(dc0),
+      .dh0 = dh0->typed_data(),
+      .dmask = some(dmask),
+  };
+  by_cell(e.G, [&](auto cell) { backward<decltype(cell)>(pool, pool.num_threads(), b); });
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -69,12 +208,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_forward, run_forward,
                                   .Arg<Floats>()  // h0
                                   .Arg<Floats>()  // mask
                                   .Arg<Ints>()    // lengths
+                                  .Arg<Marks>()   // resets
                                   .Ret<Floats>()  // y
                                   .Ret<Floats>()  // c
                                   .Ret<Floats>()  // h
                                   .Ret<Floats>()  // gates
                                   .Ret<Floats>()  // kept
-                                  .Attr<bool>("reverse"));
+                                  .Attr<bool>("reverse")
+                                  .Attr<bool>("time_major"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_backward, run_backward,
                               ffi::Ffi::Bind()
@@ -86,12 +227,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_backward, run_backward,
                                   .Arg<Floats>()  // h0
                                   .Arg<Floats>()  // mask
                                   .Arg<Ints>()    // lengths
+                                  .Arg<Marks>()   // resets
                                   .Arg<Floats>()  // y
                                   .Arg<Floats>()  // gates
                                   .Arg<Floats>()  // kept
                                   .Arg<Floats>()  // dy
                                   .Arg<Floats>()  // dc
                                   .Arg<Floats>()  // dh
+                                  .Arg<Floats>()  // dkept
                                   .Ret<Floats>()  // dx
                                   .Ret<Floats>()  // dinput
                                   .Ret<Floats>()  // drecurrent
@@ -100,4 +243,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_backward, run_backward,
                                   .Ret<Floats>()  // dc0
                                   .Ret<Floats>()  // dh0
                                   .Ret<Floats>()  // dmask
-                                  .Attr<bool>("reverse"));
+                                  .Attr<bool>("reverse")
+                                  .Attr<bool>("time_major"));

@@ -16,6 +16,10 @@
 //   added to the weights' gradients. No gradient of a gate is ever written to memory.
 // - A column of ones behind the inputs makes the bias one more row of the input weights, its gradient included.
 //
+// A step that begins from zeros (see rows.py: `reset` marks the steps that are the first of a sequence) finds the state before it
+// zeroed, forwards, and cuts the gradient that would go on to it, backwards: one byte is read a row and step, nothing else changes.
+// Arrays over time may have time or the batch as their first axis: `place` is the number of a row's step in either.
+//
 // The vectors are those of the compiler (GCC, Clang); LANES floats each, TILE rows in a tile, both set by the build.
 
 #pragma once
@@ -195,6 +199,9 @@ class Memory {  // floats for one task, taken piece by piece
 
 struct Sizes {
   long batch, time, inputs, units;
+  bool time_major = false;  // [T,B,...] in place of [B,T,...]
+  long place(long b, long t) const { return time_major ? t * batch + b : b * time + t; }
+  long step() const { return time_major ? batch : 1; }  // from the place of a step to that of the next
   long blocks() const { return (units + COLS - 1) / COLS; }  // panels over the units
   long input_blocks() const { return (inputs + COLS - 1) / COLS; }
   long width(long block) const { return std::min(COLS, units - block * COLS); }
@@ -249,6 +256,22 @@ struct Rows {  // of one task, longest first
   }
   long time(long r, long step, bool reverse) const { return reverse ? length[r] - 1 - step : step; }
 };
+
+// Whether step s of a row, in the order of reading, begins from zeros. Read backwards that is the one after which (in time) a
+// sequence begins.
+inline bool fresh(const bool* reset, const Rows& mine, const Sizes& z, long r, long s, bool reverse) {
+  const long t = mine.time(r, s, reverse);
+  return reverse ? s > 0 && reset[z.place(mine.row[r], t + 1)] : reset[z.place(mine.row[r], t)];
+}
+
+// Zeros where rows are padded, in an array [B,T,width] or [T,B,width].
+inline void clear_padding(float* out, const Rows& mine, const Sizes& z, long width) {
+  for (size_t r = 0; r < mine.row.size(); ++r)
+    for (long t = mine.length[r]; t < z.time; ++t) {
+      float* to = out + z.place(mine.row[r], t) * width;
+      std::fill(to, to + width, 0.0f);
+    }
+}
 
 inline std::vector<Rows> deal(const int* lengths, const Sizes& z, long tasks) {
   std::vector<long> order(z.batch);
@@ -314,7 +337,7 @@ inline long chunk_rows(const Rows& mine) { return std::max<long>(CHUNK_ROWS, min
 inline void gather(const float* x, const Rows& mine, const Chunk& c, const Sizes& z, bool reverse, float* out) {
   for (long s = c.begin; s < c.end; ++s)
     for (long r = 0, n = mine.active(s); r < n; ++r, out += z.inputs + 1) {
-      const float* from = x + (mine.row[r] * z.time + mine.time(r, s, reverse)) * z.inputs;
+      const float* from = x + z.place(mine.row[r], mine.time(r, s, reverse)) * z.inputs;
       std::copy(from, from + z.inputs, out);
       out[z.inputs] = 1;
     }
@@ -328,6 +351,7 @@ struct Forward {
   const float *c0, *h0;                                        // c0: LSTM only
   const float* mask;                                           // [B,J] or null
   const int* lengths;
+  const bool* reset;     // [B,T] or null
   float *y, *c, *h;      // outputs and final state
   float *gates, *kept;   // [B,T,G,H] and [B,T,H] for the backward pass, or null
 };
@@ -368,9 +392,8 @@ void forward_task(const Forward& f, const Rows& mine) {
     std::copy(begin + b * H, begin + (b + 1) * H, carry + r * stride);
     for (long i = 0; i < H; ++i) h_in[r * ldh + i] = f.h0[b * H + i] * (f.mask ? f.mask[b * H + i] : 1.0f);
     h_in[r * ldh + H] = 1;
-    float* end = f.y + b * z.time * H;
-    std::fill(end + mine.length[r] * H, end + z.time * H, 0.0f);
   }
+  clear_padding(f.y, mine, z, H);
 
   for (long edge = 0; edge < mine.steps();) {
     const Chunk c = chunk(mine, edge, false);
@@ -381,6 +404,11 @@ void forward_task(const Forward& f, const Rows& mine) {
                      panels + p * m * COLS);
     for (long s = c.begin; s < c.end; ++s) {
       const long n = mine.active(s), at = c.offset[s - c.begin];
+      for (long r = 0; f.reset && r < n; ++r)
+        if (fresh(f.reset, mine, z, r, s, f.reverse)) {
+          std::fill(h_in + r * ldh, h_in + r * ldh + H, 0.0f);
+          std::fill(carry + r * stride, carry + (r + 1) * stride, 0.0f);
+        }
       for (long block = 0; block < blocks; ++block) {
         const long width = z.width(block);
         float* gate_panel[G];
@@ -391,7 +419,7 @@ void forward_task(const Forward& f, const Rows& mine) {
           product<false>(n, width, h_in, ldh, recurrent + p * depth * COLS, depth, !apart, apart ? q : gate_panel[g]);
         }
         for (long r = 0; r < n; ++r) {
-          const long b = mine.row[r], place = b * z.time + mine.time(r, s, f.reverse);
+          const long b = mine.row[r], place = z.place(b, mine.time(r, s, f.reverse));
           for (long i = 0; i < width; i += LANES) {
             const long unit = block * COLS + i, left = H - unit;
             Vec gates[G], kept{};
@@ -433,8 +461,9 @@ struct Backward {
   const float *x, *input, *recurrent;
   const float *c0, *h0, *mask;
   const int* lengths;
-  const float *y, *gates, *kept;  // of the forward pass
-  const float *dy, *dc, *dh;      // gradients of its outputs; dc: LSTM only
+  const bool* reset;
+  const float *y, *gates, *kept;          // of the forward pass
+  const float *dy, *dc, *dh, *dkept;      // gradients of its outputs; dc: LSTM only, dkept (of all its c): or null
   float *dx, *dinput, *drecurrent, *dbias, *drecurrent_bias, *dc0, *dh0, *dmask;
 };
 
@@ -464,7 +493,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth;
   const auto sizes = {z.input_blocks() * G * H * COLS, blocks * G * H * COLS, m * input_depth, m * depth,
                       blocks * P * m * COLS, m * G * H, Cell::HAS_Q ? rows * G * H : 0, m * COLS,
-                      rows * stride, rows * stride, blocks * rows * COLS};
+                      rows * stride, rows * stride, blocks * rows * COLS, stride};
   long total = 0;
   for (long s : sizes) total += Memory::rounded(s);
   Memory memory(total);
@@ -472,20 +501,21 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   const auto take = [&] { return memory.take(*next++); };
   float *input = take(), *recurrent = take(), *x = take(), *h_before = take(), *panels = take(), *da = take();
   float *da_recurrent = take(), *dx = take(), *direct = take(), *dcell = take(), *through = take();
+  float* zeros = take();
 
   pack_transposed(f.input, D, G * H, input);
   pack_transposed(f.recurrent, H, G * H, recurrent);
   std::fill(direct, direct + rows * stride, 0.0f);
   std::fill(dcell, dcell + rows * stride, 0.0f);
   std::fill(through, through + blocks * rows * COLS, 0.0f);
+  std::fill(zeros, zeros + stride, 0.0f);
   for (long r = 0; r < rows; ++r) {
     const long b = mine.row[r];
     std::copy(f.dh + b * H, f.dh + (b + 1) * H, direct + r * stride);
     if (f.mask) std::fill(f.dmask + b * H, f.dmask + (b + 1) * H, 0.0f);
     if (Cell::HAS_CELL) std::copy(f.dc + b * H, f.dc + (b + 1) * H, dcell + r * stride);
-    float* end = f.dx + b * z.time * D;
-    std::fill(end + mine.length[r] * D, end + z.time * D, 0.0f);
   }
+  clear_padding(f.dx, mine, z, D);
   // The gradient of the state h before the step that was handled last: directly, and through the recurrent weights.
   const auto incoming = [&](long r, const float* h, long unit) {
     const long b = mine.row[r], left = H - unit;
@@ -505,10 +535,11 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
     for (long s = c.end - 1; s >= c.begin; --s) {
       const long n = mine.active(s), at = c.offset[s - c.begin];
       for (long r = 0; r < n; ++r) {
-        const long b = mine.row[r], place = b * z.time + mine.time(r, s, f.reverse);
-        const long place_before = place + (f.reverse ? 1 : -1);
-        const float* h_old = s ? f.y + place_before * H : f.h0 + b * H;
-        const float* c_old = !Cell::HAS_CELL ? nullptr : s ? f.kept + place_before * H : f.c0 + b * H;
+        const long b = mine.row[r], place = z.place(b, mine.time(r, s, f.reverse));
+        const long place_before = place + (f.reverse ? z.step() : -z.step());
+        const bool begins = f.reset && fresh(f.reset, mine, z, r, s, f.reverse);
+        const float* h_old = begins ? zeros : s ? f.y + place_before * H : f.h0 + b * H;
+        const float* c_old = begins ? zeros : !Cell::HAS_CELL ? nullptr : s ? f.kept + place_before * H : f.c0 + b * H;
         float *in = da + (at + r) * G * H, *rec = Cell::HAS_Q ? da_recurrent + r * G * H : nullptr;
         float* before = h_before + (at + r) * depth;
         for (long unit = 0; unit < H; unit += LANES) {
@@ -518,6 +549,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
           const Vec h = load(h_old + unit, left);
           const Vec kept = Cell::HAS_CELL || Cell::HAS_Q ? load(f.kept + place * H + unit, left) : Vec{};
           const Vec cell = Cell::HAS_CELL ? load(c_old + unit, left) : Vec{};
+          if (Cell::HAS_CELL && f.dkept) dc += load(f.dkept + place * H + unit, left);
           const Vec dh = incoming(r, f.y + place * H, unit) + load(f.dy + place * H + unit, left);
           store(direct + r * stride + unit, Cell::backward(gates, kept, cell, h, dh, dc, dq));
           store(dcell + r * stride + unit, dc);
@@ -537,6 +569,13 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
       for (long block = 0; block < blocks; ++block)
         product<false>(n, z.width(block), a, G * H, recurrent + block * G * H * COLS, G * H, false,
                        through + block * rows * COLS);
+      for (long r = 0; f.reset && r < n; ++r)
+        if (fresh(f.reset, mine, z, r, s, f.reverse)) {
+          std::fill(direct + r * stride, direct + (r + 1) * stride, 0.0f);
+          std::fill(dcell + r * stride, dcell + (r + 1) * stride, 0.0f);
+          for (long block = 0; block < blocks; ++block)
+            std::fill(through + (block * rows + r) * COLS, through + (block * rows + r + 1) * COLS, 0.0f);
+        }
     }
     for (long p = 0; p < blocks * G; ++p) {
       const long block = p / G, g = p % G, width = z.width(block);
@@ -551,7 +590,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
       for (long s = c.begin; s < c.end; ++s)
         for (long r = 0, n = mine.active(s); r < n; ++r) {
           const float* from = dx + (c.offset[s - c.begin] + r) * COLS;
-          std::copy(from, from + width, f.dx + (mine.row[r] * z.time + mine.time(r, s, f.reverse)) * D + begin);
+          std::copy(from, from + width, f.dx + z.place(mine.row[r], mine.time(r, s, f.reverse)) * D + begin);
         }
     }
   }
