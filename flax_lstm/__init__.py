@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flax_lstm.errors import UserError
     from flax_lstm.inference import Run, load
     from flax_lstm.nn.cells import GRUCell, LSTMCell, SimpleRNNCell
-    from flax_lstm.nn.layers import RNN, Bidirectional, Stack
+    from flax_lstm.nn.layers import RNN, Bidirectional, ScannedRNN, Stack
     from flax_lstm.nn.models import (
         LanguageModel,
         RecurrentForecaster,
@@ -45,6 +45,7 @@ __all__ = [
     "RecurrentForecaster",
     "RecurrentModel",
     "Run",
+    "ScannedRNN",
     "SegmentModel",
     "SequenceModel",
     "SequenceRegression",
@@ -67,7 +68,7 @@ __getattr__, __dir__ = lazily(
         "errors": ("UserError",),
         "inference": ("Run", "load"),
         "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
-        "nn.layers": ("RNN", "Bidirectional", "Stack"),
+        "nn.layers": ("RNN", "Bidirectional", "ScannedRNN", "Stack"),
         "nn.models": (
             "LanguageModel",
             "RecurrentForecaster",

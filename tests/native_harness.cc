@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <memory>
 #include <random>
 #include <thread>
 
@@ -29,9 +30,9 @@ double sum(const std::vector<float>& values) {  // of a kind that notices order
 }
 
 template <class Cell>
-void run(const char* name, bool reverse, bool masked) {
+void run(const char* name, bool reverse, bool masked, bool reset_and_time_major) {
   constexpr long G = Cell::GATES;
-  const Sizes z{7, 23, 5, 19};
+  const Sizes z{7, 23, 5, 19, reset_and_time_major};
   const long B = z.batch, T = z.time, D = z.inputs, H = z.units;
   std::mt19937 random(1);
   const auto draw = [&](long count) {  // exactly the same numbers everywhere
@@ -47,17 +48,55 @@ void run(const char* name, bool reverse, bool masked) {
   std::vector<float> y(B * T * H), c(B * H), h(B * H), gates(B * T * G * H), kept(B * T * H), dx(B * T * D);
   std::vector<float> dinput(D * G * H), drecurrent(H * G * H), dbias(G * H), drecurrent_bias(H), dc0(B * H), dh0(B * H);
   std::vector<float> dmask(B * H);
-  const Forward f{z, reverse, x.data(), input.data(), recurrent.data(), bias.data(), recurrent_bias.data(), c0.data(),
-                  h0.data(), masked ? mask.data() : nullptr, lengths.data(), y.data(), c.data(), h.data(), gates.data(),
-                  kept.data()};
-  const Backward b{z, reverse, x.data(), input.data(), recurrent.data(), c0.data(), h0.data(),
-                   masked ? mask.data() : nullptr, lengths.data(), y.data(), gates.data(), kept.data(), dy.data(),
-                   dc.data(), dh.data(), dx.data(), dinput.data(), drecurrent.data(), dbias.data(),
-                   drecurrent_bias.data(), dc0.data(), dh0.data(), dmask.data()};
+  const auto dkept = draw(reset_and_time_major ? B * T * H : 0);
+  std::unique_ptr<bool[]> reset(reset_and_time_major ? new bool[B * T] : nullptr);
+  for (long i = 0; reset && i < B * T; ++i) reset[i] = random() % 4 == 0;
+  const Forward f{.size = z,
+                  .reverse = reverse,
+                  .x = x.data(),
+                  .input = input.data(),
+                  .recurrent = recurrent.data(),
+                  .bias = bias.data(),
+                  .recurrent_bias = recurrent_bias.data(),
+                  .c0 = c0.data(),
+                  .h0 = h0.data(),
+                  .mask = masked ? mask.data() : nullptr,
+                  .lengths = lengths.data(),
+                  .reset = reset.get(),
+                  .y = y.data(),
+                  .c = c.data(),
+                  .h = h.data(),
+                  .gates = gates.data(),
+                  .kept = kept.data()};
+  const Backward b{.size = z,
+                   .reverse = reverse,
+                   .x = x.data(),
+                   .input = input.data(),
+                   .recurrent = recurrent.data(),
+                   .c0 = c0.data(),
+                   .h0 = h0.data(),
+                   .mask = masked ? mask.data() : nullptr,
+                   .lengths = lengths.data(),
+                   .reset = reset.get(),
+                   .y = y.data(),
+                   .gates = gates.data(),
+                   .kept = kept.data(),
+                   .dy = dy.data(),
+                   .dc = dc.data(),
+                   .dh = dh.data(),
+                   .dkept = dkept.empty() ? nullptr : dkept.data(),
+                   .dx = dx.data(),
+                   .dinput = dinput.data(),
+                   .drecurrent = drecurrent.data(),
+                   .dbias = dbias.data(),
+                   .drecurrent_bias = drecurrent_bias.data(),
+                   .dc0 = dc0.data(),
+                   .dh0 = dh0.data(),
+                   .dmask = dmask.data()};
   Threads pool;
   forward<Cell>(pool, 3, f);
   backward<Cell>(pool, 3, b);
-  std::printf("%s reverse=%d mask=%d", name, reverse, masked);
+  std::printf("%s reverse=%d mask=%d,%d", name, reverse, masked, reset_and_time_major);
   for (const auto* values : {&y, &c, &h, &dx, &dinput, &drecurrent, &dbias, &drecurrent_bias, &dc0, &dh0, &dmask})
     std::printf(" %.6g", sum(*values));
   std::printf("\n");
@@ -65,9 +104,10 @@ void run(const char* name, bool reverse, bool masked) {
 
 int main() {
   for (bool reverse : {false, true})
-    for (bool masked : {false, true}) {
-      run<Lstm>("lstm", reverse, masked);
-      run<Gru>("gru", reverse, masked);
-      run<Rnn>("rnn", reverse, masked);
-    }
+    for (bool masked : {false, true})
+      for (bool reset_and_time_major : {false, true}) {
+        run<Lstm>("lstm", reverse, masked, reset_and_time_major);
+        run<Gru>("gru", reverse, masked, reset_and_time_major);
+        run<Rnn>("rnn", reverse, masked, reset_and_time_major);
+      }
 }

@@ -10,7 +10,7 @@ row's last valid step. What padding holds, be it NaN, reaches neither outputs no
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ from flax.errors import ScopeParamShapeError
 from flax_lstm.errors import ArgumentError, UserError
 from flax_lstm.machine.sharding import on_each_device
 from flax_lstm.nn import checks, recurrence
-from flax_lstm.nn.cells import Cell, Weights
+from flax_lstm.nn.cells import Cell, GRUCell, Weights
 from flax_lstm.nn.recurrence import rows
+from flax_lstm.nn.recurrence.primitives import alike
 
 Array = jax.Array
 Advance = Callable[[nn.Module, Any, Array], tuple[Any, Array]]  # (cell, state, x_t) -> (state, y_t)
@@ -35,22 +36,28 @@ def scan(
     lengths_B: Array | None,
     reverse: bool,
     reset_BT: Array | None = None,
-) -> tuple[Any, Array]:
+    states: bool = False,
+) -> tuple[Any, Any]:
     """`flax.linen.scan` of `advance` over the time axis: the definition of every recurrence
-    here."""
+    here. The final state, and outputs [B, T, H]; with `states` those and the state after every
+    step."""
     fresh_BT = None if reset_BT is None else rows.fresh(reset_BT, lengths_B, reverse)
+    state = jax.tree.unflatten(
+        jax.tree.structure(state), alike(jax.tree.leaves(state), jax.tree.leaves(x_BT))
+    )
 
-    def body(cell: nn.Module, state: Any, inputs: tuple[Array, Array, Any]) -> tuple[Any, Array]:
+    def body(cell: nn.Module, state: Any, inputs: tuple[Array, Array, Any]) -> tuple[Any, Any]:
         x, t, fresh_B = inputs
         begin = state
         if fresh_B is not None:
             begin = rows.where_rows(fresh_B, jax.tree.map(jnp.zeros_like, state), state)
         new, y = advance(cell, begin, x)
         if lengths_B is None:
-            return new, y
+            return new, (y, new) if states else y
         valid_B = t < lengths_B
         kept = rows.where_rows(valid_B, new, state)
-        return kept, rows.where_rows(valid_B, y, jnp.zeros_like(y))
+        y = rows.where_rows(valid_B, y, jnp.zeros_like(y))
+        return kept, (y, kept) if states else y
 
     loop = nn.scan(
         body,
@@ -63,21 +70,39 @@ def scan(
     return loop(cell, state, (x_BT, jnp.arange(x_BT.shape[1]), fresh_BT))
 
 
+def turn(x: Array | None) -> Any:
+    """Time and batch, the first two axes, in each other's place. Two turns that meet in a compiled
+    program cancel, without a copy."""
+    return None if x is None else jnp.swapaxes(x, 0, 1)
+
+
+class Way(NamedTuple):
+    """How a layer is run: the backend (None: the scan), the direction, and what is wanted."""
+
+    backend: Any
+    reverse: bool
+    time_major: bool  # arrays over time are views of others that have time first
+    states: bool  # outputs are followed by the state after every step
+
+
 def run_cell(
     cell: Cell,
-    backend: Any,
-    reverse: bool,
+    way: Way,
     weights: Weights,
     state: Any,
     x_BTD: Array,
     lengths_B: Array | None,
     mask_BJ: Array | None,
     reset_BT: Array | None,
-) -> tuple[Any, Array]:
-    """One of our cells over time by a backend; None: by the scan."""
+) -> tuple[Any, Any]:
+    """One of our cells over time."""
+    backend, reverse, states = way.backend, way.reverse, way.states
     if backend is not None:
         cast = cell.cast(weights, x_BTD)
-        return backend.run(cell, cast, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT)
+        arguments = (cell, cast, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT)
+        options = {"time_major": True} if way.time_major and hasattr(backend, "TIME_MAJOR") else {}
+        run = backend.run_states if states else backend.run
+        return run(*arguments, **options)
 
     def advance(cell: Any, state: Any, x_BGH: Array) -> tuple[Any, Array]:
         # Cast at every step, so that the gradients of all steps add up in the dtype of the weights
@@ -86,7 +111,7 @@ def run_cell(
         return state, cell.output(state).astype(cell.compute_dtype(x_BTD))
 
     x_BTGH = cell.project(weights, rows.without_padding(x_BTD, lengths_B))
-    return scan(advance, cell, state, x_BTGH, lengths_B, reverse, reset_BT)
+    return scan(advance, cell, state, x_BTGH, lengths_B, reverse, reset_BT, states)
 
 
 class RNN(nn.Module):
@@ -101,6 +126,9 @@ class RNN(nn.Module):
     weight_dropout: share of the recurrent weights dropped, one mask a batch (DropConnect, Merity et
     al. 2018).
     backend: how to run it; see `flax_lstm.backends()`. All give the same result.
+    time_major: inputs, resets, outputs and states are [T, B, ...]; no copy is made for `cpu`.
+    return_states: a call gives three things: final state, outputs, and the state after every step,
+    with leaves [B, T, H]; in padding, the state that is held there.
 
     Example: a layer of 64 units over 8 sequences of up to 20 steps.
 
@@ -115,6 +143,8 @@ class RNN(nn.Module):
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
     backend: recurrence.BackendName = "auto"
+    time_major: bool = False
+    return_states: bool = False
 
     def __call__(
         self,
@@ -139,25 +169,35 @@ class RNN(nn.Module):
 
         Raises ArgumentError where shapes or dtypes do not fit.
         """
-        x_BTD = checks.inputs(x_BTD)
-        batch, time, _ = x_BTD.shape
+        x_BTD = checks.inputs(x_BTD, self.time_major)
+        batch, time = x_BTD.shape[:2][:: -1 if self.time_major else 1]
         lengths_B = checks.lengths(lengths_B, batch)
-        reset_BT = checks.resets(reset_BT, batch, time)
+        reset_BT = checks.resets(reset_BT, batch, time, self.time_major)
+        if self.time_major:
+            x_BTD, reset_BT = turn(x_BTD), turn(reset_BT)
+        state, y = self.run(x_BTD, lengths_B, state, reset_BT, reverse, deterministic)
+        if self.time_major:
+            y = jax.tree.map(turn, y)
+        return (state, *y) if self.return_states else (state, y)
+
+    def run(
+        self,
+        x_BTD: Array,
+        lengths_B: Array | None,
+        state: Any,
+        reset_BT: Array | None,
+        reverse: bool,
+        deterministic: bool,
+    ) -> tuple[Any, Any]:
         cell, backend = self.cell, self.resolve(x_BTD, reset_BT is not None)
         weights, state, x_BTD, mask_BJ = self.prepare(x_BTD, state, deterministic)
         if not isinstance(cell, Cell):
             x_BTD = rows.without_padding(x_BTD, lengths_B)
-            return scan(
-                lambda cell, state, x: cell(state, x),
-                cell,
-                state,
-                x_BTD,
-                lengths_B,
-                reverse,
-                reset_BT,
-            )
+            arrays = (x_BTD, lengths_B, reverse, reset_BT, self.return_states)
+            return scan(lambda cell, state, x: cell(state, x), cell, state, *arrays)
 
-        run = functools.partial(run_cell, cell, backend, reverse)
+        way = Way(backend, reverse, self.time_major, self.return_states)
+        run = functools.partial(run_cell, cell, way)
         return on_each_device(run, partitioned=backend is None)(
             weights, state, x_BTD, lengths_B, mask_BJ, reset_BT
         )
@@ -166,7 +206,8 @@ class RNN(nn.Module):
         """The backend for these inputs; None: the scan. Foreign cells have no other."""
         if isinstance(self.cell, Cell):
             dropout, layer = self.recurrent_dropout > 0, "/".join(self.path)
-            return recurrence.resolve(self.backend, self.cell, x_BTD, dropout, resets, layer)
+            case = (x_BTD, dropout, resets, self.return_states)
+            return recurrence.resolve(self.backend, self.cell, *case, layer=layer)
         if self.backend not in ("auto", "scan"):
             raise UserError(
                 f"backend {self.backend} cannot run {type(self.cell).__name__}: it is none of "
@@ -221,6 +262,37 @@ class RNN(nn.Module):
 
     def directions(self) -> tuple["RNN", ...]:
         return (self,)
+
+
+class ScannedRNN(nn.Module):
+    """The recurrent layer of reinforcement learning, as PureJaxRL, JaxMARL and Stoix write it:
+    `(carry, (ins_TBD, resets_TB)) -> (carry, out_TBH)`, where a step whose reset is true begins
+    from zeros.
+
+    cell: any of RNN's; None: a GRU as wide as its inputs, as in PureJaxRL.
+    backend: as of `RNN`.
+
+    The carry begins as zeros: `ScannedRNN.initialize_carry(batch, hidden)` for a GRU,
+    `cell.initial_state(batch)` for any cell. It comes back in the structure in which it was given,
+    so that it can be the carry of a `jax.lax.scan`.
+    """
+
+    cell: nn.RNNCellBase | None = None
+    backend: recurrence.BackendName = "auto"
+
+    @nn.compact
+    def __call__(self, carry: Any, x: tuple[Array, Array]) -> tuple[Any, Array]:
+        ins_TBD, resets_TB = x
+        ins_TBD = checks.inputs(ins_TBD, time_major=True)
+        cell = GRUCell(ins_TBD.shape[-1], name="cell") if self.cell is None else self.cell
+        rnn = RNN(cell, backend=self.backend, time_major=True)
+        state, out_TBH = rnn(ins_TBD, None, carry, reset_BT=resets_TB)
+        return jax.tree.unflatten(jax.tree.structure(carry), jax.tree.leaves(state)), out_TBH
+
+    @staticmethod
+    def initialize_carry(batch_size: int, hidden_size: int) -> Array:
+        """Zeros [B, H]."""
+        return jnp.zeros((batch_size, hidden_size))
 
 
 class Bidirectional(nn.Module):
@@ -306,6 +378,8 @@ def run_together(
     """Layers on each other by one call of their backend. None where it has no such call, and where
     the layers differ or some of their inputs are dropped: then they run one after the other."""
     if reset_BT is not None or not all(isinstance(one, RNN | Bidirectional) for one in layers):
+        return None
+    if any(rnn.time_major or rnn.return_states for one in layers for rnn in one.directions()):
         return None
     x_BTD = checks.inputs(x_BTD)
     lengths_B = checks.lengths(lengths_B, x_BTD.shape[0])

@@ -2,12 +2,13 @@
 """Ways of running a recurrence over time, each equal to the scan of `layers.py`, and the choice
 among them.
 
-A backend is a module with two functions, or three:
+A backend is a module with two functions, or more:
 
     run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT) -> (state, y_BTH)
     supports(cell, x_BTD, recurrent_dropout, resets) -> None, or the reason why not
     run_stack(cell, weights, x_BTD, lengths_B, states) -> (states, y_BTH), where one call can run
     several layers
+    run_states(...), as run -> (state, (y_BTH, states)), where it has the state after every step
 
 `weights` are a cell's `Weights` in the dtype of the matmuls, `lengths_B` is None where all steps
 are valid, `mask_BJ` is recurrent dropout (None without it). Steps at or beyond a row's length leave
@@ -67,14 +68,17 @@ def resolve(
     x_BTD: Any,
     recurrent_dropout: bool = False,
     resets: bool = False,
+    states: bool = False,
     layer: str = "",
 ) -> ModuleType | None:
     """The backend to run a layer, or None for the scan itself. A backend asked for by name that
     does not support the case is a `UserError` with its reason."""
     if name not in (known := ("auto", *BACKENDS, "scan")):
         raise UserError(f"model.backend {name}: there are {', '.join(known)}")
+    lacking = "it does not give the state after every step"
     reasons = {
         other: module.supports(cell, x_BTD, recurrent_dropout, resets)
+        or (lacking if states and not hasattr(module, "run_states") else None)
         for other, module in BACKENDS.items()
         if name in ("auto", other)
     }

@@ -35,7 +35,7 @@ from flax_lstm.nn.recurrence.primitives import Derivable
 
 Array = jax.Array
 TIME_MAJOR = True  # `run` takes `time_major`
-EQUATIONS = {LSTMCell: lstm_step, GRUCell: gru_step, SimpleRNNCell: rnn_step}
+EQUATIONS: dict[type, Any] = {LSTMCell: lstm_step, GRUCell: gru_step, SimpleRNNCell: rnn_step}
 
 
 class Inputs(NamedTuple):
@@ -103,10 +103,36 @@ def run(
     reset_BT: Array | None = None,
     time_major: bool = False,
 ) -> tuple[Any, Array]:
-    """See `flax_lstm.nn.recurrence`."""
+    """See `flax_lstm.nn.recurrence`. time_major: arrays over time, all given as [B, T, ...], are
+    views of others that have time first, and the kernel shall read and write those."""
     how = How(EQUATIONS[type(cell)], reverse, time_major, states=False)
-    state, y_BTH, _ = call(how, weights, x_BTD, lengths_B, state, mask_BJ, reset_BT)
-    return state, y_BTH
+    state, found, _ = call(how, weights, x_BTD, lengths_B, state, mask_BJ, reset_BT)
+    return state, found.y_BTH
+
+
+def run_states(
+    cell: Any,
+    weights: Weights,
+    x_BTD: Array,
+    lengths_B: Array | None,
+    begin: Any,
+    mask_BJ: Array | None,
+    reverse: bool,
+    reset_BT: Array | None = None,
+    time_major: bool = False,
+) -> tuple[Any, tuple[Array, Any]]:
+    """`run`, with the state after every step; in padding, the one that is held there."""
+    how = How(EQUATIONS[type(cell)], reverse, time_major, states=type(cell) is LSTMCell)
+    end, found, lengths_B = call(how, weights, x_BTD, lengths_B, begin, mask_BJ, reset_BT)
+    valid_BT1 = rows.valid(lengths_B, x_BTD.shape[1])[..., None]
+    over_time = [x for x in (found.c_BTH, found.y_BTH) if x is not None]
+    held = [
+        jnp.where(valid_BT1, x_BTH, rest_BH[:, None])
+        for x_BTH, rest_BH in zip(
+            over_time, jax.tree.leaves(begin if reverse else end), strict=True
+        )
+    ]
+    return end, (found.y_BTH, jax.tree.unflatten(jax.tree.structure(begin), held))
 
 
 def call(
@@ -117,17 +143,21 @@ def call(
     state: Any,
     mask_BJ: Array | None,
     reset_BT: Array | None,
-) -> tuple[Any, Array, Array | None]:
-    """The final state, outputs, and c after every step where asked for."""
+) -> tuple[Any, "Results", Array]:
+    """The final state, results, and the lengths."""
+
+    def turn(x: Array | None) -> Any:
+        return jnp.swapaxes(x, 0, 1) if how.time_major and x is not None else x
+
     leaves, structure = jax.tree.flatten(state)  # (c, h) of an LSTM, (h,) of the others
     c_BH, h_BH = leaves if len(leaves) == 2 else (None, *leaves)
-    batch, time = x_BTD.shape[:2][:: -1 if how.time_major else 1]
     if lengths_B is None:
-        lengths_B = jnp.full(batch, time)
-    inputs = Inputs(x_BTD.astype(jnp.float32), weights, c_BH, h_BH, mask_BJ)
-    found = recur(how, inputs, Marks(lengths_B.astype(jnp.int32), reset_BT))
+        lengths_B = jnp.full(x_BTD.shape[0], x_BTD.shape[1])
+    inputs = Inputs(turn(x_BTD).astype(jnp.float32), weights, c_BH, h_BH, mask_BJ)
+    found = recur(how, inputs, Marks(lengths_B.astype(jnp.int32), turn(reset_BT)))
     ends = [end for end in (found.c_BH, found.h_BH) if end is not None]
-    return jax.tree.unflatten(structure, ends), found.y_BTH, found.c_BTH
+    found = found._replace(y_BTH=turn(found.y_BTH), c_BTH=turn(found.c_BTH))
+    return jax.tree.unflatten(structure, ends), found, lengths_B
 
 
 def define(how: How, inputs: Inputs, marks: Marks) -> Results:
@@ -142,15 +172,16 @@ def define(how: How, inputs: Inputs, marks: Marks) -> Results:
     fresh_TB = jnp.zeros_like(valid_TB)
     if reset is not None:
         fresh_TB = rows.fresh(turn(reset).T, lengths_B, how.reverse).T
-    begin = h_BH if c_BH is None else LSTMState(c_BH, h_BH)
+    begin: Any = h_BH if c_BH is None else LSTMState(c_BH, h_BH)
 
-    def step(state: Any, inputs: Any) -> tuple[Any, Any]:
-        x_BGH, valid_B, fresh_B = inputs
+    def step(state: Any, given: Any) -> tuple[Any, Any]:
+        x_BGH, valid_B, fresh_B = given
         before = rows.where_rows(fresh_B, jax.tree.map(jnp.zeros_like, state), state)
         new = how.equations(weights, before, x_BGH, mask_BJ)
         state = rows.where_rows(valid_B, new, state)
         return state, (jax.tree.leaves(new)[-1], jax.tree.leaves(new)[0])
 
+    end: Any
     end, (h_TBH, c_TBH) = jax.lax.scan(
         step, begin, (x_TBGH, valid_TB, fresh_TB), reverse=how.reverse
     )

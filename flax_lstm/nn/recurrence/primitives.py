@@ -308,9 +308,7 @@ def derivative(function: Callable[..., Leaves], operands: Any, dots: Any) -> Lea
             every[place] = operand
         return function(*every)
 
-    return jax.jvp(
-        of_moving, tuple(operands[n] for n in moving), tuple(dots[n] for n in moving)
-    )[1]
+    return jax.jvp(of_moving, tuple(operands[n] for n in moving), tuple(dots[n] for n in moving))[1]
 
 
 def transpose(to: Primitive) -> Callable[..., Any]:

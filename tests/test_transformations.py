@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every transformation of JAX works through every backend and gives what it gives through the scan.
+
+The table of docs/backends.md is made of what is run here.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+from flax_lstm.nn.cells import CELLS
+from flax_lstm.nn.layers import RNN
+from flax_lstm.nn.recurrence import BACKENDS
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+Function = Callable[..., Any]
+B, T, D, H = 2, 3, 2, 3
+LENGTHS, RESETS = np.array([T, 1]), np.zeros((B, T), bool)
+RESETS[0, 1] = True
+
+
+def layer(name: str, backend: str) -> tuple[Function, Any]:
+    """A number (weights, x) -> loss, and random weights and inputs."""
+    rnn = RNN(CELLS[name](H), backend=backend)
+    rng = np.random.default_rng(0)
+    resets = (
+        RESETS
+        if backend == "scan"
+        or not BACKENDS[backend].supports(rnn.cell, jnp.zeros((B, T, D)), False, True)
+        else None
+    )
+    x_BTD = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+    shapes = jax.eval_shape(rnn.init, jax.random.key(0), x_BTD)
+    variables = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), shapes)
+
+    def loss(variables: Any, x_BTD: Any) -> Any:
+        state, y_BTH = rnn.apply(variables, x_BTD, LENGTHS, reset_BT=resets)
+        ends = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(state))
+        return jnp.sum(jnp.sin(y_BTH)) + ends
+
+    return loss, (variables, x_BTD), resets is not None
+
+
+def like(tree: Any, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), tree)
+
+
+def several(tree: Any, n: int = 3) -> Any:
+    return jax.tree.map(lambda a: jnp.stack([a + 0.1 * k for k in range(n)]), tree)
+
+
+def linearized(f: Function, w: Any, x: Any) -> Any:
+    value, push = jax.linearize(f, w, x)
+    return value, push(like(w, 1), like(x, 2))
+
+
+def hvp(f: Function, w: Any, x: Any) -> Any:
+    return jax.jvp(jax.grad(f, (0, 1)), (w, x), (like(w, 1), like(x, 2)))
+
+
+def gradient_of_gradient(f: Function, w: Any, x: Any) -> Any:
+    return jax.grad(
+        lambda w, x: sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(jax.grad(f, (0, 1))(w, x))),
+        (0, 1),
+    )(w, x)
+
+
+def reverse_over_forward(f: Function, w: Any, x: Any) -> Any:
+    push = lambda w, x: jax.jvp(f, (w, x), (like(w, 1), like(x, 2)))[1]  # noqa: E731
+    return jax.grad(push, (0, 1))(w, x)
+
+
+def scanned(f: Function, w: Any, x: Any) -> Any:
+    def step(total: Any, x: Any) -> Any:
+        return total + f(w, x), None
+
+    return jax.lax.scan(step, jnp.zeros(()), several(x))[0]
+
+
+def checked(f: Function, w: Any, x: Any) -> Any:
+    error, found = checkify.checkify(jax.grad(f), errors=checkify.float_checks)(w, x)
+    assert error.get() is None
+    bad, _ = checkify.checkify(f, errors=checkify.nan_checks)(w, x.at[0, 0].set(jnp.nan))
+    assert "nan" in str(bad.get())
+    return found
+
+
+def mesh() -> Any:
+    return jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def mapped_shards(check: bool, f: Function, w: Any, x: Any) -> Any:
+    """The layer on each device with its rows, one of two with a row each would need other lengths:
+    so examples are rows of `several`."""
+    rows = jax.P("rows")
+
+    @partial(jax.shard_map, mesh=mesh(), in_specs=(jax.P(), rows), out_specs=rows, check_vma=check)
+    def each(w: Any, xs: Any) -> Any:
+        return jax.vmap(partial(f, w))(xs)
+
+    return jax.grad(lambda w, xs: jnp.sum(each(w, xs)), (0, 1))(w, several(x, 4))
+
+
+def pmapped(f: Function, w: Any, x: Any) -> Any:
+    return jax.pmap(partial(f, w))(several(x, 2))
+
+
+TRANSFORMATIONS: dict[str, Function] = {
+    "jax.jit": lambda f, w, x: f(w, x),
+    "jax.grad": lambda f, w, x: jax.value_and_grad(f, (0, 1))(w, x),
+    "jax.jvp": lambda f, w, x: jax.jvp(f, (w, x), (like(w, 1), like(x, 2))),
+    "jax.linearize": linearized,
+    "jax.jacfwd": lambda f, w, x: jax.jacfwd(f, (0, 1))(w, x),
+    "jax.jacrev": lambda f, w, x: jax.jacrev(jax.grad(f))(w, x),
+    "jvp of grad (hvp)": hvp,
+    "grad of jvp": reverse_over_forward,
+    "grad of grad": gradient_of_gradient,
+    "jax.hessian": lambda f, w, x: jax.hessian(f, 1)(w, x),
+    "vmap over inputs": lambda f, w, x: jax.vmap(partial(f, w))(several(x)),
+    "vmap over weights": lambda f, w, x: jax.vmap(f, (0, None))(several(w), x),
+    "grad of vmap": lambda f, w, x: jax.grad(
+        lambda w, xs: jnp.sum(jax.vmap(f, (None, 0))(w, xs)), (0, 1)
+    )(w, several(x)),
+    "vmap of grad": lambda f, w, x: jax.vmap(jax.grad(f), (None, 0))(w, several(x)),
+    "grad of an ensemble": lambda f, w, x: jax.vmap(jax.grad(f, (0, 1)), (0, None))(several(w), x),
+    "vmap of jvp": lambda f, w, x: jax.vmap(lambda x: jax.jvp(f, (w, x), (like(w, 1), like(x, 2))))(
+        several(x)
+    ),
+    "vmap of vmap": lambda f, w, x: jax.vmap(jax.vmap(f, (None, 0)), (0, None))(
+        several(w, 2), several(x)
+    ),
+    "jax.checkpoint": lambda f, w, x: jax.grad(jax.checkpoint(f), (0, 1))(w, x),
+    "lax.scan": lambda f, w, x: jax.grad(partial(scanned, f), (0, 1))(w, x),
+    "checkify": checked,
+    "shard_map": partial(mapped_shards, False),
+    "shard_map, check_vma": partial(mapped_shards, True),
+    "pmap": pmapped,
+}
+NOT_JITTED = ("pmap", "checkify")
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_equals_that_of_the_scan(transformation: str, backend: str) -> None:
+    check(transformation, backend, "lstm")
+
+
+def check(transformation: str, backend: str, name: str) -> None:
+    run = TRANSFORMATIONS[transformation]
+    found = {}
+    for one in (backend, "scan"):
+        loss, arguments, _ = layer(name, one)
+        if one == "scan" and backend == "fused":  # until it has resets
+            loss = layer(name, one)[0]
+        whole = partial(run, loss)
+        found[one] = (whole if transformation in NOT_JITTED else jax.jit(whole))(*arguments)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4 * max(1, np.abs(b).max())),
+        found[backend],
+        found["scan"],
+    )
