@@ -8,6 +8,7 @@ How a run keeps its config, and what may differ when it is resumed: `saved_confi
 import importlib
 import importlib.util
 import math
+import pprint
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -114,6 +115,14 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0  # of the initial weights, dropout and the order of examples
+
+    def __str__(self) -> str:
+        """The settings as Python writes them, a section after the other."""
+        return pprint.pformat(self, width=100, sort_dicts=False)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What a notebook shows."""
+        printer.text(str(self))
 
     def with_schedule_settled(self) -> "Config":
         """The config whose schedule has a length of its own, so that a longer run does not change

@@ -54,10 +54,22 @@ class Run:
         """The weights that are evaluated: the averaged ones where the run has them."""
         return self._checkpoints.restore_params(self.step(checkpoint), self._parts.steps.abstract)
 
-    def evaluate(self, split: str = "test", checkpoint: str | int = "best") -> dict[str, Any]:
-        """The figures of a split, with `split`, `step` and `examples`."""
+    def __repr__(self) -> str:
+        config, kept = self.config, self._checkpoints.steps()
+        sections = (config.data, config.task, config.model)
+        parts = ", ".join(type(section).__name__ for section in sections)
+        return f"Run({str(self.workdir)!r}: {config.name}, {parts}; checkpoints {listing(kept)})"
+
+    def evaluate(
+        self, split: str = "test", checkpoint: str | int = "best", data: Any = None
+    ) -> dict[str, Any]:
+        """The figures of a split, with `split`, `step` and `examples`.
+
+        data: what `fit` was given as `data`, if it was; other data are refused.
+        """
         require(split in SPLITS, f"--split {split}: choose one of {listing(SPLITS)}")
-        dataset = self.config.data.load(self._folder.assets)
+        settings = self.config.data if data is None else self.config.data.holding(data)
+        dataset = settings.load(self._folder.assets)
         step, parts = self.step(checkpoint), self._parts
         batches = dataset.evaluation(split, self.config.train.batch_size)
         params = self.params(step)
@@ -71,9 +83,13 @@ class Run:
             steps.forward(params, None, jax.tree.map(np.asarray, batch))[1]
         )
 
-    def predict(self, table: pd.DataFrame, checkpoint: str | int = "best") -> pd.DataFrame:
-        """Predictions for a table with the columns of the training data; see the task's
-        `predict`."""
+    def predict(self, inputs: Any, checkpoint: str | int = "best") -> pd.DataFrame:
+        """Predictions for new inputs; see the task's `predict`.
+
+        inputs: a DataFrame with the columns of the training data; for texts also one text, or a
+            list or Series of them; for sequences of numbers also a list of arrays.
+        """
+        table = self.config.data.table(inputs)
         batch_size = min(self.config.train.batch_size, 256)
         return self.config.task.predict(table, self.info, self.forward(checkpoint), batch_size)
 

@@ -14,10 +14,10 @@ from flax_lstm.training.pairing import check_parts, noun, offers, shipped
 # What goes together, said by hand: task -> (data, models).
 TEXTS = {"Imdb", "RottenTomatoes", "TextTable"}
 TOGETHER = {
-    "Classification": (TEXTS, {"TextModel"}),
+    "Classification": (TEXTS | {"Sequences"}, {"TextModel", "RecurrentModel"}),
     "Forecasting": ({"SeriesTable", "PanelTable"}, {"RecurrentForecaster", "SegmentModel"}),
     "LanguageModeling": ({"ImdbLanguage", "LanguageTable"}, {"LanguageModel"}),
-    "SequenceRegression": ({"AddingProblem"}, {"RecurrentModel", "RecurrentForecaster"}),
+    "SequenceRegression": ({"AddingProblem", "Sequences"}, {"RecurrentModel"}),
 }
 TASKS = [getattr(flax_lstm, name) for name in TOGETHER]
 PAIRS = list(itertools.product(shipped(data_sets, "gives"), TASKS, shipped(flax_lstm, "reads")))
@@ -69,7 +69,7 @@ def test_the_message_names_what_is_missing_and_what_has_it():
         check_parts(config)
     assert str(refused.value) == (
         "task Classification needs data with labels; AddingProblem has none. "
-        "Data with labels: Imdb, RottenTomatoes, TextTable"
+        "Data with labels: Imdb, RottenTomatoes, Sequences, TextTable"
     )
 
 

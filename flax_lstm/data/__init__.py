@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flax_lstm.data.language import ImdbLanguage, LanguageTable
     from flax_lstm.data.panel import PanelTable
     from flax_lstm.data.rotten_tomatoes import RottenTomatoes
+    from flax_lstm.data.sequences import Sequences
     from flax_lstm.data.series import SeriesTable
     from flax_lstm.data.synthetic import AddingProblem
     from flax_lstm.data.text import TextTable
@@ -27,6 +28,7 @@ __all__ = [
     "LanguageTable",
     "PanelTable",
     "RottenTomatoes",
+    "Sequences",
     "SeriesTable",
     "TextTable",
 ]
@@ -39,6 +41,7 @@ __getattr__, __dir__ = lazily(
         "language": ("ImdbLanguage", "LanguageTable"),
         "panel": ("PanelTable",),
         "rotten_tomatoes": ("RottenTomatoes",),
+        "sequences": ("Sequences",),
         "series": ("SeriesTable",),
         "synthetic": ("AddingProblem",),
         "text": ("TextTable",),

@@ -171,6 +171,19 @@ class Data(Protocol):
         """The same settings with absolute paths, so that a run works from any directory."""
         return self
 
+    def holding(self, table: Any) -> Self:
+        """The same settings for data that a program has in memory."""
+        raise UserError(
+            f"{type(self).__name__} reads data of its own; data in memory go with SeriesTable, "
+            "PanelTable, TextTable, LanguageTable or Sequences"
+        )
+
+    def table(self, inputs: Any) -> pd.DataFrame:
+        """New inputs for predictions, as a program has them, in the form of `read`."""
+        if isinstance(inputs, pd.DataFrame):
+            return inputs
+        raise UserError(f"predict takes a DataFrame here, not a {type(inputs).__name__}")
+
     def read(self, path: Path) -> pd.DataFrame:
         """A file of new inputs for `predict`, checked for the columns it needs."""
         raise UserError(f"{type(self).__name__} has no form of input file")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of token rows of similar length, so that little is padded and few shapes are compiled.
+"""Batches of rows of similar length, so that little is padded and few shapes are compiled.
 
 Axes: B rows of a batch, T tokens.
 """
@@ -20,8 +20,8 @@ BUCKETS = 8  # distinct padded lengths T: each is one compilation of the trainin
 class Rows(NamedTuple):
     """The examples of a split, encoded."""
 
-    tokens: list[np.ndarray]  # int32, shorter or equal max_length each
-    labels: np.ndarray  # int32, index into TextInfo.labels
+    tokens: list[np.ndarray]  # (T,) int32 ids, or (T, D) float32 numbers; T up to max_length
+    labels: np.ndarray  # (rows,) int32 places in the labels, or (rows, outputs) float32 numbers
 
 
 def take(rows: Rows, chosen: np.ndarray) -> Rows:
@@ -34,10 +34,12 @@ def pad(rows: Rows, boundaries: Sequence[int], batch_size: int) -> Batch:
     lengths_B = np.zeros(batch_size, np.int32)
     lengths_B[: len(rows.tokens)] = [len(ids) for ids in rows.tokens]
     longest = int(lengths_B.max(initial=0))
-    inputs_BT = np.zeros((batch_size, next(b for b in boundaries if b >= longest)), np.int32)
+    steps = next(b for b in boundaries if b >= longest)
+    like = rows.tokens[0] if rows.tokens else np.zeros(0, np.int32)
+    inputs_BT = np.zeros((batch_size, steps, *like.shape[1:]), like.dtype)
     for row, ids in zip(inputs_BT, rows.tokens, strict=False):
         row[: len(ids)] = ids
-    targets_B = np.zeros(batch_size, np.int32)
+    targets_B = np.zeros((batch_size, *rows.labels.shape[1:]), rows.labels.dtype)
     targets_B[: len(rows.labels)] = rows.labels
     weights_B = (np.arange(batch_size) < len(rows.tokens)).astype(np.float32)
     return Batch(inputs_BT, targets_B, lengths_B, weights_B)

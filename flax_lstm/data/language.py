@@ -15,6 +15,7 @@ import numpy as np
 
 from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.imdb import ImdbFiles
+from flax_lstm.data.memory import in_memory
 from flax_lstm.data.tables import read_table, read_text, text_values
 from flax_lstm.data.text import (
     Corpus,
@@ -218,5 +219,6 @@ class LanguageTable(TableFiles, LanguageData):
             files = sorted(path.rglob("*.txt"))
             require(bool(files), f"{path} holds no .txt files")
             return Texts([read_text(file) for file in files], [""] * len(files))
-        texts = text_values(read_table(path), self.text_column, path)
+        frame = self.held() if in_memory(path) else read_table(path)
+        texts = text_values(frame, self.text_column, path)
         return Texts(texts, [""] * len(texts))

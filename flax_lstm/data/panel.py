@@ -13,8 +13,8 @@ from typing import ClassVar, Self
 import numpy as np
 import pandas as pd
 
-from flax_lstm.data.base import Data
 from flax_lstm.data.grid import Frequency, Missing
+from flax_lstm.data.memory import InMemory, in_memory
 from flax_lstm.data.series import (
     SeriesDataset,
     SeriesInfo,
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PanelTable(Data):
+class PanelTable(InMemory):
     """Forecasting many series of different lengths, starts and scales with one model, from a long
     table: CSV, TSV, JSON lines or Parquet, also with .gz.
 
@@ -90,7 +90,7 @@ class PanelTable(Data):
 
     def load(self, assets: Path) -> SeriesDataset:
         """Reads the series; what was settled comes from `assets`, or is saved there."""
-        frame = self.read(self.path)
+        frame = self.held() if in_memory(self.path) else self.read(self.path)
         fitted = SeriesInfo.restore(assets) if (assets / "info.json").exists() else None
         layout = fitted or self._layout(frame)
         tracks, frequency = layout.tracks(frame, self.path, fitted.grid if fitted else None)

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pandas as pd
 
-from flax_lstm.data.base import Batch, Data, Known
+from flax_lstm.data.base import Batch, Known
 from flax_lstm.data.covariates import CYCLES, Column, calendar, columns
 from flax_lstm.data.grid import Frequency, Missing, fill
+from flax_lstm.data.memory import InMemory, absolute_path, in_memory
 from flax_lstm.data.timetable import embedded, numeric_columns, read_series
 from flax_lstm.data.tracks import Layout, Track
 from flax_lstm.data.vocabulary import write_atomically
@@ -288,7 +289,7 @@ def first_rows(frame: pd.DataFrame, layout: Layout) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class SeriesTable(Data):
+class SeriesTable(InMemory):
     """Forecasting from a table with one row per time: CSV, TSV, JSON lines or Parquet, also with
     .gz.
 
@@ -341,7 +342,7 @@ class SeriesTable(Data):
     def load(self, assets: Path) -> SeriesDataset:
         """Reads the series; the scaler comes from `assets`, or is fitted on the training rows and
         saved there."""
-        frame = self.read(self.path)
+        frame = self.held() if in_memory(self.path) else self.read(self.path)
         fitted = SeriesInfo.restore(assets) if (assets / "info.json").exists() else None
         layout = fitted or self._layout(frame)
         tracks, frequency = layout.tracks(frame, self.path, fitted.grid if fitted else None)
@@ -444,9 +445,7 @@ def require_sizes(table: Any) -> None:
 
 def absolute(table: Any) -> Any:
     """A table's settings with an absolute path; the name of an embedded series stays."""
-    if table.path in embedded():
-        return table
-    return replace(table, path=str(Path(table.path).expanduser().absolute()))
+    return table if table.path in embedded() else replace(table, path=absolute_path(table.path))
 
 
 def fit_columns(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> tuple[Column, ...]:

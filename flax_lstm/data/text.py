@@ -18,6 +18,7 @@ import pandas as pd
 
 from flax_lstm.data.base import Batch, BatchSource, Data
 from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
+from flax_lstm.data.memory import InMemory, absolute_path, in_memory
 from flax_lstm.data.tables import label_values, read_folder, read_table, sort_labels, text_values
 from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
 from flax_lstm.errors import UserError, listing, nearest, require
@@ -89,6 +90,10 @@ class TextInfo(VocabularyInfo):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, cut to `max_length`."""
         return self.cut(self.vocabulary.encode(texts))
+
+    def inputs(self, table: pd.DataFrame) -> list[str]:
+        """The texts in a table of new inputs."""
+        return text_values(table, self.text_column, "the input")
 
     def cut(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
@@ -239,6 +244,17 @@ class TextData(Corpus):
         """What an earlier `load` fitted: all that a prediction needs."""
         return TextInfo.load(assets)
 
+    def table(self, inputs: Any) -> pd.DataFrame:
+        """New texts: one, several, or a table with the training table's text column."""
+        if isinstance(inputs, str):
+            inputs = [inputs]
+        if isinstance(inputs, pd.DataFrame):
+            frame = inputs
+        else:
+            frame = pd.DataFrame({self.text_column: pd.Series(list(inputs), dtype=object)})
+        text_values(frame, self.text_column, "the input")
+        return frame
+
     def read(self, path: str | Path) -> pd.DataFrame:
         """New texts for predictions: a table with the training table's text column, and any
         others."""
@@ -248,7 +264,7 @@ class TextData(Corpus):
 
 
 @dataclasses.dataclass(frozen=True)
-class TableFiles(Corpus):
+class TableFiles(Corpus, InMemory):
     """Rows of the user's own files, in splits that they give or that are drawn."""
 
     # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/
@@ -308,7 +324,7 @@ class TextTable(TableFiles, TextData):
     def _texts(self, path: Path) -> Texts:
         if path.is_dir():
             return Texts(*read_folder(path))
-        frame = read_table(path)
+        frame = self.held() if in_memory(path) else read_table(path)
         return Texts(
             text_values(frame, self.text_column, path), label_values(frame, self.label_column, path)
         )
@@ -351,10 +367,6 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
 
 def check_fraction(field: str, value: float) -> None:
     require(0 < value < 1, f"data.{field} is {value}: give a share between 0 and 1, such as 0.1")
-
-
-def absolute_path(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def _encode(info: TextInfo, name: str, split: Texts) -> Rows:

@@ -9,6 +9,7 @@ import ast
 import importlib
 import pprint
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import flax_lstm
 import flax_lstm.data
 from flax_lstm.config import Config
-from flax_lstm.errors import UserError, require
+from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import write_atomically
 
 MAY_DIFFER = (
@@ -45,6 +46,29 @@ def save_config(config: Config, path: Path) -> None:
     body = pprint.pformat(config, width=100, sort_dicts=False).replace("\n", "\n    ")
     # Atomically, for a run cannot be resumed with half a config.
     write_atomically(path, f"{imports}\n\n\ndef get_config():\n    return {body}\n")
+
+
+def require_savable(config: Config) -> None:
+    """Raises UserError for a config that could not be read again once it is saved, so that its run
+    could be neither resumed nor used."""
+    classes = {type(value) for value in _tree(config)}
+    local = [kind.__qualname__ for kind in classes if "<locals>" in kind.__qualname__]
+    require(
+        not local,
+        f"the class {listing(local)} is defined within a function: a run of it could not be loaded "
+        "again. Define it at the top level of a module",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.py"
+        save_config(config, path)
+        again = read_config(path)
+    before, after = flatten(config), flatten(again)
+    lost = [name for name in before if before[name] != after.get(name)]
+    require(
+        not lost,
+        f"config field {listing(lost)}: the value cannot be saved and read again; fields are "
+        "numbers, strings, None, tuples of these, or dataclasses",
+    )
 
 
 def _tree(value: Any) -> Iterator[Any]:

@@ -13,7 +13,13 @@ from typing import Any
 from flax_lstm.config import Config
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import write_atomically
-from flax_lstm.runs.saved_config import flatten, read_config, resume_config, save_config
+from flax_lstm.runs.saved_config import (
+    flatten,
+    read_config,
+    require_savable,
+    resume_config,
+    save_config,
+)
 
 RESULT_KEYS = {"name", "steps", "best_step", "stopped_early", "test", "baselines"}
 
@@ -50,6 +56,7 @@ class Workdir:
                 f"--workdir {self}: must lie on a file system that all processes share",
             )
             return resume_config(read_config(self.config), config, self.path)
+        require_savable(config)
         config = self._settled(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

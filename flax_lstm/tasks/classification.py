@@ -92,9 +92,7 @@ class Classification(Task):
         """The table with columns `label` and `probability`; its own of these names become
         `label_input` and so on. `attrs["probabilities"]` has, for each row, the probability of
         every label."""
-        parts = [
-            forward(batch) for batch in info.batches(table[info.text_column].tolist(), batch_size)
-        ]
+        parts = [forward(batch) for batch in info.batches(info.inputs(table), batch_size)]
         logits = np.concatenate(parts)[: len(table)].astype(np.float64)
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)

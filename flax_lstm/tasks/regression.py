@@ -2,16 +2,18 @@
 """Regression of sequences."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, Measured
 from flax_lstm.tasks.base import (
     Array,
     Baseline,
+    Forward,
     Monitor,
     SequenceBuilder,
     Sums,
@@ -47,6 +49,16 @@ class SequenceRegression(Task):
     def figures(self, sums: Sums, info: Measured) -> dict[str, float]:
         mse, mae = float(sums["mse"].value), float(sums["mae"].value)
         return {"loss": mse, "mse": mse, "mae": mae}
+
+    def predict(
+        self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
+    ) -> pd.DataFrame:
+        """The table with a column `predicted`, or `predicted_1` and so on for several numbers."""
+        parts = [forward(batch) for batch in info.batches(info.inputs(table), batch_size)]
+        outputs = np.concatenate(parts)[: len(table)].astype(np.float64)
+        names = [f"predicted_{n}" for n in range(1, outputs.shape[1] + 1)]
+        columns = dict(zip(names if len(names) > 1 else ["predicted"], outputs.T, strict=True))
+        return table.assign(**columns)
 
     def baselines(self, info: Measured) -> dict[str, Baseline]:
         mean = np.asarray(info.target_mean, np.float32)

@@ -29,7 +29,7 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
     exist in description
     only: `steps.train.lower(steps.abstract, abstract_batch(...))` then compiles for them. Raises
     UserError for a batch that does not divide over the devices."""
-    check_parts(config, type(info))
+    check_parts(config, info)
     train, task = config.train, config.task
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
     check_batch_size(train.batch_size, train.accumulate, mesh)

@@ -61,6 +61,7 @@ def fit(
     test: bool = True,
     plots: bool = True,
     params: Any = None,
+    data: Any = None,
     init_from: Origin | None = None,
     around: Surroundings | None = None,
 ) -> dict[str, Any]:
@@ -76,13 +77,17 @@ def fit(
     the model's are taken, and it is said which; the model's others begin as ever.
     init_from: another run, `load("runs/imdb_lm")`, to take these from, and its vocabulary as well,
     so that embeddings stay with their words.
+    data: in the place of the file `config.data.path`: a DataFrame, or arrays (x, y) for
+    `Sequences`. The saved config names them by a hash of their content: a run is resumed with the
+    same data.
 
     Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything
     saved.
     """
     folder = Workdir(workdir or Path("runs") / config.name)
     console = Console(stderr=True, quiet=not is_first())
-    wanted = replace(config, data=config.data.absolute())
+    settings = config.data.absolute()
+    wanted = replace(config, data=settings if data is None else settings.holding(data))
     check_parts(wanted)
     with Signals() as signals, folder.own(is_first()) as own:
         config = first_then_all(lambda: folder.open(wanted, is_first()))

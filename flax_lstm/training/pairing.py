@@ -16,11 +16,11 @@ from flax_lstm.config import Config
 from flax_lstm.errors import UserError, listing
 
 
-def check_parts(config: Config, info: type | None = None) -> None:
+def check_parts(config: Config, info: object = None) -> None:
     """Raises UserError for a task and a model, a task and data, or a model and data that do not go
     together.
 
-    info: the class of the data's `info`, once they are read; None: the one that they promise.
+    info: of the data, once they are read; None: what their class promises.
     """
     task, data, model = type(config.task), type(config.data), type(config.model)
     builds = getattr(task, "builds", None)
@@ -30,7 +30,7 @@ def check_parts(config: Config, info: type | None = None) -> None:
             f"task {task.__name__} needs a model that builds {noun(builds)}; {model.__name__} does "
             f"not. Models that do: {listing(known)}"
         )
-    found = info or getattr(data, "gives", None)
+    found = info if info is not None else getattr(data, "gives", None)
     for kind, part, needs in (
         ("task", task, getattr(task, "needs", None)),
         ("model", model, getattr(model, "reads", None)),
@@ -44,7 +44,10 @@ def check_parts(config: Config, info: type | None = None) -> None:
 
 
 def offers(kind: Any, trait: type) -> bool:
-    """Whether instances of a class have the attributes and methods that a protocol asks for."""
+    """Whether instances of a class have the attributes and methods that a protocol asks for; of an
+    instance, whether it has them and none is None."""
+    if not isinstance(kind, type):
+        return all(getattr(kind, name, None) is not None for name in wanted(trait))
     annotated = (vars(base).get("__annotations__", ()) for base in kind.__mro__)
     return wanted(trait) <= {*dir(kind), *(name for names in annotated for name in names)}
 

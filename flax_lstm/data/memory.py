@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data that a program has in memory, in the place of a file.
+
+The settings then name their content, `path="memory:4f1d..."`, so that a run is resumed and judged
+on these data and no others; the data themselves are given again each time.
+"""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from flax_lstm.data.base import Data
+from flax_lstm.errors import UserError, require
+
+MEMORY = "memory:"
+
+
+class InMemory(Data):
+    """Settings of data that are read from the file `path`, or given in memory (`holding`)."""
+
+    path: str
+
+    def holding(self, table: Any) -> Self:
+        """The same settings for data in memory. Raises UserError for other data than the settings
+        name already, and for what is no table."""
+        table = self.given(table)
+        name = MEMORY + fingerprint(table)
+        require(
+            not in_memory(self.path) or self.path == name,
+            f"these are other data than the run was begun with: {name} now, {self.path} there. "
+            "Give the same, or begin a new run in another folder",
+        )
+        held = replace(self, path=name)  # type: ignore[type-var]  # settings are dataclasses
+        object.__setattr__(held, "_held", table)  # no field: neither saved nor compared
+        return held
+
+    def given(self, table: Any) -> Any:
+        """What the program gave, in the form in which a file would be read: a DataFrame."""
+        return as_frame(table)
+
+    def held(self) -> Any:
+        """The data in memory."""
+        held = vars(self).get("_held")
+        if held is None:
+            raise UserError(
+                f"the data of this run were given in memory ({self.path}): give them again, "
+                "fit(config, data=...) or run.evaluate(data=...)"
+            )
+        return held
+
+
+def in_memory(path: object) -> bool:
+    """Whether a path stands for data in memory."""
+    return str(path).startswith(MEMORY)
+
+
+def absolute_path(path: str) -> str:
+    """The path from the root; what stands for nothing or for data in memory stays."""
+    return path if not path or in_memory(path) else str(Path(path).expanduser().absolute())
+
+
+def as_frame(table: Any) -> pd.DataFrame:
+    """A DataFrame whose columns have strings as names; an index with a name, or of times, is a
+    column like others. Raises UserError for anything else."""
+    if isinstance(table, dict):
+        table = pd.DataFrame(table)
+    if not isinstance(table, pd.DataFrame):
+        kind = type(table).__name__
+        once = "; it can be read once, and a run that resumes reads its data again"
+        why = once if hasattr(table, "__next__") else ""
+        raise UserError(f"data must be a pandas DataFrame, not a {kind}{why}")
+    require(len(table) > 0, "data: the DataFrame has no rows")
+    if not isinstance(table.index, pd.RangeIndex) and (
+        table.index.names != [None] or isinstance(table.index, pd.DatetimeIndex)
+    ):
+        table = table.rename_axis(index=[str(name or "time") for name in table.index.names])
+        table = table.reset_index()
+    return table.reset_index(drop=True).rename(columns=str)
+
+
+def fingerprint(data: Any) -> str:
+    """SHA-256, first 16 hex digits, of a DataFrame's columns, types and values, or of arrays."""
+    digest = hashlib.sha256()
+    if isinstance(data, pd.DataFrame):
+        for name in data.columns:
+            values = data[name]
+            digest.update(f"{name}\0{values.dtype}\0{len(values)}\0".encode())
+            values = values.map(repr) if values.dtype == object else values
+            digest.update(pd.util.hash_pandas_object(values, index=False).to_numpy().tobytes())
+    else:
+        for array in data:
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequences of numbers with a label or numbers each: sensors, clicks, gestures.
+
+Axes: N sequences, T time steps, D features, B rows of a batch.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import pandas as pd
+
+from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
+from flax_lstm.data.memory import InMemory, absolute_path, in_memory
+from flax_lstm.data.tables import label_name, read_table, sort_labels
+from flax_lstm.errors import UserError, listing, require
+from flax_lstm.machine.files import write_atomically
+
+SPLITS = ("train", "validation", "test")
+
+
+class Examples(NamedTuple):
+    """What was read: sequences (T, D) float64, and a target each (none for a prediction)."""
+
+    x: list[np.ndarray]
+    y: list[Any] | None
+
+    def chosen(self, rows: np.ndarray) -> "Examples":
+        return Examples([self.x[i] for i in rows], self.y and [self.y[i] for i in rows])
+
+
+@dataclass(frozen=True)
+class SequencesInfo:
+    """What a model and its predictions need to know. Statistics are of the training split."""
+
+    features: int  # D
+    mean: tuple[float, ...]  # of each feature
+    std: tuple[float, ...]  # likewise; 1 for a constant one
+    labels: tuple[str, ...] | None  # the classes, where the targets are labels
+    class_counts: tuple[int, ...] | None  # training examples of each
+    outputs: int | None  # numbers to predict, where the targets are numbers
+    target_mean: float | None  # what to guess without looking
+    max_length: int  # steps kept of a longer sequence
+    keep: Literal["first", "last"]
+    boundaries: tuple[int, ...]  # the padded lengths, ascending
+    x_column: str
+    y_column: str
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of zeros, padded like the longest."""
+        return pad(self._rows([np.zeros((0, self.features))]), self.boundaries[-1:], batch_size)
+
+    def scale(self, x_TD: np.ndarray) -> np.ndarray:
+        """A sequence as the model sees it: cut, mean 0, deviation 1, float32."""
+        end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
+        return ((x_TD[end] - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
+
+    def _rows(self, x: Sequence[np.ndarray]) -> Rows:
+        """New sequences, whose targets are 0."""
+        shape, kind = ((len(x),), np.int32) if self.labels else ((len(x), self.outputs), np.float32)
+        targets: np.ndarray = np.zeros(shape, kind)  # type: ignore[arg-type]
+        return Rows([self.scale(one) for one in x], targets)
+
+    def encode(self, examples: Examples, split: str) -> Rows:
+        """Sequences and targets of a split."""
+        assert examples.y is not None
+        rows = self._rows(examples.x)
+        if self.labels is None:
+            return rows._replace(labels=np.array([np.ravel(y) for y in examples.y], np.float32))
+        index = {label: n for n, label in enumerate(self.labels)}
+        names = [label_name(y) for y in examples.y]
+        if unknown := sorted({name for name in names if name not in index}):
+            raise UserError(
+                f"label {unknown[0]!r} of the {split} split is in no training sequence; trained "
+                f"labels: {listing(self.labels)}"
+            )
+        return rows._replace(labels=np.array([index[name] for name in names], np.int32))
+
+    def inputs(self, table: pd.DataFrame) -> list[np.ndarray]:
+        """The sequences in a table of new inputs, of as many features as those of training."""
+        there = [str(name) for name in table.columns]
+        require(
+            self.x_column in there,
+            f"the input has no column {self.x_column!r}; columns: {listing(there)}",
+        )
+        x = sequences(table[self.x_column].tolist(), "the input")
+        require(
+            x[0].shape[1] == self.features,
+            f"the input has {x[0].shape[1]} features a step; the model was trained on "
+            f"{self.features}",
+        )
+        return x
+
+    def batches(self, x: Sequence[np.ndarray], batch_size: int) -> Iterator[Batch]:
+        """New sequences in their order, for prediction; rows that fill the last batch have weight
+        0."""
+        for start in range(0, len(x), batch_size):
+            yield pad(self._rows(x[start : start + batch_size]), self.boundaries, batch_size)
+
+    def save(self, assets: Path) -> None:
+        assets.mkdir(parents=True, exist_ok=True)
+        write_atomically(assets / "info.json", json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def restore(cls, assets: Path) -> Self:
+        """What `save` wrote into the folder."""
+        try:
+            saved = json.loads((assets / "info.json").read_text(encoding="utf-8"))
+            fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+            return cls(**fields)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"cannot read {assets / 'info.json'}: {error}") from None
+
+
+class SequencesDataset:
+    """Encoded splits, and what was fitted on the first."""
+
+    def __init__(self, info: SequencesInfo, splits: Mapping[str, Rows]):
+        self.info, self._splits = info, splits
+
+    def size(self, split: str) -> int:
+        return len(self._splits[split].tokens)
+
+    def train(self, batch_size: int, seed: int) -> BatchSource:
+        return BucketedBatches(self._splits["train"], self.info.boundaries, batch_size, seed)
+
+    def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Every row once, shortest first; rows that fill the last batch have weight 0."""
+        rows = self._splits[split]
+        order = np.argsort([len(x) for x in rows.tokens], kind="stable")
+        for start in range(0, len(order), batch_size):
+            part = take(rows, order[start : start + batch_size])
+            yield pad(part, self.info.boundaries, batch_size)
+
+
+@dataclass(frozen=True)
+class Sequences(InMemory):
+    """Your own sequences of numbers, each with a label (classification) or numbers (regression).
+
+    A `.npz` file with arrays `x` [N, T, D] or [N, T], `y` [N] or [N, outputs], and `lengths` [N]
+    where sequences are padded; or Parquet or JSON lines with a column of lists (of numbers, or of
+    lists of D numbers) and one of targets. In memory: `fit(config, data=(x, y))`, where x may also
+    be a list of arrays [T_i, D]. Features are scaled to mean 0 and standard deviation 1 by the
+    training sequences.
+    """
+
+    gives: ClassVar[type | None] = SequencesInfo
+
+    path: str = ""  # file: .npz, .parquet or .jsonl
+    x_column: str = "x"  # array or column with the sequences
+    y_column: str = "y"  # array or column with the targets
+    # what the targets are: labels, numbers, or auto (fractions are numbers, all else labels)
+    target: Literal["auto", "labels", "numbers"] = "auto"
+    max_length: int = 1000  # steps kept of a longer sequence
+    keep: Literal["first", "last"] = "last"  # which end of a longer sequence is kept
+    validation_fraction: float = 0.1  # share of the sequences held out to choose the best step
+    test_fraction: float = 0.1  # share of the sequences held out to report
+    split_seed: int = 0  # another value draws another split
+
+    def __post_init__(self) -> None:
+        require(self.max_length > 0, f"data.max-length {self.max_length}: must be at least 1 step")
+        shares = (self.validation_fraction, self.test_fraction)
+        require(
+            min(shares) > 0 and sum(shares) < 1,
+            f"data.validation-fraction {shares[0]} and data.test-fraction {shares[1]}: must be "
+            "positive and leave sequences for training",
+        )
+
+    def absolute(self) -> Self:
+        return replace(self, path=absolute_path(self.path))
+
+    def given(self, table: Any) -> Any:
+        """What a program gave, as arrays that have a fingerprint: all steps [sum T, D], the
+        lengths, and the targets."""
+        if isinstance(table, pd.DataFrame):
+            table = {str(name): table[name].tolist() for name in table.columns}
+        if isinstance(table, tuple | list) and len(table) == 2:
+            table = {self.x_column: table[0], self.y_column: table[1]}
+        if not isinstance(table, dict) or self.x_column not in table:
+            raise UserError(
+                f"data for Sequences are (x, y): arrays [N, T, D] and [N], or lists; not a "
+                f"{type(table).__name__}"
+            )
+        x = sequences(table[self.x_column], "data")
+        y = table.get(self.y_column)
+        targets = np.zeros(0) if y is None else np.asarray(list(y))
+        require(
+            y is None or len(targets) == len(x),
+            f"data: {len(x)} sequences and {len(targets)} targets; give one target a sequence",
+        )
+        steps = np.concatenate(x) if x else np.zeros((0, 1))
+        return steps, np.array([len(one) for one in x]), targets
+
+    def examples(self) -> Examples:
+        """The sequences and targets in the file, or in memory."""
+        if not in_memory(self.path):
+            require(bool(self.path), "data.path is not given: name a file, --data.path FILE")
+            return self._checked(read_arrays(Path(self.path), self.x_column, self.y_column))
+        steps, lengths, targets = self.held()
+        x = np.split(steps, np.cumsum(lengths)[:-1])
+        return self._checked(Examples(x, list(targets)))
+
+    def _checked(self, examples: Examples) -> Examples:
+        require(
+            examples.y is not None and len(examples.y) == len(examples.x) > 0,
+            f"{self.path}: no targets named {self.y_column!r} (--data.y-column)",
+        )
+        return examples
+
+    def load(self, assets: Path) -> SequencesDataset:
+        """Reads and splits; the scaler and labels come from `assets`, or are fitted on the training
+        split and saved there."""
+        examples = self.examples()
+        order = np.random.default_rng([self.split_seed]).permutation(len(examples.x))
+        ends = np.cumsum([self.test_fraction, self.validation_fraction]) * len(order)
+        test, validation, train = np.split(order, np.maximum(ends.round().astype(int), (1, 2)))
+        require(len(train) > 0, f"{self.path}: {len(order)} sequences are too few for three splits")
+        splits = {"train": examples.chosen(train), "validation": examples.chosen(validation)}
+        splits["test"] = examples.chosen(test)
+        if (assets / "info.json").exists():
+            info = SequencesInfo.restore(assets)
+        else:
+            info = self._fit(splits["train"])
+            info.save(assets)
+        return SequencesDataset(info, {name: info.encode(s, name) for name, s in splits.items()})
+
+    def restore(self, assets: Path) -> SequencesInfo:
+        """What an earlier `load` saved."""
+        return SequencesInfo.restore(assets)
+
+    def _fit(self, train: Examples) -> SequencesInfo:
+        assert train.y is not None
+        steps = np.concatenate([x[-self.max_length :] for x in train.x])
+        std = steps.std(axis=0)
+        constant = np.ptp(steps, axis=0) == 0
+        lengths = [min(len(x), self.max_length) for x in train.x]
+        labels = counts = outputs = mean = None
+        if self._are_numbers(train.y):
+            targets = np.array([np.ravel(y) for y in train.y], np.float64)
+            require(bool(np.isfinite(targets).all()), f"{self.path}: a target is not finite")
+            outputs, mean = targets.shape[1], float(targets.mean())
+        else:
+            found = Counter(label_name(y) for y in train.y)
+            labels = tuple(sort_labels(found))
+            require(
+                len(labels) > 1,
+                f"{self.path}: every training sequence has the label {labels[0]!r}: at least 2 "
+                "different ones are needed, or --data.target numbers",
+            )
+            counts = tuple(found[label] for label in labels)
+        return SequencesInfo(
+            features=steps.shape[1],
+            mean=tuple(steps.mean(axis=0).tolist()),
+            std=tuple(np.where(constant, 1.0, std).tolist()),
+            labels=labels,
+            class_counts=counts,
+            outputs=outputs,
+            target_mean=mean,
+            max_length=self.max_length,
+            keep=self.keep,
+            boundaries=choose_boundaries(lengths, max(lengths)),
+            x_column=self.x_column,
+            y_column=self.y_column,
+        )
+
+    def _are_numbers(self, y: Sequence[Any]) -> bool:
+        if self.target != "auto":
+            return self.target == "numbers"
+        kind = np.asarray(y).dtype.kind
+        return kind == "f" or np.ndim(y[0]) > 0
+
+    def table(self, inputs: Any) -> pd.DataFrame:
+        """New sequences: an array [N, T, D], a list of arrays, or a table with lists."""
+        if isinstance(inputs, pd.DataFrame):
+            return inputs
+        return pd.DataFrame({self.x_column: sequences(inputs, "the input")})
+
+    def read(self, path: str | Path) -> pd.DataFrame:
+        """New sequences for predictions."""
+        examples = read_arrays(Path(path), self.x_column, self.y_column)
+        return pd.DataFrame({self.x_column: examples.x})
+
+
+def read_arrays(path: Path, x_column: str, y_column: str) -> Examples:
+    """Sequences and targets in a file. Raises UserError."""
+    path = path.expanduser()
+    if path.suffix.lower() != ".npz":
+        frame = read_table(path)
+        found: dict[str, Any] = {str(name): frame[name].tolist() for name in frame.columns}
+    else:
+        require(path.exists(), f"{path} does not exist")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"cannot read {path} as .npz of plain arrays: {error} (lists of arrays are saved "
+                "padded, with an array `lengths`)"
+            ) from None
+    require(
+        x_column in found,
+        f"{path} has no {x_column!r} (--data.x-column); there are: {listing(found)}",
+    )
+    x = sequences(found[x_column], str(path))
+    if path.suffix.lower() == ".npz" and "lengths" in found:
+        lengths = np.asarray(found["lengths"])
+        good = lengths.shape == (len(x),) and lengths.dtype.kind in "iu" and len(x) > 0
+        require(
+            good and bool((lengths >= 0).all()) and bool((lengths <= len(x[0])).all()),
+            f"{path}: lengths must be {len(x)} integers from 0 to {len(x[0]) if x else 0}",
+        )
+        x = [one[:n] for one, n in zip(x, lengths, strict=True)]
+    y = found.get(y_column)
+    return Examples(x, None if y is None else list(y))
+
+
+def sequences(values: Any, where: str) -> list[np.ndarray]:
+    """Sequences (T, D) float64, all of one D and finite. Raises UserError that names the one at
+    fault, counted from 1."""
+    if hasattr(values, "__next__"):
+        raise UserError(
+            f"{where}: a generator can be read once, and a run that resumes reads its data again; "
+            "give a list or an array"
+        )
+    found: list[np.ndarray] = []
+    for n, value in enumerate(values, start=1):
+        try:
+            # Parquet gives an array of arrays for a list of lists.
+            one = np.asarray(np.asarray(value).tolist(), np.float64)
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: sequence {n} is no array of numbers [T, D]") from None
+        one = one[:, None] if one.ndim == 1 else one
+        wanted = found[0].shape[1] if found else (one.shape[1] if one.ndim == 2 else 0)
+        require(
+            one.ndim == 2 and one.shape[1] == wanted,
+            f"{where}: sequence {n} has shape {one.shape}; [T, {wanted or 'D'}] is needed",
+        )
+        require(
+            bool(np.isfinite(one).all()) and bool(np.abs(one).max(initial=0) < 1e30),
+            f"{where}: sequence {n} holds values that are not finite, or beyond 1e30; clean them, "
+            "or leave the sequence out",
+        )
+        found.append(one)
+    require(any(len(one) for one in found), f"{where}: there is no sequence with a step")
+    return found
