@@ -49,7 +49,7 @@ def recurrent_matmul(h_BJ: Array, recurrent_JGH: Array, mask_BJ: Array | None) -
     the weights and adds up in that of the state."""
     h_in = h_BJ if mask_BJ is None else h_BJ * mask_BJ
     h_in = h_in.astype(recurrent_JGH.dtype)
-    return jnp.einsum("bj,jgh->bgh", h_in, recurrent_JGH, preferred_element_type=h_BJ.dtype)
+    return jnp.einsum("...j,jgh->...gh", h_in, recurrent_JGH, preferred_element_type=h_BJ.dtype)
 
 
 def lstm_step(
@@ -71,7 +71,7 @@ def lstm_step(
     is Wx + b.
     """
     z_BGH = x_BGH + recurrent_matmul(state.h_BH, weights.recurrent_JGH, mask_BJ)
-    i, f, g, o = (z_BGH[:, gate] for gate in range(4))
+    i, f, g, o = (z_BGH[..., gate, :] for gate in range(4))
     c = gate_fn(f) * state.c_BH + gate_fn(i) * activation_fn(g)
     return LSTMState(c, gate_fn(o) * activation_fn(c))
 
@@ -94,9 +94,10 @@ def gru_step(
     b.
     """
     rh_BGH = recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)
-    r = gate_fn(x_BGH[:, 0] + rh_BGH[:, 0])
-    z = gate_fn(x_BGH[:, 1] + rh_BGH[:, 1])
-    n = activation_fn(x_BGH[:, 2] + r * (rh_BGH[:, 2] + weights.recurrent_bias_H[None]))
+    bias = jnp.expand_dims(weights.recurrent_bias_H, tuple(range(h_BH.ndim - 1)))
+    r = gate_fn(x_BGH[..., 0, :] + rh_BGH[..., 0, :])
+    z = gate_fn(x_BGH[..., 1, :] + rh_BGH[..., 1, :])
+    n = activation_fn(x_BGH[..., 2, :] + r * (rh_BGH[..., 2, :] + bias))
     return (1 - z) * n + z * h_BH
 
 
@@ -109,7 +110,8 @@ def rnn_step(
 ) -> Array:
     """One step of the simple recurrent network of Elman 1990: h' = tanh(Wx + Rh + b), with one
     "gate"."""
-    return activation_fn(x_BGH[:, 0] + recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)[:, 0])
+    rh_BGH = recurrent_matmul(h_BH, weights.recurrent_JGH, mask_BJ)
+    return activation_fn(x_BGH[..., 0, :] + rh_BGH[..., 0, :])
 
 
 def draw_orthogonal(key: Array, shape: tuple[int, int], dtype: Any) -> Array:

@@ -9,6 +9,7 @@ one example each.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -53,6 +54,25 @@ def _median(x_BTC: Array, observed_BTC: Array, count_B1C: Array) -> Array:
         jnp.take_along_axis(sorted_BTC, places, axis=1) for places in ((count - 1) // 2, count // 2)
     )
     return jnp.nan_to_num((low + high) / 2, posinf=0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def spread(x: Array, count: int) -> Array:
+    """[...] -> [count, ...], the same everywhere. The gradients are added up by a matmul, for XLA
+    adds up slowly over the first axis on CPUs."""
+    return jnp.broadcast_to(x[None], (count, *x.shape))
+
+
+def _spread(x: Array, count: int) -> tuple[Array, None]:
+    return spread(x, count), None
+
+
+def _gather(count: int, _: None, gradient: Array) -> tuple[Array]:
+    flat = jnp.ones(count, gradient.dtype) @ gradient.reshape(count, -1)
+    return (flat.reshape(gradient.shape[1:]),)
+
+
+spread.defvjp(_spread, _gather)
 
 
 class SegmentForecaster(nn.Module):
@@ -112,7 +132,7 @@ class SegmentForecaster(nn.Module):
             embedded += self._segments(known.observed, "observed")
         x_RMH = nn.relu(embedded)
 
-        query_BCMH = self._queries(batch, future)
+        query_BCMH = self._queries(future)
         if known is not None:
             past_BCMH, future_BCMH = self._known(x_BTD[:, :, channels:], known, past, future)
             x_RMH = x_RMH + jnp.broadcast_to(past_BCMH, (batch, channels, past, width)).reshape(
@@ -121,17 +141,28 @@ class SegmentForecaster(nn.Module):
             query_BCMH = query_BCMH + future_BCMH
 
         state, _ = self.rnn(x_RMH, None, state, deterministic=deterministic)
-        repeated = jax.tree.map(lambda s: jnp.repeat(s, future, axis=0), state)
-        _, y_R1H = self.rnn(
-            query_BCMH.reshape(-1, 1, width), None, repeated, deterministic=deterministic
+        y_RMH = nn.Dropout(self.dropout)(
+            self._decode(state, query_BCMH), deterministic=deterministic
         )
-        y_RH = nn.Dropout(self.dropout)(y_R1H[:, 0], deterministic=deterministic)
         size = self.segment * form.per_value
-        y = dense(size, "hidden", None, dtype=self.dtype, name="head")(y_RH).astype(jnp.float32)
+        y = dense(size, "hidden", None, dtype=self.dtype, name="head")(y_RMH).astype(jnp.float32)
         y_BCNQ = y.reshape(batch, channels, -1, form.per_value)[:, :, :horizon]
         level_BNC1 = (last_B1C + cycle_BNC)[..., None]
         y_BNCQ = y_BCNQ.swapaxes(1, 2) + level_BNC1
         return state, y_BNCQ * scale_B1C[..., None] + location_B1C[..., None]
+
+    def _decode(self, state: Any, query_BCMH: Array) -> Array:
+        """[R, M, H]: one step of the cell from the final state for every segment of the horizon.
+        The recurrent matmul is the same for all of them, and is done once; a query that is the same
+        for all examples (B = 1) is projected once."""
+        cell, (rows, channels, future, width) = self.rnn.cell, query_BCMH.shape
+        weights = cell.cast(self.rnn.weights(width), query_BCMH)
+        x_BCMGH = cell.project(weights, query_BCMH)
+        batch = jax.tree.leaves(state)[0].shape[0] // channels
+        x_BCMGH = spread(x_BCMGH[0], batch) if rows == 1 else x_BCMGH
+        state = jax.tree.map(lambda s: s[:, None], state)
+        state = cell.step(weights, state, x_BCMGH.reshape(-1, future, *x_BCMGH.shape[3:]))
+        return cell.output(state).astype(query_BCMH.dtype)
 
     def _segments(self, x_BTC: Array, name: str) -> Array:
         """[R, M, H]: each channel's segments, embedded."""
@@ -141,8 +172,8 @@ class SegmentForecaster(nn.Module):
         x_RMS = x_BCT.reshape(batch * channels, past, self.segment)
         return dense(self.width, dtype=self.dtype, name=name)(x_RMS)
 
-    def _queries(self, batch: int, future: int) -> Array:
-        """[B, C, M, H]: which segment of the horizon and which channel is asked for."""
+    def _queries(self, future: int) -> Array:
+        """[1, C, M, H]: which segment of the horizon and which channel is asked for."""
         half, channels = self.width // 2, self.form.channels
         normal = nn.initializers.normal(1.0)
         position_MH = self.param("position", normal, (future, half))
@@ -154,14 +185,15 @@ class SegmentForecaster(nn.Module):
             ],
             axis=-1,
         )
-        return jnp.broadcast_to(query_CMH, (batch, *query_CMH.shape))
+        return query_CMH[None]
 
     def _known(self, inputs_BTI: Array, known: Any, past: int, future: int) -> tuple[Array, Array]:
-        """[B, 1, M, H] for the segments of the look-back and of the horizon: embeddings of what is
-        known of both (calendar, covariates), of further inputs of the past, and of the series."""
+        """[B, 1, M, H] (or [1, 1, M, H] where it is the same for all examples) for the segments of
+        the look-back and of the horizon: embeddings of what is known of both (calendar,
+        covariates), of further inputs of the past, and of the series."""
         batch, steps, _ = inputs_BTI.shape
         begin, width = steps - past * self.segment, self.width
-        both = jnp.zeros((batch, 1, past + future, width), self.dtype)
+        both = jnp.zeros((1, 1, past + future, width), self.dtype)
         if known.future is not None:
             # Beyond a horizon that is cut, nothing is known.
             short = steps + future * self.segment - known.future.shape[1]
