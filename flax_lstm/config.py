@@ -14,11 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from flax_lstm.errors import UserError, listing, nearest, require
+
+if TYPE_CHECKING:
+    from flax_lstm.data.base import Data
+    from flax_lstm.tasks.base import Task
 
 Schedule = Literal["constant", "cosine", "plateau"]
 Optimizer = Literal["adamw", "sgd", "adafactor"]
@@ -109,12 +113,23 @@ class Config:
     file."""
 
     name: str
-    data: Any  # see flax_lstm/data/base.py
-    task: Any  # see flax_lstm/tasks.py
-    model: Any  # see flax_lstm/nn/models.py
+    data: "Data"  # see flax_lstm/data/base.py
+    task: "Task"  # see flax_lstm/tasks/base.py
+    model: Any  # settings that the task can build from: see flax_lstm/nn/models.py
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0  # of the initial weights, dropout and the order of examples
+
+    @property
+    def backend(self) -> str | None:
+        """How recurrences are to be run; None where the model does not say."""
+        return getattr(self.model, "backend", None)
+
+    def with_backend(self, name: str) -> "Config":
+        """The config with this backend, where the model has one."""
+        if self.backend is None:
+            return self
+        return replace(self, model=replace(self.model, backend=name))
 
     def __str__(self) -> str:
         """The settings as Python writes them, a section after the other."""

@@ -2,7 +2,6 @@
 """What is done with a model that was trained: figures of a split, predictions for new inputs."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +102,6 @@ def load(workdir: str | Path) -> Run:
         path.exists(),
         f"{workdir}: no run here ({path.name} is missing); name the folder that train.py wrote",
     )
-    config = read_config(path)
-    if hasattr(
-        config.model, "backend"
-    ):  # that of the training may not be there where the model is used
-        config = replace(config, model=replace(config.model, backend="auto"))
+    # The backend of the training may not be there where the model is used.
+    config = read_config(path).with_backend("auto")
     return Run(workdir, config)

@@ -166,6 +166,7 @@ class Data(Protocol):
     def inherit(self, theirs: Path, ours: Path) -> None:
         """Takes over into the folder `ours`, before a new run's `load`, what the run that it begins
         with keeps in the folder `theirs` and its weights depend on: a vocabulary."""
+        return None
 
     def absolute(self) -> Self:
         """The same settings with absolute paths, so that a run works from any directory."""

@@ -106,7 +106,7 @@ def _fetch(url: str, part: Path, advance: Any) -> None:
 def _open(request: urllib.request.Request) -> Any:
     """urlopen, but a name server that does not answer cannot hold it up: no socket timeout covers
     that."""
-    answer: queue.Queue = queue.Queue()
+    answer: queue.Queue[Any] = queue.Queue()
 
     def connect() -> None:
         try:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from flax_lstm.data.download import RemoteFile, download, verify
-from flax_lstm.data.text import Corpus, TextData, Texts, absolute_path, split_by_hash
+from flax_lstm.data.memory import absolute_path
+from flax_lstm.data.text import Corpus, TextData, Texts, split_by_hash
 from flax_lstm.errors import UserError
 
 log = logging.getLogger(__name__)

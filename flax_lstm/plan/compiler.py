@@ -9,7 +9,6 @@ A process of its own, for it needs an environment of its own (`flax_lstm.plan.en
 is trained and no device but the CPU is touched.
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -111,10 +110,9 @@ def whole(tree: Any) -> list[str]:
 def trace(config: Config, topology: Topology) -> tuple[Any, dict[str, Any]]:
     """The traced training step of the config on all of the topology's chips, and what is known
     without compiling it."""
-    model = config.model
-    if topology.chip.compiler == "cpu" and getattr(model, "backend", "") in ("auto", "cpu"):
+    if topology.chip.compiler == "cpu" and config.backend in ("auto", "cpu"):
         # Stands in for an accelerator; and native code is a closed book.
-        config = dataclasses.replace(config, model=dataclasses.replace(model, backend="fused"))
+        config = config.with_backend("fused")
     info = config.data.outline()
     if read := info is None:
         with tempfile.TemporaryDirectory() as assets:
@@ -137,7 +135,7 @@ def trace(config: Config, topology: Topology) -> tuple[Any, dict[str, Any]]:
         if read
         else "as the settings say, at their largest: full vocabulary, full length",
         "backend": backend,
-        "dtype": getattr(model, "dtype", "float32"),
+        "dtype": getattr(config.model, "dtype", "float32"),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "bytes": {
             "parameters": held(state.params),

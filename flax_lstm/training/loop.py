@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -155,12 +156,10 @@ class Session:
         """The run's parts. A resumed run takes the backend it had, so that its numbers stay the
         same to the last bit; where that is not to be had, another with a warning."""
         config, before = self.config, self.progress.backend
-        chosen = getattr(config.model, "backend", None)
-        if before in (None, "auto", parts.backend) or chosen != "auto":
+        if before in (None, "auto", parts.backend) or config.backend != "auto":
             return parts
         try:
-            as_before = replace(config, model=replace(config.model, backend=before))
-            return self.around.assemble(as_before, self.dataset.info)
+            return self.around.assemble(config.with_backend(before), self.dataset.info)
         except UserError as error:
             self.console.print(
                 f"warning: this run used another backend until now. {error} Going on with what "
@@ -309,5 +308,8 @@ class Session:
         """The curves, and what the task has to show of the test split."""
         self.around.plot_curves(journal.log.rows(), self.own.plots / "curves.png")
         if test:
-            forward = lambda batch: self.steps.forward(self.best_params, None, batch)[1]  # noqa: E731
+
+            def forward(batch: Batch) -> np.ndarray:
+                return np.asarray(self.steps.forward(self.best_params, None, batch)[1])
+
             self.config.task.illustrate(self.dataset, forward, self.own.plots)

@@ -90,7 +90,7 @@ def build() -> Path:
     ).stdout
     parts = [
         *(source.read_bytes() for source in SOURCES),
-        " ".join([*command, version, jaxlib.__version__]).encode(),
+        " ".join([*command, version, jaxlib.version.__version__]).encode(),
     ]
     folder = cache_folder()
     library = folder / f"recurrence-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
