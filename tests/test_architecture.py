@@ -34,9 +34,14 @@ ALLOWED = {
 
 
 def imports(path: Path) -> set[str]:
-    """The dotted names of all modules that a file imports, also within functions."""
+    """The dotted names of all modules that a file imports, also within functions; not those that a
+    type checker alone reads."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
