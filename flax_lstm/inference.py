@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done with a model that was trained: figures of a split, predictions for new inputs."""
 
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import pandas as pd
 
 from flax_lstm.config import Config
 from flax_lstm.data.base import Batch
+from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.training.assembly import assemble
 from flax_lstm.training.checkpoint import Checkpoints
 from flax_lstm.training.evaluation import evaluate
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,6 +34,7 @@ class Run:
         self.config = config
         self._folder = Workdir(workdir)
         self.assets = self._folder.assets
+        self._folder.check_assets()
         self.info = config.data.restore(self._folder.assets)
         self._parts = assemble(config, self.info)
         self._checkpoints = Checkpoints(self._folder.checkpoints)
@@ -67,6 +73,7 @@ class Run:
         data: what `fit` was given as `data`, if it was; other data are refused.
         """
         require(split in SPLITS, f"--split {split}: choose one of {listing(SPLITS)}")
+        self._warn_of_other_data()
         settings = self.config.data if data is None else self.config.data.holding(data)
         dataset = settings.load(self._folder.assets)
         step, parts = self.step(checkpoint), self._parts
@@ -74,6 +81,19 @@ class Run:
         params = self.params(step)
         figures = evaluate(parts.steps, params, self.config.task, dataset.info, batches, parts.mesh)
         return {**figures, "split": split, "step": step, "examples": dataset.size(split)}
+
+    def _warn_of_other_data(self) -> None:
+        before, found = self._folder.data_sha256(), None
+        with suppress(OSError):  # what cannot be read is named when the data are
+            found = content_sha256(self.config.data.files())
+        if before and found and before != found:
+            logger.warning(
+                "warning: the data are not those that %s was trained on (SHA-256 of their content "
+                "%s... then, %s... now)",
+                self.workdir,
+                before[:16],
+                found[:16],
+            )
 
     def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
         """A function from a batch to the module's outputs."""
@@ -105,3 +125,17 @@ def load(workdir: str | Path) -> Run:
     # The backend of the training may not be there where the model is used.
     config = read_config(path).with_backend("auto")
     return Run(workdir, config)
+
+
+def checkpoints(workdir: str | Path, verify: bool = False) -> list[dict[str, Any]]:
+    """What is kept of a run: for each checkpoint `step`, `bytes`, `monitor` (its validation figure,
+    or None), `best`, `latest`, `intact` and `damage` (a text, or None).
+
+    verify: compare every byte with the hash that was saved. Without it just names and sizes are
+    compared, and `intact` is None; it is False for checkpoints of version 0.1.0, which have no
+    hashes. Those that training has set aside are listed, too. Raises UserError where there is no
+    run.
+    """
+    folder = Workdir(workdir)
+    require(folder.config.exists(), f"{workdir}: no run here ({folder.config.name} is missing)")
+    return Checkpoints(folder.checkpoints).listing(verify)

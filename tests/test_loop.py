@@ -56,6 +56,8 @@ def test_result_has_what_is_promised(finished):
     assert {name: type(value) for name, value in result.items()} == {
         **dict.fromkeys(("task", "name", "params_sha256", "device", "backend"), str),
         **dict.fromkeys(("steps", "best_step", "parameters", "sessions", "seed"), int),
+        **dict.fromkeys(("cores", "processes"), int),
+        "data_sha256": type(None),  # they are generated
         **dict.fromkeys(("validation", "test", "baselines", "versions"), dict),
         "wall_seconds": float,
         "stopped_early": bool,

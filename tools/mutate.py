@@ -217,6 +217,24 @@ BREAKAGES = {
         "True",
         "tests/test_checkpoint.py::test_damage_to_any_file_is_noticed_and_the_next_checkpoint_used",
     ),
+    "two runs on one folder": Breakage(
+        "flax_lstm/machine/lock.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_UN",
+        "tests/test_owner.py::test_a_second_run_on_the_folder_is_refused_and_told_by_whom",
+    ),
+    "changed data go unnoticed": Breakage(
+        "flax_lstm/runs/workdir.py",
+        "and before != data_sha256",
+        "and False",
+        "tests/test_owner.py::test_the_same_command_on_changed_data_is_refused",
+    ),
+    "a damaged vocabulary is used": Breakage(
+        "flax_lstm/runs/workdir.py",
+        "                verify(self.assets)",
+        "                pass",
+        "tests/test_owner.py::test_damage_to_what_was_fitted_is_noticed",
+    ),
     "a state is kept before the step after it is known": Breakage(
         "flax_lstm/training/checkpoint.py",
         "self._saving.step < step and",

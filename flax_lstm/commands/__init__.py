@@ -6,5 +6,6 @@ COMMANDS = {
     "train": "train a config, or resume its run: flax-lstm train --config imdb_lstm",
     "evaluate": "figures of a run: flax-lstm evaluate runs/imdb_lstm --split test",
     "predict": "predictions of a run: flax-lstm predict runs/imdb_lstm --text 'A fine film.'",
+    "checkpoints": "what is kept of a run, byte by byte: flax-lstm checkpoints DIR --verify",
     "plan": "what training would take on chips that are not there: flax-lstm plan --config imdb_lm",
 }

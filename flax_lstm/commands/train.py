@@ -25,6 +25,8 @@ class Options:
     init_from: Path | None = None
     no_test: bool = False  # leave the test split unread at the end, for choosing settings
     no_report: bool = False  # draw no plots
+    # settings that may differ from the run's: learning-rate, clip, seed, schedule-steps
+    resume_with: tuple[str, ...] = ()
     profile: bool = False  # trace a few steps and print what takes longest
     no_tuned_malloc: bool = False  # keep the C library's memory allocation as it is
     no_compilation_cache: bool = False  # compile anew what an earlier run has compiled
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm train") -> int:
             test=not options.no_test,
             plots=not options.no_report,
             init_from=origin,
+            resume_with=options.resume_with,
         )
     except Stopped as stopped:
         if distributed.is_first():

@@ -6,7 +6,7 @@ channels, K covariates. Nothing in this folder imports JAX or Flax.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -167,6 +167,13 @@ class Data(Protocol):
         """Takes over into the folder `ours`, before a new run's `load`, what the run that it begins
         with keeps in the folder `theirs` and its weights depend on: a vocabulary."""
         return None
+
+    def files(self) -> list[Path]:
+        """Files and folders that the data are read from, as far as they are there: a run is not
+        resumed on other content. Here: those that settings with `path` in their name say."""
+        names = (f.name for f in fields(self) if "path" in f.name)  # type: ignore[arg-type]
+        paths = [Path(str(getattr(self, name))).expanduser() for name in names]
+        return [path for path in paths if path.name and path.exists()]
 
     def absolute(self) -> Self:
         """The same settings with absolute paths, so that a run works from any directory."""

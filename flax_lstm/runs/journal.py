@@ -27,7 +27,8 @@ class Diverged(UserError):
     def __init__(self, how: str):
         super().__init__(
             f"{how}: try a lower --train.learning-rate or --train.clip 1. The checkpoints are "
-            "untouched."
+            "untouched: with --resume-with learning-rate and a lower one, the same command goes on "
+            "from the latest."
         )
 
 

@@ -37,9 +37,9 @@ def is_sealed(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, content: bool = True) -> None:
     """Raises Damaged for the first file that is not as it was sealed. Names and sizes are compared
-    first, which is cheap."""
+    first, which is cheap; without `content` nothing else is."""
     saved, found = _read(folder / MANIFEST), _files(folder)
     for name in sorted({*saved, *found}):
         path = folder / name
@@ -50,7 +50,7 @@ def verify(folder: Path) -> None:
         if path.stat().st_size != saved[name][0]:
             raise Damaged(path, f"has {path.stat().st_size} bytes; {saved[name][0]} were saved")
     for name, (_, digest) in sorted(saved.items()):
-        if _sha256(folder / name) != digest:
+        if content and _sha256(folder / name) != digest:
             raise Damaged(folder / name, "its content is not what was saved")
 
 

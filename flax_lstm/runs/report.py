@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from flax_lstm.machine.distributed import process_count
 from flax_lstm.machine.sharding import on_host
 from flax_lstm.runs.workdir import Workdir
 
@@ -44,6 +45,13 @@ def device_name() -> str:
     devices = jax.devices()
     cores = f" ({len(os.sched_getaffinity(0))} cores)" if devices[0].platform == "cpu" else ""
     return f"{devices[0].device_kind} x {len(devices)}{cores}"
+
+
+def conditions() -> dict[str, Any]:
+    """What the numbers of a run depend on to the last bit, beside its config, data and backend."""
+    cores = len(os.sched_getaffinity(0))
+    own = {"device": device_name(), "processes": process_count(), "cores": cores}
+    return {**own, **{name: versions()[name] for name in ("jax", "jaxlib")}}
 
 
 def report(result: dict[str, Any], folder: Workdir, console: Console) -> None:

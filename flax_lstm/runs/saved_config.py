@@ -10,7 +10,7 @@ import importlib
 import pprint
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ MAY_DIFFER = (
     "model.backend",
 )
 
+# What else may differ where the user says so: the way on of a run that has diverged.
+RESUME_WITH = {
+    "learning-rate": "train.learning_rate",
+    "clip": "train.clip",
+    "seed": "seed",
+    "schedule-steps": "train.schedule_steps",
+}
 
 # Where earlier releases kept the classes that their saved configs name.
 MOVED = {
@@ -174,22 +181,44 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def resume_config(saved: Config, wanted: Config, workdir: Path) -> Config:
-    """The wanted config where it may resume the saved run; the schedule keeps its first length."""
+def resume_config(
+    saved: Config, wanted: Config, workdir: Path, resume_with: Sequence[str] = ()
+) -> Config:
+    """The wanted config where it may resume the saved run; the schedule keeps its first length.
+
+    resume_with: what else may differ, of `RESUME_WITH`. Raises UserError.
+    """
+    names = [name.replace("_", "-").removeprefix("train.") for name in resume_with]
+    for name in names:
+        require(
+            name in RESUME_WITH,
+            f"--resume-with {name}: a run can be resumed with another {listing(RESUME_WITH)}",
+        )
     if not wanted.train.schedule_steps:  # not asked for: the first run's
         wanted = replace(
             wanted, train=replace(wanted.train, schedule_steps=saved.train.schedule_steps)
         )
     before, now = flatten(saved), flatten(wanted)
     differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    refused = [name for name in differ if not name.startswith(MAY_DIFFER) and name != "train.steps"]
+    allowed = (*MAY_DIFFER, "train.steps", *(RESUME_WITH[name] for name in names))
+    refused = [
+        name
+        for name in differ
+        if not any(name == may or (may[-1] == "." and name.startswith(may)) for may in allowed)
+    ]
     lines = "\n".join(
         f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in refused
     )
     require(
         not refused,
         f"{workdir} holds a run with other settings:\n{lines}\n"
-        "Give the same settings to resume it, or another --workdir to begin a new run.",
+        "Give the same settings to resume it, or another --workdir to begin a new run. Only "
+        f"--resume-with allows another {listing(RESUME_WITH)}.",
+    )
+    require(
+        (saved.train.clip == 0) == (wanted.train.clip == 0),
+        "--resume-with clip: a run that clips gradients goes on clipping, and one that does not "
+        "cannot begin to, for its optimiser's state has no place for it",
     )
     require(
         wanted.train.steps >= saved.train.steps,

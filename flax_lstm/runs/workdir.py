@@ -5,14 +5,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from flax_lstm.config import Config
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import write_atomically
+from flax_lstm.machine.lock import locked
+from flax_lstm.runs.manifest import Damaged, is_sealed, seal, verify
 from flax_lstm.runs.saved_config import (
     flatten,
     read_config,
@@ -38,61 +40,144 @@ class Workdir:
         self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
+        self.data = self.path / "data.json"
+        self.lock = self.path / "lock"
+        self._draft = self.path / "config.py.part"  # that a kill left
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def open(self, config: Config, first: bool = True) -> Config:
+    @contextmanager
+    def own(self, first: bool) -> Iterator["Workdir"]:
+        """Where this process writes what all write but only that of the first is kept: here, or
+        into a folder that vanishes.
+
+        The first makes the folder and holds its lock, for a run has one owner. Raises UserError
+        where another has it, and where the folder cannot be had.
+        """
+        if not first:
+            with tempfile.TemporaryDirectory() as scratch:
+                yield Workdir(scratch)
+            return
+        self._require_ours()
+        with ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self.lock, f"--workdir {self}"))
+            except OSError as error:
+                raise self._not_writable(error) from error
+            yield self
+
+    def _not_writable(self, error: OSError) -> UserError:
+        return UserError(
+            f"--workdir {self}: cannot be written ({error.strerror}); name another folder"
+        )
+
+    def _require_ours(self) -> None:
+        """Refuses what is no folder, and one that holds other things."""
+        require(
+            self.path.is_dir() or not os.path.lexists(self.path),
+            f"--workdir {self}: a file of that name is in the way; name another folder",
+        )
+        if not self.config.exists() and self.path.exists():
+            others = {*self.path.iterdir()} - {self.lock, self._draft}
+            require(
+                not others,
+                f"--workdir {self}: the folder holds other things and no run; name a new or empty "
+                "folder",
+            )
+
+    def open(
+        self,
+        config: Config,
+        first: bool = True,
+        resume_with: Sequence[str] = (),
+        data_sha256: str | None = None,
+    ) -> Config:
         """Makes the folder and saves the config in it, or checks that the run there has the same
-        settings; returns the config to train with, its schedule's length settled.
+        settings and data; returns the config to train with, its schedule's length settled.
 
         A start that failed before its first checkpoint, say for a wrong column, leaves nothing to
         resume: the corrected command takes its folder over. Of several processes the `first`
-        prepares the folder for the others. Raises UserError.
+        prepares the folder for the others. `resume_with` says what else may differ, see
+        `saved_config`; `data_sha256` is the fingerprint of the data, None where there are no files
+        to read. Raises UserError.
         """
         if not first:
             require(
                 self.config.exists(),
                 f"--workdir {self}: must lie on a file system that all processes share",
             )
-            return resume_config(read_config(self.config), config, self.path)
+            return resume_config(read_config(self.config), config, self.path, resume_with)
         require_savable(config)
-        config = self._settled(config)
+        config = self._settled(config, resume_with, data_sha256)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             save_config(config, self.config)
+            if data_sha256 and not self.data.exists():
+                write_atomically(self.data, json.dumps({"data_sha256": data_sha256}) + "\n")
         except OSError as error:
-            raise UserError(
-                f"--workdir {self}: cannot be written ({error.strerror}); name another folder"
-            ) from error
+            raise self._not_writable(error) from error
         return config
 
-    def _settled(self, config: Config) -> Config:
+    def _settled(
+        self, config: Config, resume_with: Sequence[str], data_sha256: str | None
+    ) -> Config:
         """The config to train with here."""
-        require(
-            self.path.is_dir() or not os.path.lexists(self.path),
-            f"--workdir {self}: a file of that name is in the way; name another folder",
-        )
+        self._require_ours()
         begun = config.with_schedule_settled()
         if not self.config.exists():
-            require(
-                not self.path.exists() or not any(self.path.iterdir()),
-                f"--workdir {self}: the folder holds other things and no run; name a new or empty "
-                "folder",
-            )
             return begun
-        saved = read_config(self.config)
-        if self._failed_at_its_start() and flatten(saved) != flatten(begun):
-            shutil.rmtree(self.assets, ignore_errors=True)  # fitted under the other settings
+        saved, before = read_config(self.config), self.data_sha256()
+        other_data = None not in (before, data_sha256) and before != data_sha256
+        if self._failed_at_its_start() and (other_data or flatten(saved) != flatten(begun)):
+            # Fitted on other data or under other settings.
+            shutil.rmtree(self.assets, ignore_errors=True)
+            self.data.unlink(missing_ok=True)
             return begun
-        return resume_config(saved, config, self.path)
+        require(
+            not other_data,
+            f"{self}: the data are not those that this run began with (SHA-256 of their content "
+            f"{before}, now {data_sha256}). Bring the old ones back to resume it, or name another "
+            "--workdir to begin a new run",
+        )
+        return resume_config(saved, config, self.path, resume_with)
 
     def _failed_at_its_start(self) -> bool:
         """Whether it holds what a run writes before its first checkpoint, and nothing else."""
         early = {self.config, self.assets, self.checkpoints, self.metrics, self.discarded}
         kept = self.checkpoints.glob("*")
         saved = any(path.name.isdigit() or path.suffix == ".damaged" for path in kept)
-        return not saved and {*self.path.iterdir()} <= early | {self.tensorboard}
+        early |= {self.tensorboard, self.data, self.lock, self._draft}
+        return not saved and {*self.path.iterdir()} <= early
+
+    def data_sha256(self) -> str | None:
+        """The fingerprint of the data that the run began with; None where there is none."""
+        if not self.data.exists():
+            return None
+        try:
+            return str(json.loads(self.data.read_bytes())["data_sha256"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{self.data} cannot be read ({type(error).__name__}). Delete it if the data are "
+                "those that the run began with"
+            ) from error
+
+    def check_assets(self) -> None:
+        """Raises UserError where what was fitted on the training data is not as it was saved."""
+        if is_sealed(self.assets):
+            try:
+                verify(self.assets)
+            except Damaged as error:
+                raise UserError(
+                    f"{error}. Bring a copy back, or delete the folder {self.assets}: the next "
+                    "training or evaluation makes it anew from the data"
+                ) from error
+
+    def seal_assets(self) -> None:
+        """Hashes what was fitted, so that `check_assets` notices a change."""
+        if self.assets.is_dir() and not is_sealed(self.assets):
+            seal(self.assets)
 
     def finished(self, steps: int) -> dict[str, Any] | None:
         """The content of `result.json` where no more steps are wanted. One of a shorter run is put
@@ -120,13 +205,3 @@ class Workdir:
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.result, json.dumps(result, indent=1) + "\n")
-
-    @contextmanager
-    def own(self, first: bool) -> Iterator["Workdir"]:
-        """Where this process writes what all write but only that of the first is kept: here, or
-        into a folder that vanishes."""
-        if first:
-            yield self
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Workdir(scratch)

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.distributed import is_first, meet, process_count
-from flax_lstm.runs.manifest import Damaged, is_sealed, seal, verify
+from flax_lstm.runs.manifest import MANIFEST, Damaged, is_sealed, seal, verify
 from flax_lstm.training.progress import Progress
 from flax_lstm.training.steps import TrainState
 
@@ -80,15 +80,41 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def verify(self, step: int) -> None:
-        """Raises Damaged for the first file that is not as it was saved. A checkpoint of version
-        0.1.0 has no hashes to compare with."""
+    def verify(self, step: int, content: bool = True) -> bool:
+        """Raises UserError for the first file that is not as it was saved; without `content` names
+        and sizes alone are compared. False: a checkpoint of version 0.1.0 has no hashes."""
         folder = self.folder / str(step)
-        if not is_sealed(folder) and not self._is_old(folder):
-            raise Damaged(folder / "manifest.json", "is missing")
-        if is_sealed(folder):
-            verify(folder)
-        self._verified.add(step)
+        sealed = is_sealed(folder)
+        if not sealed and not self._is_old(folder):
+            raise Damaged(folder / MANIFEST, "is missing")
+        if sealed:
+            verify(folder, content)
+        if content:
+            self._verified.add(step)
+        return sealed
+
+    def listing(self, content: bool) -> list[dict[str, Any]]:
+        """See `inference.checkpoints`."""
+        best, latest = self.best(), self.latest()
+        aside = sorted(self.folder.glob("*.damaged"))
+        rows = [
+            {"step": int(path.stem), "bytes": _bytes(path), "monitor": None, "intact": False}
+            | {"best": False, "latest": False, "damage": f"set aside as {path.name}"}
+            for path in aside
+            if path.stem.isdigit()
+        ]
+        for step in self.steps():
+            row: dict[str, Any] = {"step": step, "bytes": _bytes(self.folder / str(step))}
+            row |= {"monitor": None, "intact": None, "damage": None}
+            row |= {"best": step == best, "latest": step == latest}
+            try:
+                sealed = self.verify(step, content)
+                row["intact"] = sealed if content or not sealed else None
+                row["monitor"] = self._progress(self.folder / str(step)).monitor
+            except UserError as error:
+                row |= {"intact": False, "damage": str(error)}
+            rows.append(row)
+        return sorted(rows, key=lambda row: row["step"])
 
     def _is_old(self, folder: Path) -> bool:
         """Whether an earlier release saved it: these had an item `metrics`, or no best figure yet,
@@ -354,6 +380,10 @@ def _handler() -> Any:
         rest=ocp.StandardCheckpointHandler(),
         progress=ocp.JsonCheckpointHandler(),
     )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _delete(folder: Path) -> None:

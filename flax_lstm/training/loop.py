@@ -4,6 +4,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,13 @@ from rich.console import Console
 
 from flax_lstm.config import Config
 from flax_lstm.data.base import Batch, BatchSource, Dataset
+from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.errors import UserError, require
 from flax_lstm.machine.distributed import first_then_all, is_first
 from flax_lstm.machine.malloc import trim_malloc
 from flax_lstm.machine.sharding import put_batch
 from flax_lstm.runs.journal import Diverged, Journal, finite
-from flax_lstm.runs.report import device_name, params_sha256, report, versions
+from flax_lstm.runs.report import conditions, device_name, params_sha256, report, versions
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.plots import plot_curves
 from flax_lstm.training.assembly import Assembly, assemble
@@ -64,6 +66,7 @@ def fit(
     params: Any = None,
     data: Any = None,
     init_from: Origin | None = None,
+    resume_with: Sequence[str] = (),
     around: Surroundings | None = None,
 ) -> dict[str, Any]:
     """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of
@@ -81,6 +84,8 @@ def fit(
     data: in the place of the file `config.data.path`: a DataFrame, or arrays (x, y) for
     `Sequences`. The saved config names them by a hash of their content: a run is resumed with the
     same data.
+    resume_with: settings that may differ from the run's, of `learning-rate`, `clip`, `seed` (of the
+    order of examples and of dropout from there on) and `schedule-steps`.
 
     Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything
     saved.
@@ -90,8 +95,9 @@ def fit(
     settings = config.data.absolute()
     wanted = replace(config, data=settings if data is None else settings.holding(data))
     check_parts(wanted)
-    with Signals() as signals, folder.own(is_first()) as own:
-        config = first_then_all(lambda: folder.open(wanted, is_first()))
+    with Signals() as signals, ExitStack() as held:
+        own = first_then_all(lambda: held.enter_context(folder.own(is_first())))
+        config = first_then_all(lambda: open_run(folder, wanted, resume_with))
         result = first_then_all(lambda: folder.finished(config.train.steps))
         if result:
             console.print(f"{folder}: this run is finished.")
@@ -110,6 +116,15 @@ def fit(
             own.write_result(result)
     report(result, folder, console)
     return result
+
+
+def open_run(folder: Workdir, wanted: Config, resume_with: Sequence[str]) -> Config:
+    """The config to train with, see `Workdir.open`."""
+    found = None
+    if is_first():
+        with suppress(OSError):  # what cannot be read is named when the data are
+            found = content_sha256(wanted.data.files())
+    return folder.open(wanted, is_first(), resume_with, found)
 
 
 def batches(source: BatchSource, begin: int, end: int) -> Iterator[Batch]:
@@ -142,7 +157,7 @@ class Session:
         self.console, self.around = console, around
         self.began = time.monotonic()
         console.print(f"{config.name}: reading the data")
-        self.dataset: Dataset = first_then_all(lambda: config.data.load(folder.assets))
+        self.dataset: Dataset = first_then_all(self._load)
         parts = around.assemble(config, self.dataset.info)
         warn = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         self.checkpoints = Checkpoints(folder.checkpoints, warn)
@@ -151,6 +166,36 @@ class Session:
         if self.latest is not None:
             self.progress = self.checkpoints.progress(self.latest)
         self.mesh, self.steps, self.backend = self._as_before(parts)
+        self.conditions = conditions()
+        self._tell_what_differs()
+
+    def _tell_what_differs(self) -> None:
+        """Warns of what keeps a resumed run from ending bit for bit as an uninterrupted one."""
+        before = self.progress.conditions
+        differ = [
+            f"{name} {before[name]} then, {now} now"
+            for name, now in self.conditions.items()
+            if name in before and before[name] != now
+        ]
+        if differ:
+            self.console.print(
+                "warning: figures will not be bit for bit those of an uninterrupted run: "
+                f"{'; '.join(differ)}"
+            )
+        train, at = self.config.train, self.latest or 0
+        if train.schedule == "cosine" and train.schedule_steps <= at < train.steps:
+            self.console.print(
+                f"warning: the schedule of this run ended at step {train.schedule_steps}: all "
+                f"{train.steps - at} steps to come are made at a learning rate of 0. "
+                "--resume-with schedule-steps goes on with a longer one: --train.schedule-steps "
+                f"{train.steps}"
+            )
+
+    def _load(self) -> Dataset:
+        self.folder.check_assets()
+        dataset = self.config.data.load(self.folder.assets)
+        self.folder.seal_assets()
+        return dataset
 
     def _as_before(self, parts: Assembly) -> Assembly:
         """The run's parts. A resumed run takes the backend it had, so that its numbers stay the
@@ -264,6 +309,7 @@ class Session:
             best=self.best,
             losses=tuple(journal.losses),
             backend=self.backend,
+            conditions=self.conditions,
             monitor=monitor,
         )
         self.checkpoints.save(self.state, progress)
@@ -302,6 +348,9 @@ class Session:
             "versions": versions(),
             "device": device_name(),
             "backend": self.backend,
+            "cores": self.conditions["cores"],
+            "processes": self.conditions["processes"],
+            "data_sha256": self.folder.data_sha256(),
         }
 
     def draw(self, journal: Journal, test: bool) -> None:

@@ -2,7 +2,7 @@
 """What a run remembers between its sessions, beside its state."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 
@@ -28,6 +28,8 @@ class Progress:
     losses: tuple[float, ...] = ()  # since the last row of the log
     backend: str | None = None  # of the recurrences, see `Assembly`
     monitor: float | None = None  # the validation figure of this very step, where there is one
+    # Of the session that saved it: what a run depends on to the last bit.
+    conditions: dict[str, Any] = field(default_factory=dict)
     form: int = 2  # of the checkpoint: 2 has a manifest, 1 is of version 0.1.0
 
     def as_json(self) -> dict[str, Any]:
@@ -36,6 +38,6 @@ class Progress:
     @staticmethod
     def of_json(saved: Mapping[str, Any]) -> "Progress":
         """What `as_json` gave, now or in an earlier release; other entries are passed over."""
-        known = {field.name: saved[field.name] for field in fields(Progress) if field.name in saved}
+        known = {f.name: saved[f.name] for f in fields(Progress) if f.name in saved}
         best, losses = Best(*known.pop("best", ())), tuple(known.pop("losses", ()))
         return Progress(**{"form": 1, **known}, best=best, losses=losses)
