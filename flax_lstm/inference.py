@@ -4,6 +4,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ class Run:
 
     def __init__(self, workdir: Path, config: Config):
         self.workdir = workdir
-        self.config = config
         self._folder = Workdir(workdir)
         self.assets = self._folder.assets
         self._folder.check_assets()
+        self.config = config = replace(config, task=config.task.settled(self.assets))
         self.info = config.data.restore(self._folder.assets)
         self._parts = assemble(config, self.info)
         self._checkpoints = Checkpoints(self._folder.checkpoints)

@@ -112,8 +112,11 @@ def test_figures_are_those_of_the_averaged_weights_at_the_best_step(series_run):
     validation = {row["step"]: row for row in rows if row["split"] == "validation"}
     best = min(validation.values(), key=lambda row: row["loss"])
     assert result["best_step"] == best["step"]
-    assert result["validation"] == pytest.approx(
-        {name: best[name] for name in result["validation"]}, rel=1e-5
+    # The quantiles but not the point forecasts are calibrated at the end.
+    points = ("mse", "mae", "mase", "smape", "observed")
+    expected = {name: best[name] for name in points}
+    assert {name: result["validation"][name] for name in points} == pytest.approx(
+        expected, rel=1e-5
     )
     # The plain weights of the last step have another hash than their average.
     assert params_sha256(load(series_run).params("latest")) != result["params_sha256"]

@@ -11,7 +11,7 @@ Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,15 @@ class Task(Protocol):
     def baselines(self, info: Any) -> dict[str, Baseline]:
         """Rules that learn nothing, to be judged by the same figures."""
         ...
+
+    def settle(self, dataset: Any, forward: Forward, assets: Path) -> Self:
+        """The task as its figures and predictions are to be from the end of training on, with what
+        it found on the validation split; kept in the folder of what was fitted."""
+        return self
+
+    def settled(self, assets: Path) -> Self:
+        """The task as `settle` left it there."""
+        return self
 
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int

@@ -4,8 +4,9 @@
 Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q quantiles.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,8 @@ import pandas as pd
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, SeriesForm, Windows
-from flax_lstm.errors import require
+from flax_lstm.data.vocabulary import write_atomically
+from flax_lstm.errors import UserError, require
 from flax_lstm.tasks.base import (
     Array,
     Baseline,
@@ -44,6 +46,10 @@ class Forecasting(Task):
 
     objective: Objective = "mse"  # the loss: mse, mae, huber (delta 1), or quantile (pinball)
     quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)  # forecast where objective is quantile
+    calibrate: bool = True  # widen or narrow the quantiles by what validation shows, at the end
+    # By how much the distance of each quantile from the point forecast is stretched; found at the
+    # end of training and kept with the run, empty until then
+    stretch: tuple[float, ...] = ()
 
     monitor: ClassVar[Monitor] = Monitor("loss")
     needs: ClassVar[type | None] = Windows
@@ -57,6 +63,10 @@ class Forecasting(Task):
         require(
             tuple(sorted(set(self.quantiles))) == self.quantiles,
             f"task.quantiles {self.quantiles}: must be in increasing order, without repeats",
+        )
+        require(
+            len(self.stretch) in (0, len(self.quantiles)),
+            f"task.stretch {self.stretch}: one factor for each of task.quantiles, or none",
         )
 
     @property
@@ -83,8 +93,57 @@ class Forecasting(Task):
 
     def ordered(self, outputs: Array) -> Array:
         """The outputs with quantiles that never cross: sorted, which cannot raise the pinball loss
-        (Chernozhukov et al. 2010)."""
-        return jnp.sort(outputs, axis=-1) if self.levels else outputs
+        (Chernozhukov et al. 2010), and stretched once the task is calibrated."""
+        if not self.levels:
+            return outputs
+        outputs = jnp.sort(outputs, axis=-1)
+        if not self.stretch:
+            return outputs
+        point = outputs[..., self.point, None]
+        factors = jnp.asarray(self.stretch).reshape((1,) * (outputs.ndim - 1) + (-1,))
+        return jnp.sort(point + (outputs - point) * factors, axis=-1)
+
+    def settle(self, dataset: Any, forward: Forward, assets: Path) -> "Forecasting":
+        """The task with its quantiles calibrated on the validation windows, as `settled` will find
+        it in the folder; the same task where there is nothing to calibrate.
+
+        Split conformal prediction (Romano et al. 2019) with the distance from the point forecast as
+        the scale: the factor of a level is the one by which the distance of its quantile has to be
+        stretched for the level's share of the validation targets to lie below.
+        """
+        if not self.calibrate or len(self.levels) < 2:
+            return self
+        windows = np.unique(np.linspace(0, dataset.size("validation") - 1, CALIBRATION).astype(int))
+        scores: list[np.ndarray] = []
+        for windows_B in np.array_split(windows, -(-len(windows) // 256)):
+            batch = dataset.batch("validation", windows_B)
+            outputs = np.sort(np.asarray(forward(batch), np.float64), axis=-1)
+            point = outputs[..., self.point, None]
+            distance = outputs - point
+            known = (batch.weights > 0)[..., None] & (np.arange(len(self.levels)) != self.point)
+            usable = known & (np.abs(distance) > 1e-9)
+            ratio = np.full(outputs.shape, np.nan)
+            np.divide(batch.targets[..., None] - point, distance, out=ratio, where=usable)
+            scores.append(ratio.reshape(-1, len(self.levels)))
+        factors = tuple(
+            1.0 if n == self.point else _stretch(ratio, level, n > self.point)
+            for n, (ratio, level) in enumerate(
+                zip(np.concatenate(scores).T, self.levels, strict=True)
+            )
+        )
+        assets.mkdir(parents=True, exist_ok=True)
+        write_atomically(assets / CALIBRATION_FILE, json.dumps({"stretch": factors}) + "\n")
+        return replace(self, stretch=factors)
+
+    def settled(self, assets: Path) -> "Forecasting":
+        """The task as a run left it at its end."""
+        path = assets / CALIBRATION_FILE
+        if not path.exists():
+            return self
+        try:
+            return replace(self, stretch=tuple(json.loads(path.read_text())["stretch"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot read {path}, the calibration of a run: {error}") from None
 
     def loss(self, outputs: Array, batch: Batch) -> Mean:
         error = batch.targets[..., None] - self.ordered(outputs)  # [B, N, C, Q]
@@ -254,6 +313,18 @@ class Forecasting(Task):
 
 
 PANELS = 12  # series drawn of a panel
+CALIBRATION = 4096  # validation windows, at most, on which quantiles are calibrated
+CALIBRATION_FILE = "calibration.json"
+
+
+def _stretch(ratio: np.ndarray, level: float, above: bool) -> float:
+    """The factor for one level, from (target - point) / (quantile - point), NaN where unknown; 1
+    where nothing is known. The level is corrected for the finite number (Romano et al. 2019)."""
+    ratio = ratio[~np.isnan(ratio)]
+    if not len(ratio):
+        return 1.0
+    share = min(np.ceil((len(ratio) + 1) * (level if above else 1 - level)) / len(ratio), 1.0)
+    return max(float(np.quantile(ratio, share)), 0.0)
 
 
 def counted(batch: Batch) -> Array:

@@ -322,13 +322,14 @@ class Session:
         assert self.best.step is not None
         best = self.checkpoints.best_intact(self.best.step, config.task.monitor.maximise)
         self.best_params = self.checkpoints.restore_params(best, self.steps.abstract)
+        self._settle()
         last = "test" if test else "validation"
         figures = {
             split: self.figures(split, self.best_params)
             for split in dict.fromkeys(("validation", last))
         }
         rows = partial(self.dataset.evaluation, last, config.train.batch_size)
-        baselines = evaluate_baselines(config.task, self.dataset.info, rows, self.mesh)
+        baselines = evaluate_baselines(self.config.task, self.dataset.info, rows, self.mesh)
         if test:
             journal.record(best, "test", figures["test"])
         return {
@@ -352,6 +353,18 @@ class Session:
             "processes": self.conditions["processes"],
             "data_sha256": self.folder.data_sha256(),
         }
+
+    def _settle(self) -> None:
+        """From here on the task is as it will be when the run is used."""
+        task = self.config.task
+        settled = task.settle(self.dataset, self._forward, self.own.assets)
+        if settled != task:
+            self.config = replace(self.config, task=settled)
+            self.steps = self.around.assemble(self.config, self.dataset.info).steps
+
+    def _forward(self, batch: Batch) -> Any:
+        """The outputs of the best checkpoint."""
+        return jax.device_get(self.steps.forward(self.best_params, None, batch)[1])
 
     def draw(self, journal: Journal, test: bool) -> None:
         """The curves, and what the task has to show of the test split."""
