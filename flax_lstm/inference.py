@@ -35,7 +35,7 @@ class Run:
         self._folder = Workdir(workdir)
         self.assets = self._folder.assets
         self._folder.check_assets()
-        self.config = config = replace(config, task=config.task.settled(self.assets))
+        self.config = config = replace(config, task=config.task.settled(self._folder.path))
         self.info = config.data.restore(self._folder.assets)
         self._parts = assemble(config, self.info)
         self._checkpoints = Checkpoints(self._folder.checkpoints)

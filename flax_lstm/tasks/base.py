@@ -95,12 +95,12 @@ class Task(Protocol):
         """Rules that learn nothing, to be judged by the same figures."""
         ...
 
-    def settle(self, dataset: Any, forward: Forward, assets: Path) -> Self:
+    def settle(self, dataset: Any, forward: Forward, folder: Path) -> Self:
         """The task as its figures and predictions are to be from the end of training on, with what
-        it found on the validation split; kept in the folder of what was fitted."""
+        it found on the validation split; kept in the run's folder."""
         return self
 
-    def settled(self, assets: Path) -> Self:
+    def settled(self, folder: Path) -> Self:
         """The task as `settle` left it there."""
         return self
 

@@ -103,7 +103,7 @@ class Forecasting(Task):
         factors = jnp.asarray(self.stretch).reshape((1,) * (outputs.ndim - 1) + (-1,))
         return jnp.sort(point + (outputs - point) * factors, axis=-1)
 
-    def settle(self, dataset: Any, forward: Forward, assets: Path) -> "Forecasting":
+    def settle(self, dataset: Any, forward: Forward, folder: Path) -> "Forecasting":
         """The task with its quantiles calibrated on the validation windows, as `settled` will find
         it in the folder; the same task where there is nothing to calibrate.
 
@@ -131,13 +131,12 @@ class Forecasting(Task):
                 zip(np.concatenate(scores).T, self.levels, strict=True)
             )
         )
-        assets.mkdir(parents=True, exist_ok=True)
-        write_atomically(assets / CALIBRATION_FILE, json.dumps({"stretch": factors}) + "\n")
+        write_atomically(folder / CALIBRATION_FILE, json.dumps({"stretch": factors}) + "\n")
         return replace(self, stretch=factors)
 
-    def settled(self, assets: Path) -> "Forecasting":
+    def settled(self, folder: Path) -> "Forecasting":
         """The task as a run left it at its end."""
-        path = assets / CALIBRATION_FILE
+        path = folder / CALIBRATION_FILE
         if not path.exists():
             return self
         try:

@@ -357,7 +357,7 @@ class Session:
     def _settle(self) -> None:
         """From here on the task is as it will be when the run is used."""
         task = self.config.task
-        settled = task.settle(self.dataset, self._forward, self.own.assets)
+        settled = task.settle(self.dataset, self._forward, self.own.path)
         if settled != task:
             self.config = replace(self.config, task=settled)
             self.steps = self.around.assemble(self.config, self.dataset.info).steps
