@@ -9,25 +9,11 @@ to 2); the day before: 0.097 for both. One
 minute on one core: docs/results.md.
 """
 
-from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig
-from flax_lstm.data import SeriesTable
+from dataclasses import replace
+
+from flax_lstm import Config, Forecasting, load_config
 
 
 def get_config() -> Config:
-    return Config(
-        name="electricity",
-        data=SeriesTable(path="electricity", lookback=168, horizon=24, season=24),
-        task=Forecasting(objective="quantile", quantiles=(0.1, 0.5, 0.9)),
-        model=SegmentModel(cell="lstm", hidden_size=96, segment=24, dropout=0.1),
-        train=TrainConfig(
-            steps=2000,
-            batch_size=64,
-            learning_rate=2e-3,
-            schedule="cosine",
-            warmup_steps=50,
-            ema=0.99,
-            log_every=50,
-            eval_every=200,
-            checkpoint_every=200,
-        ),
-    )
+    quantiles = Forecasting(objective="quantile", quantiles=(0.1, 0.5, 0.9))
+    return replace(load_config("quickstart"), name="electricity", task=quantiles)

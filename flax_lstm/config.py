@@ -84,6 +84,11 @@ class TrainConfig:
         )
         require(0 < self.epsilon < math.inf, f"train.epsilon {self.epsilon}: must be positive")
         require(
+            self.epsilon == 1e-8 or self.optimizer == "adamw",
+            f"train.epsilon {self.epsilon} acts with train.optimizer adamw only, not with "
+            f"{self.optimizer}",
+        )
+        require(
             0 < self.layer_decay <= 1,
             f"train.layer-decay {self.layer_decay}: must be above 0 and at most 1",
         )

@@ -4,10 +4,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flax_lstm import TrainConfig, UserError
-from flax_lstm.training.optim import learning_rate, levels_below_head, make_optimizer
+from flax_lstm.training.optim import learning_rate, levels_below_head, make_optimizer, plateau_scale
 
 PARAMS = {
     "embed": {"embedding": jnp.ones((3, 2))},
@@ -61,3 +62,25 @@ def test_wrong_settings_are_said():
         TrainConfig(layer_decay=0)
     with pytest.raises(UserError, match=r"train\.unfreeze-every -1"):
         TrainConfig(unfreeze_every=-1)
+
+
+def test_unknown_optimisers_and_schedules_are_refused():
+    with pytest.raises(UserError, match=r"train\.optimizer adam: choose one of adamw, sgd"):
+        make_optimizer("adam", optax.constant_schedule(1.0), weight_decay=0.0, clip=0.0)
+    with pytest.raises(UserError, match=r"train\.schedule linear: choose one of constant, cosine"):
+        learning_rate("linear", 1.0, 0, 10)
+
+
+def test_the_plateau_scale_is_found_beside_parameters_of_that_name():
+    """A layer norm has a parameter `scale`, and so have Adam's moments."""
+    schedule = optax.constant_schedule(1.0)
+    optimizer = make_optimizer("adamw", schedule, 0.0, clip=1.0, plateau_steps=2)
+    state = optimizer.init({"norm": {"scale": jnp.full(3, 7.0)}})
+    assert float(plateau_scale(state)) == 1.0
+    plain = make_optimizer("adamw", schedule, 0.0, clip=1.0)
+    assert plateau_scale(plain.init({"scale": jnp.full(3, 7.0)})) == 1.0
+
+
+def test_a_setting_that_would_not_act_is_refused():
+    with pytest.raises(UserError, match=r"acts with train\.optimizer adamw only"):
+        TrainConfig(optimizer="sgd", epsilon=1e-7)

@@ -66,7 +66,7 @@ class Journal:
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]} examples/s  left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or console.is_jupyter),
         )
         self._line = self._bar.add_task(
             "step", total=train.steps, completed=step, loss="-", rate="-"
@@ -124,8 +124,12 @@ class Journal:
     def evaluated(self, step: int, split: str, figures: Figures, best: bool) -> None:
         """A row of an evaluation, shown too."""
         self.record(step, split, figures)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.console.print(f"step {step}  {split}  {shown}{'  (best)' if best else ''}")
+        line, end = f"step {step}  {split}", "  (best)" if best else ""
+        for name in distinct(figures):
+            more = f"  {name} {figures[name]:.4g}"
+            if len(line + more + end) <= 80:  # the others are in the log
+                line += more
+        self.console.print(line + end, highlight=False)
 
     def record(self, step: int, split: str, figures: Figures) -> None:
         self.log.append(step, split, figures, self.seconds())
@@ -184,6 +188,12 @@ def _parse(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def distinct(figures: Mapping[str, Any]) -> list[str]:
+    """The names of the figures, without a loss that is one of the others under another name."""
+    others = [value for name, value in figures.items() if name != "loss"]
+    return [name for name in figures if name != "loss" or figures["loss"] not in others]
 
 
 def finite(figures: Figures) -> dict[str, float | None]:

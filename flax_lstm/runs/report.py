@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flax_lstm.machine.distributed import process_count
 from flax_lstm.machine.sharding import on_host
+from flax_lstm.runs.journal import distinct
 from flax_lstm.runs.workdir import Workdir
 
 PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -64,7 +65,7 @@ def report(result: dict[str, Any], folder: Workdir, console: Console) -> None:
     )
     for heading in ("", *columns):
         table.add_column(heading, justify="right" if heading else "left")
-    for name in result[split]:
+    for name in distinct(result[split]):
         values = [figures.get(name) for figures in columns.values()]
         table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
     console.print(table)

@@ -9,17 +9,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_lstm.errors import listing, require
+
 Schedule = Callable[[Any], Any]  # step -> learning rate
+Parts = list[optax.GradientTransformation]  # one after the other
+
+
+# What follows the warm-up, from its peak over so many steps. "plateau" is constant: the optimiser
+# scales it as the training loss stalls.
+SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+    "cosine": optax.cosine_decay_schedule,
+    "plateau": lambda peak, steps: optax.constant_schedule(peak),
+}
 
 
 def learning_rate(kind: str, peak: float, warmup_steps: int, steps: int) -> Schedule:
     """Linear warm-up to `peak`, then constant, or a cosine to 0 at `steps` (Loshchilov & Hutter
-    2017). For "plateau" the schedule is constant, and the optimiser scales it as the training loss
-    stalls."""
-    if kind == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1))
-    else:
-        after = optax.constant_schedule(peak)
+    2017). Raises UserError for a kind that is none of `SCHEDULES`."""
+    require(kind in SCHEDULES, f"train.schedule {kind}: choose one of {listing(SCHEDULES)}")
+    after = SCHEDULES[kind](peak, max(steps - warmup_steps, 1))
     if not warmup_steps:
         return after
     return optax.join_schedules(
@@ -75,6 +84,34 @@ def by_level(decay: float, unfreeze_every: int) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: Updates(jnp.zeros((), jnp.int32)), update)
 
 
+def adamw(schedule: Schedule, weight_decay: float, epsilon: float) -> Parts:
+    """Loshchilov & Hutter 2019. `epsilon` is added to the root of the mean squared gradient: it
+    keeps gradients much smaller than itself from being scaled up, such as those of words far from
+    the end of a sequence."""
+    return [optax.adamw(schedule, eps=epsilon, weight_decay=weight_decay, mask=decayed)]
+
+
+def sgd(schedule: Schedule, weight_decay: float, epsilon: float) -> Parts:
+    """With momentum 0.9."""
+    return [
+        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.sgd(schedule, momentum=0.9),
+    ]
+
+
+def adafactor(schedule: Schedule, weight_decay: float, epsilon: float) -> Parts:
+    """Shazeer & Stern 2018."""
+    rate = weight_decay or None
+    return [optax.adafactor(schedule, weight_decay_rate=rate, weight_decay_mask=decayed)]
+
+
+OPTIMIZERS: dict[str, Callable[[Schedule, float, float], Parts]] = {
+    "adamw": adamw,
+    "sgd": sgd,
+    "adafactor": adafactor,
+}
+
+
 def make_optimizer(
     name: str,
     schedule: Schedule,
@@ -85,28 +122,14 @@ def make_optimizer(
     layer_decay: float = 1.0,
     unfreeze_every: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW (Loshchilov & Hutter 2019), SGD with momentum 0.9, or Adafactor (Shazeer & Stern 2018),
-    after clipping by the global norm. With `plateau_steps`, the step is halved whenever the mean
-    loss over that many steps has not improved three times running. `epsilon` is AdamW's: added to
-    the root of the mean squared gradient, it keeps gradients much smaller than itself from being
-    scaled up, such as those of words far from the end of a sequence. For `layer_decay` and
-    `unfreeze_every` see `by_level`."""
-    parts: list[optax.GradientTransformation] = []
+    """One of `OPTIMIZERS`, after clipping by the global norm. With `plateau_steps`, the step is
+    halved whenever the mean loss over that many steps has not improved three times running.
+    `epsilon` is AdamW's. For `layer_decay` and `unfreeze_every` see `by_level`."""
+    require(name in OPTIMIZERS, f"train.optimizer {name}: choose one of {listing(OPTIMIZERS)}")
+    parts: Parts = []
     if clip:
         parts.append(optax.clip_by_global_norm(clip))
-    if name == "adamw":
-        parts.append(optax.adamw(schedule, eps=epsilon, weight_decay=weight_decay, mask=decayed))
-    elif name == "sgd":
-        parts += [
-            optax.add_decayed_weights(weight_decay, mask=decayed),
-            optax.sgd(schedule, momentum=0.9),
-        ]
-    else:
-        parts.append(
-            optax.adafactor(
-                schedule, weight_decay_rate=weight_decay or None, weight_decay_mask=decayed
-            )
-        )
+    parts += OPTIMIZERS[name](schedule, weight_decay, epsilon)
     if layer_decay != 1 or unfreeze_every:
         parts.append(by_level(layer_decay, unfreeze_every))
     if plateau_steps:
@@ -116,7 +139,10 @@ def make_optimizer(
     return optax.with_extra_args_support(optax.chain(*parts))
 
 
+def of_plateau(path: Any, _: Any) -> bool:
+    return getattr(path[-1], "tuple_name", "") == "ReduceLROnPlateauState"
+
+
 def plateau_scale(opt_state: Any) -> Any:
     """By how much the plateau schedule scales the learning rate now; 1 without one."""
-    found = [s.scale for s in opt_state if isinstance(s, optax.contrib.ReduceLROnPlateauState)]
-    return found[0] if found else 1.0
+    return optax.tree.get(opt_state, "scale", 1.0, filtering=of_plateau)
