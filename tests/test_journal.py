@@ -14,7 +14,8 @@ FIGURES = {
     "mse": 0.9,
     "mae": 0.123456,
     "mse_original": 1e6,
-    "smape": 3.1,
+    "smape_of_all": 3.1,
+    "mae_original": 0.2,
     "crps": 0.2,
 }
 
@@ -29,9 +30,13 @@ def test_an_evaluation_fits_in_80_columns_and_shows_no_figure_twice(tmp_path):
     with journal(tmp_path, out) as log:
         log.evaluated(1000, "validation", FIGURES, best=True)
     lines = out.getvalue().splitlines()
-    assert lines == ["step 1000  validation  mse 0.9  mae 0.1235  mse_original 1e+06  (best)"]
+    assert lines == [
+        "step 1000  validation  mse 0.9  mae 0.1235  mse_original 1e+06  crps 0.2  (best)"
+    ]
     assert len(lines[0]) <= 80
-    assert '"crps": 0.2' in (tmp_path / "metrics.jsonl").read_text()  # what is not shown is kept
+    assert (
+        '"mae_original": 0.2' in (tmp_path / "metrics.jsonl").read_text()
+    )  # what is not shown is kept
 
 
 def test_a_loss_is_shown_where_it_is_none_of_the_others():
