@@ -81,6 +81,20 @@ def test_files_that_documents_name_exist(path):
         assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_names_that_documents_place_in_files_are_there(path):
+    """`flax_lstm/training/loop.py:fit`"""
+    for file, name in re.findall(r"`(flax_lstm/[\w./-]+\.py):(\w+)`", path.read_text()):
+        defined = re.search(rf"^(def|class) {name}\b|^{name}\b.*=", (ROOT / file).read_text(), re.M)
+        assert defined, f"{path.name}: {file} has no {name}"
+
+
+def test_the_page_on_architecture_names_every_room():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [p.name for p in (ROOT / "flax_lstm").iterdir() if (p / "__init__.py").exists()]
+    assert len(rooms) > 7 and all(f"{room}/" in text for room in rooms)
+
+
 def commands(path, begin="python train.py "):
     """The lines of a document that begin so, without that and without comments."""
     lines = "\n".join(blocks(path, "bash")).splitlines()
