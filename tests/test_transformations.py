@@ -4,6 +4,7 @@
 The table of docs/backends.md is made of what is run here.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -167,3 +168,37 @@ def check(transformation: str, backend: str, name: str) -> None:
         found[backend],
         found["scan"],
     )
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_a_batch_sharded_by_others_is_never_gathered(name: str) -> None:
+    """In a training loop that knows nothing of our meshes: the outputs stay where their rows are,
+    and all that devices exchange is the sum of the weights' gradients."""
+    rnn = RNN(CELLS[name](H))
+    rng = np.random.default_rng(0)
+    x_BTD = jnp.asarray(rng.normal(size=(8, T, D)), jnp.float32)
+    lengths_B, resets_BT = jnp.arange(8) % (T + 1), jnp.asarray(rng.random((8, T)) < 0.3)
+    variables = rnn.init(jax.random.key(0), x_BTD)
+    variables = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), w.dtype), variables)
+
+    def step(variables: Any, x_BTD: Any, lengths_B: Any, resets_BT: Any) -> Any:
+        def loss(variables: Any, x_BTD: Any) -> Any:
+            _, y_BTH = rnn.apply(variables, x_BTD, lengths_B, reset_BT=resets_BT)
+            return jnp.sum(jnp.sin(y_BTH)), y_BTH
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(variables, x_BTD)
+
+    rows = jax.sharding.NamedSharding(
+        jax.make_mesh((4,), ("mine",), axis_types=(jax.sharding.AxisType.Auto,)), jax.P("mine")
+    )
+    whole = jax.sharding.NamedSharding(rows.mesh, jax.P())
+    arguments = (variables, x_BTD, lengths_B, resets_BT)
+    expected = jax.jit(step)(*arguments)
+    placed = (jax.device_put(variables, whole), *jax.device_put(arguments[1:], rows))
+    program = jax.jit(step).lower(*placed).compile()
+    kinds = r"= [^=]*? (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)"
+    assert set(re.findall(kinds, program.as_text())) == {"all-reduce"}
+    found = program(*placed)
+    assert found[0][1].sharding.is_equivalent_to(rows, 3)
+    assert found[1][1].sharding.is_equivalent_to(rows, 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5), found, expected)

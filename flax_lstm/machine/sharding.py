@@ -15,15 +15,18 @@ The mesh is known to the modules while the steps of `steps.py` are traced, and t
 module used on its own is not touched by any of this.
 """
 
+import contextlib
+import contextvars
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import multihost_utils
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_lstm.errors import UserError, listing, require
@@ -298,3 +301,76 @@ def on_each_device(run: Callable[..., Any], partitioned: bool = False) -> Callab
         )(weights, state, *arrays)
 
     return spread
+
+
+# Whether the program that is being lowered is one that the compiler splits over several devices.
+_is_split: contextvars.ContextVar[bool] = contextvars.ContextVar("is_split", default=False)
+
+
+@contextlib.contextmanager
+def lowering(axis_context: Any) -> Iterator[None]:
+    """While a primitive is lowered: lets `by_rows` know whether there is anything to split."""
+    devices = getattr(axis_context, "device_assignment", None) or ()
+    token = _is_split.set(len(devices) > 1)
+    try:
+        yield
+    finally:
+        _is_split.reset(token)
+
+
+def by_rows(
+    function: Callable[..., Any], arguments: Sequence[int], results: Sequence[int]
+) -> Callable[..., Any]:
+    """A function of arrays that the compiler cannot look into, such as a call of native code, with
+    word of how it may be split: over the rows of a batch, as its first argument is, in a program
+    that `jax.jit` splits over devices. Left alone, the compiler would gather the whole batch on
+    each of them.
+
+    arguments, results: the axis over rows in each array, -1 where it has none. Results without rows
+    are sums over rows, and so are added up over the devices.
+    """
+    if not _is_split.get():
+        return function
+    split = custom_partitioning(lambda *arrays: tuple(function(*arrays)))
+
+    def partition(mesh: Mesh, given: Any, wanted: Any) -> Any:
+        batch, (first, *_) = given[0].shape[arguments[0]], given
+        axes = first.sharding.spec[arguments[0]]
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        if batch % int(np.prod([mesh.shape[name] for name in names])):
+            names = ()
+
+        def placed(arrays: Any, rows: Sequence[int]) -> list[NamedSharding]:
+            specs = [
+                PartitionSpec(*(names or None if n == row else None for n in range(len(x.shape))))
+                for x, row in zip(arrays, rows, strict=True)
+            ]
+            return [NamedSharding(mesh, spec) for spec in specs]
+
+        def on_one(*arrays: Any) -> Any:
+            found = function(*arrays)
+            return tuple(
+                jax.lax.psum(x, names) if names and row < 0 and x.size else x
+                for x, row in zip(found, results, strict=True)
+            )
+
+        return mesh, on_one, tuple(placed(wanted, results)), tuple(placed(given, arguments))
+
+    def called(*arrays: Any) -> Any:
+        shapes = jax.eval_shape(function, *arrays)
+        kept: list[str] = []
+
+        def factors(x: Any, row: int) -> str:
+            names = ["rows" if n == row else f"f{len(kept) + n}" for n in range(len(x.shape))]
+            kept.extend(name for name in names if name != "rows")
+            kept.append("")  # so that no two arrays share a name
+            return " ".join(names)
+
+        given = [factors(x, row) for x, row in zip(arrays, arguments, strict=True)]
+        wanted = [factors(x, row) for x, row in zip(shapes, results, strict=True)]
+        rule = f"{', '.join(given)} -> {', '.join(wanted)}"
+        whole = tuple(name for name in kept if name)
+        split.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
+        return split(*arrays)
+
+    return called

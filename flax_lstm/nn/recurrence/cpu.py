@@ -13,12 +13,13 @@ of `define`, in plain JAX.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flax_lstm.machine.sharding import model_shards, platform
+from flax_lstm.machine.sharding import by_rows, model_shards, platform
 from flax_lstm.nn.cells import (
     GRUCell,
     LSTMCell,
@@ -210,25 +211,64 @@ def operands(inputs: Inputs, marks: Marks) -> tuple[list[Array], list[Array]]:
     return weights, [*state, marks.lengths_B, placed(marks.reset_BT, bool)]
 
 
-def kernel(name: str, how: How, shapes: Any, *arrays: Array) -> Any:
+def call_native(name: str, how: How, shapes: Any, arrays: Any) -> Any:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     function = jax.ffi.ffi_call(f"flax_lstm_{name}", results, vmap_method="sequential")
     return function(*arrays, reverse=how.reverse, time_major=how.time_major)
 
 
-def call_forward(how: How, save: bool, inputs: Inputs, marks: Marks) -> tuple[Results, Saved]:
-    over_time = inputs.x_BTD.shape[:2]
-    _, gates, hidden = inputs.weights.recurrent_JGH.shape
-    (input_DGH, recurrent_JGH, bias_GH, bias_H), others = operands(inputs, marks)
+def native_forward(how: How, save: bool, *arrays: Array) -> Any:
+    x, _, recurrent_JGH, _, _, c_BH, h_BH, *_ = arrays
+    _, gates, hidden = recurrent_JGH.shape
     shapes = [
-        (*over_time, hidden),
-        NONE if inputs.c_BH is None else inputs.c_BH.shape,
-        inputs.h_BH.shape,
-        (*over_time, gates, hidden) if save else NONE,
-        (*over_time, hidden) if save and gates > 1 else NONE,
+        (*x.shape[:2], hidden),
+        c_BH.shape,
+        h_BH.shape,
+        (*x.shape[:2], gates, hidden) if save else NONE,
+        (*x.shape[:2], hidden) if save and gates > 1 else NONE,
     ]
+    return call_native("forward", how, shapes, arrays)
+
+
+def native_backward(how: How, *arrays: Array) -> Any:
+    x, input_DGH, recurrent_JGH, c_BH, h_BH, mask_BJ, *_ = arrays
+    _, gates, hidden = recurrent_JGH.shape
+    bias, bias_H = (gates, hidden), (hidden,) if gates == 3 else NONE
+    weights = [input_DGH.shape, recurrent_JGH.shape, bias, bias_H]
+    shapes = [x.shape, *weights, c_BH.shape, h_BH.shape, mask_BJ.shape]
+    return call_native("backward", how, shapes, arrays)
+
+
+# Where the rows of the batch are in the arguments and results of both: nowhere in weights, first in
+# states and lengths, and over time first or, with time first, second.
+W, S, T = -1, 0, 1
+FORWARD = (T, W, W, W, W, S, S, S, S, T), (T, S, S, T, T)
+BACKWARD = (T, W, W, S, S, S, S, T, T, T, T, T, S, S, T), (T, W, W, W, W, S, S, S)
+
+
+def split_by_rows(function: Callable[..., Any], how: How, kinds: Any, *arrays: Array) -> Any:
+    """A call of the kernel, on each device with its rows. Under `vmap`, one after the other."""
+
+    def rows_of(x: Any, kind: int) -> int:
+        return -1 if x.shape == NONE else kind if kind != T else int(how.time_major)
+
+    results = jax.eval_shape(function, *arrays)
+    places = [list(map(rows_of, *pair)) for pair in zip((arrays, results), kinds, strict=True)]
+    run = jax.custom_batching.custom_vmap(by_rows(function, *places))
+
+    @run.def_vmap
+    def one_by_one(size: int, mapped: Any, *arrays: Array) -> Any:
+        found = jax.vmap(function, [0 if one else None for one in mapped])(*arrays)
+        return tuple(found), (True,) * len(found)
+
+    return run(*arrays)
+
+
+def call_forward(how: How, save: bool, inputs: Inputs, marks: Marks) -> tuple[Results, Saved]:
+    (input_DGH, recurrent_JGH, bias_GH, bias_H), others = operands(inputs, marks)
     arrays = (inputs.x_BTD, input_DGH, recurrent_JGH, bias_GH, bias_H, *others)
-    y, c, h, gates_BTGH, kept = kernel("forward", how, shapes, *arrays)
+    run = partial(native_forward, how, save)
+    y, c, h, gates_BTGH, kept = split_by_rows(run, how, FORWARD, *arrays)
     return Results(y, there(c), h, kept if how.states else None), Saved(gates_BTGH, there(kept))
 
 
@@ -244,13 +284,13 @@ def backward(
     how: How, arrays: tuple[Inputs, Marks], results: Results, saved: Saved, gradients: Results
 ) -> tuple[Inputs, Marks]:
     inputs, marks = arrays
-    (input_DGH, recurrent_JGH, bias_GH, bias_H), others = operands(inputs, marks)
+    (input_DGH, recurrent_JGH, _, _), others = operands(inputs, marks)
     y_BTH, dy, dc, dh = results.y_BTH, gradients.y_BTH, gradients.c_BH, gradients.h_BH
+    first = (inputs.x_BTD, input_DGH, recurrent_JGH, *others)
     saves = (y_BTH, saved.gates_BTGH, placed(saved.kept_BTH))
     given = (dy, placed(dc), dh, placed(gradients.c_BTH))
-    like = (inputs.x_BTD, input_DGH, recurrent_JGH, bias_GH, bias_H, *others[:3])
-    first = (inputs.x_BTD, input_DGH, recurrent_JGH, *others)
-    found = kernel("backward", how, [a.shape for a in like], *first, *saves, *given)
+    run = partial(native_backward, how)
+    found = split_by_rows(run, how, BACKWARD, *first, *saves, *given)
     dx, d_input, d_recurrent, d_bias, d_bias_H, dc0, dh0, d_mask = found
     weights = Weights(d_input, d_recurrent, d_bias, there(d_bias_H))
     return Inputs(dx, weights, there(dc0), dh0, there(d_mask)), Marks(None, None)  # type: ignore[arg-type]

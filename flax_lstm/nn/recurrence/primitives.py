@@ -19,15 +19,18 @@ one call of the forward pass. Otherwise (an ensemble's weights, gradients of sin
 every `vmap` is a level around the primitive, by which its functions are mapped when it is run.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from flax_lstm.machine.sharding import lowering
 
 Array = jax.Array
 Leaves = tuple[Array, ...]
@@ -98,7 +101,8 @@ class Derivable:
         static, arrays = arguments[: self.statics], arguments[self.statics :]
         leaves, tree = jax.tree.flatten(arrays)
         results, saved = jax.eval_shape(partial(self.forward, *static), *arrays)
-        call = Call(self, static, tree, jax.tree.structure(results), jax.tree.structure(saved))
+        outputs = (jax.tree.structure(results), jax.tree.structure(saved))
+        call = Call(self, static, tree, *outputs, split_here())
         found = forward_p.bind(*alike(leaves), call=call, levels=(), save=False)
         return jax.tree.unflatten(call.results, found)
 
@@ -126,8 +130,16 @@ def is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-@dataclass(frozen=True)
-class Call:
+@functools.cache
+def split_here() -> Any:
+    """A program that the compiler may split over devices. JAX tells the devices to the lowering of
+    a primitive only where it finds such a one among its parameters."""
+    same = custom_partitioning(lambda x: x)
+    same.def_partition(lambda mesh, given, wanted: None, sharding_rule="i -> i")
+    return jax.make_jaxpr(same)(jax.ShapeDtypeStruct((1,), jnp.float32))
+
+
+class Call(NamedTuple):
     """What is known of a call when it is traced, and its functions on flat arrays."""
 
     of: Derivable
@@ -135,6 +147,7 @@ class Call:
     arrays: Any  # structures, here and below
     results: Any
     saved: Any
+    marker: Any  # see `split_here`
 
     def unflatten(self, leaves: Any) -> Any:
         return jax.tree.unflatten(self.arrays, leaves)
@@ -202,7 +215,7 @@ class Call:
         outputs = spread(results, self.results) + (spread(saved, self.saved) if save else [])
         return spread(inputs, self.arrays), outputs
 
-    def count(self, save: bool) -> int:
+    def size(self, save: bool) -> int:
         """How many arrays a forward pass gives."""
         return self.results.num_leaves + (self.saved.num_leaves if save else 0)
 
@@ -247,7 +260,12 @@ def define(
         return known or list(jax.make_jaxpr(partial(function, **static))(*avals).out_avals)
 
     primitive.def_abstract_eval(shapes)
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+
+    def lower(context: Any, *operands: Any, **static: Any) -> Any:
+        with lowering(context.module_context.axis_context):
+            return mlir.lower_fun(function, multiple_results=True)(context, *operands, **static)
+
+    mlir.register_lowering(primitive, lower)
 
 
 def like_results(call: Call, avals: Any) -> Any:
@@ -351,7 +369,7 @@ def forward_batch(
         folded = [fold(x, a, r, size) for x, a, r in zip(moved, front, rows[0], strict=True)]
         results = forward_p.bind(*folded, call=call, levels=(), save=save)
         return [unfold(x, r, size) for x, r in zip(results, rows[1], strict=True)], rows[1]
-    count = call.count(save)
+    count = call.size(save)
     level = Level(front, (False,) * count)
     results = forward_p.bind(*moved, call=call, levels=(*levels, level), save=save)
     return results, [0] * count
