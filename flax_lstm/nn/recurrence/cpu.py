@@ -214,7 +214,7 @@ def operands(inputs: Inputs, marks: Marks) -> tuple[list[Array], list[Array]]:
 def call_native(name: str, how: How, shapes: Any, arrays: Any) -> Any:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     function = jax.ffi.ffi_call(f"flax_lstm_{name}", results, vmap_method="sequential")
-    return function(*arrays, reverse=how.reverse, time_major=how.time_major)
+    return tuple(function(*arrays, reverse=how.reverse, time_major=how.time_major))
 
 
 def native_forward(how: How, save: bool, *arrays: Array) -> Any:
