@@ -13,14 +13,16 @@ import numpy as np
 import pandas as pd
 
 from flax_lstm.config import Config
-from flax_lstm.data.base import Batch
+from flax_lstm.data.base import Batch, Dataset
 from flax_lstm.data.fingerprint import content_sha256
+from flax_lstm.data.text import TextDataset
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
+from flax_lstm.tasks.base import Examiner, Outputs
 from flax_lstm.training.assembly import assemble
 from flax_lstm.training.checkpoint import Checkpoints
-from flax_lstm.training.evaluation import evaluate
+from flax_lstm.training.evaluation import add_up, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +68,29 @@ class Run:
         parts = ", ".join(type(section).__name__ for section in sections)
         return f"Run({str(self.workdir)!r}: {config.name}, {parts}; checkpoints {listing(kept)})"
 
+    def dataset(self, data: Any = None, file: str | Path | None = None) -> Dataset:
+        """The data of the run, or those of a new labelled file, as the split "input"; see
+        `evaluate`."""
+        settings = self.config.data if data is None else self.config.data.holding(data)
+        if file is not None:
+            return settings.labelled(Path(file), self.assets)
+        self._warn_of_other_data()
+        return settings.load(self.assets)
+
     def evaluate(
-        self, split: str = "test", checkpoint: str | int = "best", data: Any = None
+        self,
+        split: str = "test",
+        checkpoint: str | int = "best",
+        data: Any = None,
+        file: str | Path | None = None,
     ) -> dict[str, Any]:
         """The figures of a split, with `split`, `step` and `examples`.
 
         data: what `fit` was given as `data`, if it was; other data are refused.
+        file: a file of new labelled data, judged instead of a split.
         """
-        require(split in SPLITS, f"--split {split}: choose one of {listing(SPLITS)}")
-        self._warn_of_other_data()
-        settings = self.config.data if data is None else self.config.data.holding(data)
-        dataset = settings.load(self._folder.assets)
+        split = self._split(split, file)
+        dataset = self.dataset(data, file)
         step, parts = self.step(checkpoint), self._parts
         batches = dataset.evaluation(split, self.config.train.batch_size)
         params = self.params(step)
@@ -95,6 +109,52 @@ class Run:
                 before[:16],
                 found[:16],
             )
+
+    def _split(self, split: str, file: str | Path | None) -> str:
+        """The name of the split that is judged."""
+        require(split in SPLITS, f"--split {split}: choose one of {listing(SPLITS)}")
+        return split if file is None else "input"
+
+    def examine(
+        self,
+        split: str = "test",
+        checkpoint: str | int = "best",
+        data: Any = None,
+        file: str | Path | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `evaluate` says, and for a classifier of texts what `flax_lstm.tasks.examination`
+        does beyond, in one pass over the rows; else an empty dictionary."""
+        task = self.config.task
+        dataset = self.dataset(data, file)
+        if not (isinstance(task, Examiner) and isinstance(dataset, TextDataset)):
+            return self.evaluate(split, checkpoint, data, file), {}
+        split = self._split(split, file)
+        forward = self.forward(checkpoint)
+        measure = jax.jit(
+            lambda outputs, batch: self.config.task.measure(outputs, batch, dataset.info)
+        )
+        sums, rows = [], []
+        for batch in dataset.evaluation(split, self.config.train.batch_size):
+            rows.append(forward(batch))
+            sums.append(measure(rows[-1], batch))
+        size = dataset.size(split)
+        places = {"split": split, "step": self.step(checkpoint), "examples": size}
+        figures = self.config.task.figures(add_up(sums), dataset.info)
+        outputs = np.concatenate(rows)[:size]
+        held_out = None if split == "validation" else self._held_out(forward, data)
+        return {**figures, **places}, task.examine(dataset, split, outputs, held_out)
+
+    def _held_out(self, forward: Callable[[Batch], np.ndarray], data: Any) -> Outputs | None:
+        """Of the validation split, where it is to be had."""
+        try:
+            dataset = self.dataset(data)
+        except UserError as error:
+            logger.warning("no calibration without the validation split: %s", error)
+            return None
+        size = dataset.size("validation")
+        batches = [*dataset.evaluation("validation", self.config.train.batch_size)]
+        outputs = np.concatenate([forward(batch) for batch in batches])
+        return Outputs(outputs[:size], np.concatenate([b.targets for b in batches])[:size])
 
     def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
         """A function from a batch to the module's outputs."""

@@ -26,7 +26,7 @@ ALLOWED = {
     "training/steps": {"data", "machine", "tasks"},
     "training/optim": set(),
     "training": {"config", "data", "machine", "nn", "runs", "tasks"},
-    "inference": {"config", "data", "runs", "training"},
+    "inference": {"config", "data", "runs", "tasks", "training"},
     "plan": {"config", "machine", "training"},
     "convert": {"nn"},
     "nnx": {"nn"},

@@ -228,12 +228,13 @@ def test_classification_of_a_table_keeps_rows_and_columns(text_run, tmp_path, ca
     )
     assert outcome.code == 0 and outcome.out == ""
     result = read_table(output)
-    assert list(result.columns) == ["id", "text", "label", "probability"]
+    shares = ["probability_bad", "probability_good"]
+    assert list(result.columns) == ["id", "text", "predicted", "probability", *shares]
     assert (
         result["id"].astype(int).tolist() == new["id"].tolist()
         and result["text"].tolist() == new["text"].tolist()
     )
-    assert result["label"].tolist() == ["bad" if n % 2 == 0 else "good" for n in new["id"]]
+    assert result["predicted"].tolist() == ["bad" if n % 2 == 0 else "good" for n in new["id"]]
     assert (result["probability"].astype(float) > 0.5).all()
 
 
@@ -243,7 +244,13 @@ def test_columns_of_the_input_that_a_prediction_would_hide_are_renamed(text_run,
         capsys, "predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", text_run
     )
     result = pd.read_csv(tmp_path / "out.csv")
-    assert set(result["label_input"]) == {"?"} and set(result["label"]) == {"good", "bad"}
+    assert set(result["label"]) == {"?"} and set(result["predicted"]) == {"good", "bad"}
+    (tmp_path / "out.csv").rename(tmp_path / "new.csv")
+    call(
+        capsys, "predict --input", tmp_path / "new.csv", "--output", tmp_path / "out.csv", text_run
+    )
+    again = pd.read_csv(tmp_path / "out.csv")
+    assert again["predicted_input"].tolist() == result["predicted"].tolist()
 
 
 def test_an_existing_output_is_kept_unless_asked(text_run, tmp_path, capsys):

@@ -464,6 +464,24 @@ BREAKAGES = {
         "pass",
         "tests/test_init_from.py::test_encoder_embedding_and_vocabulary_come_from_the_other_run",
     ),
+    "the linear model is fitted on the split it is judged on": Breakage(
+        "flax_lstm/tasks/classification.py",
+        'train, new = dataset.read("train"), dataset.read(split)',
+        "train, new = dataset.read(split), dataset.read(split)",
+        "tests/test_examination.py::test_the_result_has_the_linear_model_beside_it",
+    ),
+    "errors are shown with other rows' texts": Breakage(
+        "flax_lstm/tasks/classification.py",
+        "order, read = dataset.order(split), dataset.read(split)",
+        "order, read = np.arange(dataset.size(split)), dataset.read(split)",
+        "tests/test_examination.py::test_evaluate_examines_a_split",
+    ),
+    "the temperature multiplies": Breakage(
+        "flax_lstm/tasks/examination.py",
+        "    return 1 / low\n",
+        "    return low\n",
+        "tests/test_examination.py::test_the_temperature_is_where_the_loss_is_least",
+    ),
     "every layer learns at the same rate": Breakage(
         "flax_lstm/training/optim.py",
         "decay**below, 0.0)",

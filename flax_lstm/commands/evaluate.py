@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flax-lstm evaluate`: the figures of a saved run."""
+"""`flax-lstm evaluate`: the figures of a saved run, and what a classifier gets wrong."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from flax_lstm.commands.grammar import parse
 
-ABOUT = "Prints the figures of a saved run."
+ABOUT = """Prints the figures of a saved run.
+
+For a classifier of texts also what it gets right and wrong, by class and by length, how sure it is,
+and its worst errors: printed, and written to DIR/evaluation as JSON and as a picture."""
 
 
 @dataclass(frozen=True)
 class Options:
     workdir: tyro.conf.Positional[Path]  # the folder of a run
     split: Literal["train", "validation", "test"] = "test"  # which part of the data
+    input: Path | None = None  # new labelled data instead, with the columns of the training data
     checkpoint: str = "best"  # best, latest or a step
     json: bool = False  # one JSON object on standard output
 
@@ -28,12 +33,66 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm evaluate") -> int:
     from flax_lstm.inference import load
     from flax_lstm.runs.journal import finite
 
-    figures = load(options.workdir).evaluate(options.split, options.checkpoint)
+    run = load(options.workdir)
+    figures, found = run.examine(options.split, options.checkpoint, file=options.input)
+    names = ("split", "step", "examples")
+    numbers = {name: value for name, value in figures.items() if name not in names}
+    whole = {**finite(numbers), **{name: figures[name] for name in names}, **found}
+    if found:
+        name = options.input.stem if options.input is not None else options.split
+        keep(options.workdir, whole, name, run.config.task.plot)
     if options.json:
-        names = ("split", "step", "examples")
-        numbers = {name: value for name, value in figures.items() if name not in names}
-        print(json.dumps({**finite(numbers), **{name: figures[name] for name in names}}))
-    else:
-        for name, value in figures.items():
-            print(f"{name:15} {value:.6g}" if isinstance(value, float) else f"{name:15} {value}")
+        print(json.dumps(whole))
+        return 0
+    for name, value in figures.items():
+        print(f"{name:15} {value:.6g}" if isinstance(value, float) else f"{name:15} {value}")
+    if found:
+        show(found)
     return 0
+
+
+def keep(folder: Path, whole: Mapping[str, Any], name: str, plot: Callable[..., object]) -> None:
+    """Writes what was found into the run's folder, as JSON and as a picture."""
+    path = folder / "evaluation" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    plot(whole, path.with_suffix(".png"))
+    print(f"In {path.parent.absolute()}: {path.name}, {path.stem}.png", file=sys.stderr)
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Prints what a classifier gets right and wrong."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    labels, counts = found["confusion"]["labels"], found["confusion"]["actual_by_predicted"]
+    table = Table(title="by class; then how often each was predicted")
+    for heading in ("actual", "examples", "precision", "recall", "f1", *labels):
+        table.add_column(heading, justify="left" if heading == "actual" else "right")
+    for row, line in zip(found["classes"], counts, strict=True):
+        figures = (row[name] for name in ("precision", "recall", "f1"))
+        shown = ["-" if figure is None else f"{figure:.3f}" for figure in figures]
+        table.add_row(row["label"], str(row["examples"]), *shown, *map(str, line))
+    console.print(table)
+    for group in found["lengths"]:
+        console.print(
+            f"{group['shortest']} to {group['longest']} tokens: accuracy "
+            f"{group['accuracy']:.3f} of {group['examples']}",
+            highlight=False,
+        )
+    calibration = found["calibration"]
+    told = f"calibration error {calibration['ece']:.3f}"
+    if "temperature" in calibration:
+        told += (
+            f"; {calibration['ece_calibrated']:.3f} at temperature "
+            f"{calibration['temperature']:.2f}, fitted on validation"
+        )
+    console.print(told, highlight=False)
+    for error in found["errors"][:5]:
+        console.print(
+            f"{error['label']}, predicted {error['predicted']} with {error['probability']:.3f}: "
+            f"{error['text']}",
+            markup=False,
+            highlight=False,
+        )

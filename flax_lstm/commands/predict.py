@@ -11,7 +11,7 @@ import tyro
 
 from flax_lstm.commands.grammar import parse
 from flax_lstm.commands.tables import check_output, write_table
-from flax_lstm.errors import require
+from flax_lstm.errors import listing, require
 
 ABOUT = """Predictions of a saved run.
 
@@ -53,14 +53,26 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
         )
         result = run.predict(pd.DataFrame({column: [options.text]}), options.checkpoint)
         answer = {
-            "label": str(result["label"].iloc[0]),
+            "label": str(result["predicted"].iloc[0]),
             "probability": result["probability"].iloc[0].item(),
             "probabilities": result.attrs["probabilities"][0],
         }
+        warn_of_empty(result.attrs["empty"])
         print(json.dumps(answer))
         return 0
     assert options.output is not None and options.input is not None
     result = run.predict(run.config.data.read(options.input), options.checkpoint)
+    warn_of_empty(result.attrs.get("empty", []))
     write_table(result, options.output)
     print(f"{len(result)} rows in {options.output}", file=sys.stderr)
     return 0
+
+
+def warn_of_empty(rows: Sequence[int]) -> None:
+    """Says which texts have no words, counted from 1."""
+    if rows:
+        print(
+            f"warning: no words in the text of {len(rows)} row(s), "
+            f"{listing([n + 1 for n in rows])}: the answer is a guess",
+            file=sys.stderr,
+        )

@@ -192,6 +192,11 @@ class Data(Protocol):
             return inputs
         raise UserError(f"predict takes a DataFrame here, not a {type(inputs).__name__}")
 
+    def labelled(self, path: Path, assets: Path) -> Dataset:
+        """A file of new inputs with what they are in truth, as the split "input"; nothing is fitted
+        to it."""
+        raise UserError(f"{type(self).__name__} has no form of labelled file")
+
     def read(self, path: Path) -> pd.DataFrame:
         """A file of new inputs for `predict`, checked for the columns it needs."""
         raise UserError(f"{type(self).__name__} has no form of input file")

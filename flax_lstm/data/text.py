@@ -110,9 +110,14 @@ class TextInfo(VocabularyInfo):
 class TextDataset:
     """Encoded splits "train", "validation", "test", and what was fitted on the first."""
 
-    def __init__(self, info: TextInfo, splits: Mapping[str, Rows]):
+    def __init__(self, info: TextInfo, splits: Mapping[str, Rows], read: Mapping[str, Texts]):
         self.info = info
         self._splits = splits
+        self._read = read
+
+    def read(self, split: str) -> Texts:
+        """The texts and labels of a split, as they were read."""
+        return self._read[split]
 
     def size(self, split: str) -> int:
         return len(self._splits[split].tokens)
@@ -120,10 +125,17 @@ class TextDataset:
     def train(self, batch_size: int, seed: int) -> BatchSource:
         return BucketedBatches(self._splits["train"], self.info.boundaries, batch_size, seed)
 
+    def order(self, split: str) -> np.ndarray:
+        """The rows of a split, the shortest first: as evaluation gives them."""
+        return np.argsort([len(ids) for ids in self._splits[split].tokens], kind="stable")
+
+    def lengths(self, split: str) -> np.ndarray:
+        """Tokens of each row, in their `order`."""
+        return np.sort([len(ids) for ids in self._splits[split].tokens])
+
     def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """Every row once, shortest first; rows that fill the last batch have weight 0."""
-        rows = self._splits[split]
-        order = np.argsort([len(ids) for ids in rows.tokens], kind="stable")
+        """Every row once, in their `order`; rows that fill the last batch have weight 0."""
+        rows, order = self._splits[split], self.order(split)
         for start in range(0, len(order), batch_size):
             yield pad(
                 take(rows, order[start : start + batch_size]), self.info.boundaries, batch_size
@@ -204,7 +216,7 @@ class TextData(Corpus):
             lengths = [len(ids) for ids in rows["train"].tokens]
             info = dataclasses.replace(info, boundaries=choose_boundaries(lengths, self.max_length))
             info.save(assets)
-        return TextDataset(info, rows)
+        return TextDataset(info, rows, splits)
 
     def _fit(self, assets: Path, train: Texts) -> TextInfo:
         counts = Counter(train.labels)
@@ -254,6 +266,13 @@ class TextData(Corpus):
             frame = pd.DataFrame({self.text_column: pd.Series(list(inputs), dtype=object)})
         text_values(frame, self.text_column, "the input")
         return frame
+
+    def labelled(self, path: Path, assets: Path) -> TextDataset:
+        """New texts with labels: a table with the training table's columns, or a folder
+        LABEL/*.txt."""
+        path, info = Path(path).expanduser(), TextInfo.load(assets)
+        new = read_texts(path, self.text_column, self.label_column)
+        return TextDataset(info, {"input": _encode(info, "input", new)}, {"input": new})
 
     def read(self, path: str | Path) -> pd.DataFrame:
         """New texts for predictions: a table with the training table's text column, and any
@@ -322,12 +341,18 @@ class TextTable(TableFiles, TextData):
         return self.table_splits(self._texts)
 
     def _texts(self, path: Path) -> Texts:
-        if path.is_dir():
-            return Texts(*read_folder(path))
-        frame = self.held() if in_memory(path) else read_table(path)
-        return Texts(
-            text_values(frame, self.text_column, path), label_values(frame, self.label_column, path)
-        )
+        return read_texts(path, self.text_column, self.label_column, self.held)
+
+
+def read_texts(
+    path: Path, text_column: str, label_column: str, held: Callable[[], pd.DataFrame] | None = None
+) -> Texts:
+    """The texts and labels of a table, or of a folder LABEL/*.txt; `held` gives a table that is in
+    memory."""
+    if path.is_dir():
+        return Texts(*read_folder(path))
+    frame = held() if held is not None and in_memory(path) else read_table(path)
+    return Texts(text_values(frame, text_column, path), label_values(frame, label_column, path))
 
 
 def split_by_hash(

@@ -11,7 +11,7 @@ Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,11 @@ class Task(Protocol):
         """The task as `settle` left it there."""
         return self
 
+    def rivals(self, dataset: Any, split: str, folder: Path) -> dict[str, dict[str, float]]:
+        """Figures on a split of simpler models that are fitted on the training split, to be shown
+        beside the baselines; kept in the folder, so that they are fitted once."""
+        return {}
+
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
     ) -> pd.DataFrame:
@@ -112,6 +117,29 @@ class Task(Protocol):
 
     def illustrate(self, dataset: Any, forward: Forward, folder: Path) -> None:
         """Draws into the folder what helps to judge the model."""
+
+
+@runtime_checkable
+class Examiner(Protocol):
+    """A task that can say more of a split than its figures."""
+
+    def examine(
+        self, dataset: Any, split: str, outputs: np.ndarray, held_out: "Outputs | None"
+    ) -> dict[str, Any]:
+        """Ready for JSON. outputs: [N, ...] for the rows of the split, as evaluation gives them.
+        held_out: those of other rows, with their targets, to calibrate with."""
+        ...
+
+    def plot(self, found: dict[str, Any], path: Path) -> None:
+        """Draws what `examine` found."""
+        ...
+
+
+class Outputs(NamedTuple):
+    """What a module gives for examples, and what they are in truth."""
+
+    outputs: np.ndarray
+    targets: np.ndarray
 
 
 def vocabulary_size(info: object) -> int:

@@ -4,7 +4,9 @@
 Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q quantiles.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -15,19 +17,24 @@ import pandas as pd
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, Labelled
+from flax_lstm.data.text import TextDataset
 from flax_lstm.errors import require
 from flax_lstm.tasks.base import (
     Array,
     Baseline,
     Forward,
     Monitor,
+    Outputs,
     SequenceBuilder,
     Sums,
     Task,
     vocabulary_size,
     weighted,
 )
+from flax_lstm.tasks.examination import Answers, examine, fit_temperature
+from flax_lstm.tasks.linear import linear_log_probabilities
 from flax_lstm.tasks.metrics import Mean, area_under_curve, confusion, macro_f1, score_histogram
+from flax_lstm.tasks.plots import plot_examination
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Classification(Task):
     """One label for a sequence: softmax cross-entropy."""
 
     label_smoothing: float = 0.0  # share of the target spread over all classes
+    # fit a linear model of words and pairs beside it, for texts (needs scikit-learn)
+    linear: bool = True
 
     monitor: ClassVar[Monitor] = Monitor("accuracy", maximise=True)
     needs: ClassVar[type | None] = Labelled
@@ -86,23 +95,64 @@ class Classification(Task):
             "majority": lambda batch: jnp.broadcast_to(log_share, (len(batch.targets), len(counts)))
         }
 
+    def rivals(self, dataset: Any, split: str, folder: Path) -> dict[str, dict[str, float]]:
+        """`linear`, for texts: see `flax_lstm.tasks.linear`."""
+        kept = folder / f"linear.{split}.json"
+        if kept.exists():
+            return {"linear": json.loads(kept.read_text())}
+        if not (self.linear and isinstance(dataset, TextDataset)):
+            return {}
+        train, new = dataset.read("train"), dataset.read(split)
+        info: Any = dataset.info
+        outputs_NK = linear_log_probabilities(train.texts, train.labels, info.labels, new.texts)
+        if outputs_NK is None:
+            return {}
+        index = {label: k for k, label in enumerate(info.labels)}
+        targets_N = np.array([index[label] for label in new.labels], np.int32)
+        weights_N = np.ones(len(targets_N), np.float32)
+        rows = Batch(None, jnp.asarray(targets_N), None, jnp.asarray(weights_N))
+        sums = self.measure(jnp.asarray(outputs_NK, jnp.float32), rows, info)
+        figures = self.figures(jax.tree.map(np.asarray, sums), info)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(figures))
+        return {"linear": figures}
+
+    def examine(
+        self, dataset: Any, split: str, outputs: np.ndarray, held_out: Outputs | None
+    ) -> dict[str, Any]:
+        """See `flax_lstm.tasks.examination`; of data that are texts."""
+        order, read = dataset.order(split), dataset.read(split)
+        labels = dataset.info.labels
+        actual_N = np.array([labels.index(read.labels[n]) for n in order])
+        temperature = None if held_out is None else fit_temperature(*held_out)
+        answers = Answers(outputs, actual_N, dataset.lengths(split), [read.texts[n] for n in order])
+        return examine(answers, labels, temperature)
+
+    def plot(self, found: dict[str, Any], path: Path) -> None:
+        plot_examination(found, path)
+
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
     ) -> pd.DataFrame:
-        """The table with columns `label` and `probability`; its own of these names become
-        `label_input` and so on. `attrs["probabilities"]` has, for each row, the probability of
-        every label."""
-        parts = [forward(batch) for batch in info.batches(info.inputs(table), batch_size)]
+        """The table with columns `predicted`, `probability` and, for every label, its
+        `probability_LABEL`; its own of these names become `predicted_input` and so on.
+        `attrs["probabilities"]` has, for each row, the probability of every label; `attrs["empty"]`
+        the rows (from 0) without any step or word, for which the answer is a guess."""
+        batches = [*info.batches(info.inputs(table), batch_size)]
+        parts = [forward(batch) for batch in batches]
+        lengths = np.concatenate([batch.lengths for batch in batches])[: len(table)]
         logits = np.concatenate(parts)[: len(table)].astype(np.float64)
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
-        given = {
-            name: f"{name}_input" for name in ("label", "probability") if name in table.columns
-        }
-        result = table.rename(columns=given)
         best = shares.argmax(axis=1)
-        result["label"] = [info.labels[k] for k in best]
-        result["probability"] = shares[np.arange(len(best)), best]
+        new: dict[str, Any] = {
+            "predicted": [info.labels[k] for k in best],
+            "probability": shares[np.arange(len(best)), best],
+            **{f"probability_{label}": shares[:, k] for k, label in enumerate(info.labels)},
+        }
+        result = table.rename(columns={name: f"{name}_input" for name in new})
+        result = pd.concat([result, pd.DataFrame(new, index=table.index)], axis=1)
+        result.attrs["empty"] = np.flatnonzero(lengths == 0).tolist()
         result.attrs["probabilities"] = [
             dict(zip(info.labels, row.tolist(), strict=True)) for row in shares
         ]

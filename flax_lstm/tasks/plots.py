@@ -107,3 +107,29 @@ def plot_panel(
         if n == 0:
             axes.legend(loc="upper left", fontsize=7)
     return _save(figure, path)
+
+
+def plot_examination(found: Mapping[str, Any], path: Path) -> Path:
+    """What `examination.examine` found: confusion, accuracy against confidence, and by length."""
+    labels, table = found["confusion"]["labels"], found["confusion"]["actual_by_predicted"]
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    confusion, reliability, lengths = figure.subplots(1, 3)
+    share = np.array(table) / np.maximum(np.sum(table, axis=1, keepdims=True), 1)
+    confusion.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    places = np.arange(len(labels))
+    confusion.set_xticks(places, labels, rotation=45, ha="right")
+    confusion.set_yticks(places, labels)
+    if len(labels) <= 12:
+        for row, column in np.ndindex(share.shape):
+            color = "white" if share[row, column] > 0.5 else "black"
+            confusion.text(column, row, table[row][column], ha="center", va="center", color=color)
+    confusion.set(xlabel="predicted", ylabel="actual", title="confusion")
+    bins = found["calibration"]["bins"]
+    reliability.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    reliability.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-")
+    ece = found["calibration"]["ece"]
+    reliability.set(xlabel="confidence", ylabel="accuracy", title=f"calibration (ECE {ece:.3f})")
+    names = [f"{group['shortest']}-{group['longest']}" for group in found["lengths"]]
+    lengths.bar(names, [group["accuracy"] for group in found["lengths"]], color="0.6")
+    lengths.set(xlabel="tokens", ylabel="accuracy", title="by length")
+    return _save(figure, path)

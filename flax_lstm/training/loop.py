@@ -330,6 +330,8 @@ class Session:
         }
         rows = partial(self.dataset.evaluation, last, config.train.batch_size)
         baselines = evaluate_baselines(self.config.task, self.dataset.info, rows, self.mesh)
+        if is_first():
+            baselines |= config.task.rivals(self.dataset, last, self.folder.assets)
         if test:
             journal.record(best, "test", figures["test"])
         return {
