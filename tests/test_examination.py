@@ -133,6 +133,9 @@ def test_the_result_has_the_linear_model_beside_it(folder, caplog, monkeypatch):
     )
     right = np.array(run.info.labels)[outputs.argmax(1)] == test.labels
     assert result["baselines"]["linear"]["accuracy"] == pytest.approx(right.mean())
+    places = [run.info.labels.index(label) for label in test.labels]
+    loss = -outputs[np.arange(len(places)), places].mean()
+    assert result["baselines"]["linear"]["loss"] == pytest.approx(loss, rel=1e-5)
 
     with monkeypatch.context() as patch:  # kept: not fitted again
         patch.setattr("flax_lstm.tasks.classification.linear_log_probabilities", None)
@@ -154,9 +157,15 @@ def test_evaluate_examines_a_split(folder, capsys):
     assert told["split"] == "test" and "temperature" in told["calibration"]
     table = np.array(told["confusion"]["actual_by_predicted"])
     assert np.trace(table) / table.sum() == pytest.approx(test["accuracy"])
-    read = load(folder / "run").dataset().read("test")
+    run = load(folder / "run")
+    read = run.dataset().read("test")
     label_of = dict(zip(read.texts, read.labels, strict=True))
-    assert all(label_of[error["text"]] == error["label"] for error in told["errors"])
+    errors = pd.DataFrame(told["errors"])
+    assert len(errors) > 1 and errors["label"].tolist() == [label_of[t] for t in errors["text"]]
+    predicted = run.predict(errors[["text"]])
+    assert errors["predicted"].tolist() == predicted["predicted"].tolist()
+    np.testing.assert_allclose(errors["probability"], predicted["probability"], rtol=1e-5)
+    assert errors["probability"].nunique() > 1
     assert (folder / "run" / "evaluation" / "test.png").stat().st_size > 10_000
     assert json.loads((folder / "run" / "evaluation" / "test.json").read_text()) == told
     assert main(["evaluate", str(folder / "run"), "--split", "validation"]) == 0
