@@ -32,15 +32,17 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm evaluate") -> int:
     options = parse(Options, arguments, prog, ABOUT)
     from flax_lstm.inference import load
     from flax_lstm.runs.journal import finite
+    from flax_lstm.tasks.base import Examiner
 
     run = load(options.workdir)
     figures, found = run.examine(options.split, options.checkpoint, file=options.input)
     names = ("split", "step", "examples")
     numbers = {name: value for name, value in figures.items() if name not in names}
     whole = {**finite(numbers), **{name: figures[name] for name in names}, **found}
-    if found:
+    task = run.config.task
+    if found and isinstance(task, Examiner):
         name = options.input.stem if options.input is not None else options.split
-        keep(options.workdir, whole, name, run.config.task.plot)
+        keep(options.workdir, whole, name, task.plot)
     if options.json:
         print(json.dumps(whole))
         return 0
