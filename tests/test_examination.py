@@ -139,7 +139,7 @@ def test_the_result_has_the_linear_model_beside_it(folder, caplog, monkeypatch):
 
     with monkeypatch.context() as patch:  # kept: not fitted again
         patch.setattr("flax_lstm.tasks.classification.linear_log_probabilities", None)
-        again = config.task.rivals(dataset, "test", run.assets)
+        again = config.task.rivals(dataset, "test", run.workdir / "evaluation")
     assert again["linear"] == result["baselines"]["linear"]
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
     with caplog.at_level("INFO"):

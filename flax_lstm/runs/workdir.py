@@ -38,6 +38,7 @@ class Workdir:
         self.assets = self.path / "assets"
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
+        self.evaluation = self.path / "evaluation"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self.data = self.path / "data.json"

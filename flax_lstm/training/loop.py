@@ -331,7 +331,7 @@ class Session:
         rows = partial(self.dataset.evaluation, last, config.train.batch_size)
         baselines = evaluate_baselines(self.config.task, self.dataset.info, rows, self.mesh)
         if is_first():
-            baselines |= config.task.rivals(self.dataset, last, self.folder.assets)
+            baselines |= config.task.rivals(self.dataset, last, self.folder.evaluation)
         if test:
             journal.record(best, "test", figures["test"])
         return {
