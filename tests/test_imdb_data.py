@@ -19,6 +19,7 @@ from flax_lstm.data import imdb
 from flax_lstm.data.download import RemoteFile, download
 from flax_lstm.data.imdb import Imdb
 from flax_lstm.data.language import ImdbLanguage
+from flax_lstm.data.vocabulary import UNKNOWN, Vocabulary
 from flax_lstm.errors import UserError
 
 WAYS_OUT = [
@@ -35,7 +36,9 @@ WAYS_OUT = [
 def make_archive(path: Path) -> RemoteFile:
     """Reviews in the layout of the published archive; returns what identifies it."""
     texts = {
-        "train/pos": [f"film {i} is<br /><br />a joy" for i in range(40)],
+        # the last is a copy of a test review, of which the real ones have 123
+        "train/pos": [f"film {i} is<br /><br />a joy" for i in range(40)]
+        + ["play 4 secretword is a joy"],
         "train/neg": [f"film {i} is a bore" for i in range(40)],
         "test/pos": [f"play {i} secretword is a joy" for i in range(6)],
         "test/neg": [f"play {i} secretword is a bore" for i in range(6)],
@@ -219,6 +222,7 @@ def test_reviews(prepared):
     assert sorted(zip(*train, strict=True)) == sorted(
         [(f"film {i} is  a joy", "pos") for i in range(40)]
         + [(f"film {i} is a bore", "neg") for i in range(40)]
+        + [("play 4 secretword is a joy", "pos")]
     )
     assert len(files.reviews("unsupervised").texts) == 11
 
@@ -251,6 +255,39 @@ def test_language_model_never_sees_test_or_validation_text(prepared, tmp_path):
         "song" in text
         for text in ImdbLanguage(data_dir=str(prepared), unsupervised=False).documents()["train"]
     )
+
+
+def test_no_test_review_reaches_training_or_vocabulary(prepared, tmp_path, monkeypatch):
+    """By the hash of every text that a vocabulary or a classifier is trained on; and every word
+    that is trained on is one of the vocabulary's."""
+
+    def digests(texts):
+        return {hashlib.sha256(text.encode()).hexdigest() for text in texts}
+
+    given = []
+    train = Vocabulary.train_cached.__func__
+    monkeypatch.setattr(
+        Vocabulary,
+        "train_cached",
+        classmethod(lambda cls, texts, *rest: given.extend(texts) or train(cls, texts, *rest)),
+    )
+    forbidden = digests(Imdb(data_dir=str(prepared)).reviews("test").texts)
+    assert len(forbidden) == 12
+    for data, assets in (
+        (Imdb(data_dir=str(prepared)), tmp_path / "classifier"),
+        (ImdbLanguage(data_dir=str(prepared), sequence_length=7), tmp_path / "language"),
+    ):
+        given.clear()
+        dataset = data.load(assets)
+        assert given and not digests(given) & forbidden
+        # Of a row with a test review's own word, that word would be unknown to the vocabulary.
+        source = dataset.train(4, seed=0)
+        ids = np.concatenate([source[step].inputs.ravel() for step in range(len(source))])
+        assert len(ids) > 100 and UNKNOWN not in ids
+    classifier = Imdb(data_dir=str(prepared)).load(tmp_path / "classifier")
+    for split in ("train", "validation"):
+        assert not digests(classifier.read(split).texts) & forbidden
+    assert digests(classifier.read("test").texts) == forbidden
 
 
 def test_classifier_takes_over_the_vocabulary_of_a_language_model(prepared, tmp_path):
@@ -292,7 +329,7 @@ def test_the_real_reviews(tmp_path):
     small_runs.real_reviews()
     dataset = Imdb().load(tmp_path)
     assert (
-        dataset.size("train") + dataset.size("validation") == 25_000
+        dataset.size("train") + dataset.size("validation") == 25_000 - 123
         and dataset.size("test") == 25_000
     )
     labels = np.concatenate(

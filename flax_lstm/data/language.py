@@ -23,7 +23,6 @@ from flax_lstm.data.text import (
     Texts,
     VocabularyInfo,
     check_sizes,
-    split_by_hash,
 )
 from flax_lstm.data.vocabulary import END, Vocabulary
 from flax_lstm.errors import require
@@ -192,10 +191,8 @@ class ImdbLanguage(ImdbFiles, LanguageData):
     unsupervised: bool = True  # read the 50,000 reviews without labels, too
 
     def documents(self) -> dict[str, list[str]]:
-        splits = split_by_hash(
-            self.reviews("train"), {"validation": self.validation_fraction}, self.split_seed
-        )
-        validation, test = splits["validation"].texts, self.reviews("test").texts
+        splits = self.labelled_splits()
+        validation, test = splits["validation"].texts, splits["test"].texts
         train = splits["train"].texts + (
             self.reviews("unsupervised").texts if self.unsupervised else []
         )
