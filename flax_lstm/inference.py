@@ -2,7 +2,7 @@
 """What is done with a model that was trained: figures of a split, predictions for new inputs."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,13 @@ import pandas as pd
 from flax_lstm.config import Config
 from flax_lstm.data.base import Batch, Dataset
 from flax_lstm.data.fingerprint import content_sha256
+from flax_lstm.data.language import LanguageInfo
 from flax_lstm.data.text import TextDataset
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Outputs
+from flax_lstm.tasks.generation import continue_text
 from flax_lstm.training.assembly import assemble
 from flax_lstm.training.checkpoint import Checkpoints
 from flax_lstm.training.evaluation import add_up, evaluate
@@ -162,6 +164,38 @@ class Run:
         return lambda batch: np.asarray(
             steps.forward(params, None, jax.tree.map(np.asarray, batch))[1]
         )
+
+    def generate(
+        self,
+        prompt: str,
+        tokens: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        checkpoint: str | int = "best",
+    ) -> str:
+        """What a language model has follow a beginning; for the settings see
+        `flax_lstm.tasks.generation`. Words are separated by spaces, as the vocabulary reads
+        them."""
+        steps, info = self._parts.steps, self.info
+        require(
+            isinstance(info, LanguageInfo) and steps.abstract.carry is not None,
+            f"--prompt: {self.workdir} is no language model",
+        )
+        params = self.params(checkpoint)
+        carry = jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), steps.abstract.carry)
+
+        def advance(ids: Sequence[int]) -> np.ndarray:
+            nonlocal carry
+            inputs = np.asarray([ids], np.int32)
+            weights, lengths = np.ones_like(inputs, np.float32), np.array([len(ids)], np.int32)
+            batch = Batch(inputs, inputs, lengths, weights, reset=np.zeros(1, bool))
+            carry, logits_BTV = steps.forward(params, carry, batch)
+            return np.asarray(logits_BTV[0, -1])
+
+        begun = info.vocabulary.encode([prompt])[0].tolist()
+        rest = continue_text(advance, begun, tokens, temperature, top_p, seed)
+        return info.vocabulary.decode([*begun, *rest])
 
     def predict(self, inputs: Any, checkpoint: str | int = "best") -> pd.DataFrame:
         """Predictions for new inputs; see the task's `predict`.

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -17,7 +18,9 @@ ABOUT = """Predictions of a saved run.
 
 One text, printed as JSON: --text TEXT
 
-A table with the columns of the training data: --input FILE --output FILE"""
+A table with the columns of the training data: --input FILE --output FILE
+
+A text that a language model continues: --prompt TEXT"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Options:
     text: str | None = None  # one text to classify
     input: Path | None = None  # a table of inputs
     output: Path | None = None  # where to write: .csv, .tsv, .jsonl or .parquet
+    prompt: str | None = None  # the beginning of a text
+    tokens: int = 100  # words at most that follow the prompt
+    temperature: float = 1.0  # below 1: likelier words more often; 0: always the likeliest
+    top_p: float = 1.0  # draw from the likeliest words with this share together
+    seed: int = 0  # of what is drawn
     checkpoint: str = "best"  # best, latest or a step
     overwrite: bool = False  # replace an existing output
 
@@ -33,39 +41,46 @@ class Options:
 def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
     """Predicts; returns the exit status."""
     options = parse(Options, arguments, prog, ABOUT)
-    one_way = (options.text is None) != (options.input is None)
+    ways = [way for way in (options.text, options.input, options.prompt) if way is not None]
     require(
-        one_way and (options.input is None) == (options.output is None),
-        "give either --text TEXT, or --input FILE and --output FILE",
+        len(ways) == 1 and (options.input is None) == (options.output is None),
+        "give either --text TEXT, or --prompt TEXT, or --input FILE and --output FILE",
     )
     if options.output is not None:
         check_output(options.output, options.overwrite)
-    import pandas as pd
-
     from flax_lstm.inference import load
 
     run = load(options.workdir)
-    if options.text is not None:
-        column = getattr(run.info, "text_column", None)
-        require(
-            column is not None,
-            f"--text: {options.workdir} is not a run on texts; give --input and --output",
-        )
-        result = run.predict(pd.DataFrame({column: [options.text]}), options.checkpoint)
-        answer = {
-            "label": str(result["predicted"].iloc[0]),
-            "probability": result["probability"].iloc[0].item(),
-            "probabilities": result.attrs["probabilities"][0],
-        }
-        warn_of_empty(result.attrs["empty"])
-        print(json.dumps(answer))
-        return 0
-    assert options.output is not None and options.input is not None
-    result = run.predict(run.config.data.read(options.input), options.checkpoint)
-    warn_of_empty(result.attrs.get("empty", []))
-    write_table(result, options.output)
-    print(f"{len(result)} rows in {options.output}", file=sys.stderr)
+    if options.prompt is not None:
+        drawn = (options.temperature, options.top_p, options.seed)
+        print(run.generate(options.prompt, options.tokens, *drawn, options.checkpoint))
+    elif options.text is not None:
+        print(json.dumps(classify(run, options.text, options.checkpoint)))
+    else:
+        assert options.output is not None and options.input is not None
+        result = run.predict(run.config.data.read(options.input), options.checkpoint)
+        warn_of_empty(result.attrs.get("empty", []))
+        write_table(result, options.output)
+        print(f"{len(result)} rows in {options.output}", file=sys.stderr)
     return 0
+
+
+def classify(run: Any, text: str, checkpoint: str) -> dict[str, Any]:
+    """What a classifier says of one text."""
+    import pandas as pd
+
+    column = getattr(run.info, "text_column", None)
+    require(
+        column is not None,
+        f"--text: {run.workdir} is not a run on texts; give --input and --output",
+    )
+    result = run.predict(pd.DataFrame({column: [text]}), checkpoint)
+    warn_of_empty(result.attrs["empty"])
+    return {
+        "label": str(result["predicted"].iloc[0]),
+        "probability": result["probability"].iloc[0].item(),
+        "probabilities": result.attrs["probabilities"][0],
+    }
 
 
 def warn_of_empty(rows: Sequence[int]) -> None:
