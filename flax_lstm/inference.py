@@ -178,10 +178,8 @@ class Run:
         `flax_lstm.tasks.generation`. Words are separated by spaces, as the vocabulary reads
         them."""
         steps, info = self._parts.steps, self.info
-        require(
-            isinstance(info, LanguageInfo) and steps.abstract.carry is not None,
-            f"--prompt: {self.workdir} is no language model",
-        )
+        if not isinstance(info, LanguageInfo):
+            raise UserError(f"--prompt: {self.workdir} is no language model")
         params = self.params(checkpoint)
         carry = jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), steps.abstract.carry)
 
