@@ -16,11 +16,13 @@ from flax_lstm.config import Config
 from flax_lstm.data.base import Batch, Dataset
 from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.data.language import LanguageInfo
-from flax_lstm.data.text import TextDataset
+from flax_lstm.data.text import TextDataset, TextInfo
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Outputs
+from flax_lstm.tasks.examination import log_softmax
+from flax_lstm.tasks.explanation import Explanation, integrated_gradients, leave_one_out
 from flax_lstm.tasks.generation import continue_text
 from flax_lstm.training.assembly import assemble
 from flax_lstm.training.checkpoint import Checkpoints
@@ -28,6 +30,7 @@ from flax_lstm.training.evaluation import add_up, evaluate
 
 logger = logging.getLogger(__name__)
 
+METHODS = ("leave-one-out", "gradients")
 SPLITS = ("train", "validation", "test")
 
 
@@ -194,6 +197,43 @@ class Run:
         begun = info.vocabulary.encode([prompt])[0].tolist()
         rest = continue_text(advance, begun, tokens, temperature, top_p, seed)
         return info.vocabulary.decode([*begun, *rest])
+
+    def explain(
+        self,
+        text: str,
+        label: str | None = None,
+        method: str = "leave-one-out",
+        checkpoint: str | int = "best",
+    ) -> Explanation:
+        """Which words of a text the answer of a classifier rests on.
+
+        label: the class that is explained; None: the answer. method: "leave-one-out" or
+        "gradients" (integrated), see `flax_lstm.tasks.explanation`.
+        """
+        info, task = self.info, self.config.task
+        require(isinstance(info, TextInfo), f"{self.workdir} is no classifier of texts")
+        assert isinstance(info, TextInfo)
+        require(method in METHODS, f"--method {method}: choose one of {listing(METHODS)}")
+        known = label is None or label in info.labels
+        require(known, f"--label {label}: choose one of {listing(info.labels)}")
+        ids_T = info.encode([text])[0]
+        require(len(ids_T) > 0, "--text has no words")
+        forward = self.forward(checkpoint)
+
+        def logits_of(rows: Sequence[np.ndarray]) -> np.ndarray:
+            batches = info.padded(rows, 64)
+            return np.concatenate([forward(batch) for batch in batches])[: len(rows)]
+
+        log_K = log_softmax(logits_of([ids_T]))[0]
+        k = int(log_K.argmax()) if label is None else info.labels.index(label)
+        if method == "leave-one-out":
+            contributions_T = leave_one_out(logits_of, ids_T, k)
+        else:
+            module = task.build(self.config.model, info)
+            contributions_T = integrated_gradients(module, self.params(checkpoint), ids_T, k)
+        words = [info.vocabulary.decode([i]) for i in ids_T]
+        share = float(np.exp(log_K[k]))
+        return Explanation(info.labels[k], share, words, contributions_T.tolist())
 
     def predict(self, inputs: Any, checkpoint: str | int = "best") -> pd.DataFrame:
         """Predictions for new inputs; see the task's `predict`.

@@ -7,5 +7,6 @@ COMMANDS = {
     "evaluate": "figures of a run: flax-lstm evaluate runs/imdb_lstm --split test",
     "predict": "predictions of a run: flax-lstm predict runs/imdb_lstm --text 'A fine film.'",
     "checkpoints": "what is kept of a run, byte by byte: flax-lstm checkpoints DIR --verify",
+    "explain": "the words behind an answer: flax-lstm explain runs/imdb_lstm --text 'A fine film.'",
     "plan": "what training would take on chips that are not there: flax-lstm plan --config imdb_lm",
 }

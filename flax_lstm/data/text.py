@@ -103,7 +103,12 @@ class TextInfo(VocabularyInfo):
         """New texts in their order, for prediction: targets are 0, and rows that fill the last
         batch have weight 0."""
         for start in range(0, len(texts), batch_size):
-            tokens = self.encode(texts[start : start + batch_size])
+            yield from self.padded(self.encode(texts[start : start + batch_size]), batch_size)
+
+    def padded(self, rows: Sequence[np.ndarray], batch_size: int) -> Iterator[Batch]:
+        """The same for rows of token ids."""
+        for start in range(0, len(rows), batch_size):
+            tokens = list(rows[start : start + batch_size])
             yield pad(Rows(tokens, np.zeros(len(tokens), np.int32)), self.boundaries, batch_size)
 
 
