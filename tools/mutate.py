@@ -464,6 +464,30 @@ BREAKAGES = {
         "pass",
         "tests/test_init_from.py::test_encoder_embedding_and_vocabulary_come_from_the_other_run",
     ),
+    "words are drawn without the temperature": Breakage(
+        "flax_lstm/tasks/generation.py",
+        "np.exp((logits_V - logits_V.max()) / temperature)",
+        "np.exp(logits_V - logits_V.max())",
+        "tests/test_generation.py::test_words_are_drawn_as_often_as_the_softmax_says",
+    ),
+    "a continued text forgets its state": Breakage(
+        "flax_lstm/inference.py",
+        "reset=np.zeros(1, bool))",
+        "reset=np.ones(1, bool))",
+        "tests/test_generation.py::test_the_likeliest_words_are_those_of_the_whole_text_at_once",
+    ),
+    "contributions of the word before": Breakage(
+        "flax_lstm/tasks/explanation.py",
+        "without = [np.delete(ids_T, t) for t",
+        "without = [np.delete(ids_T, t - 1) for t",
+        "tests/test_explanation.py::test_leaving_a_word_out_is_predicting_without_it",
+    ),
+    "integrated gradients at the text alone": Breakage(
+        "flax_lstm/tasks/explanation.py",
+        "sum(gradient(share * x_TE) for share in shares_S) / STEPS",
+        "gradient(x_TE)",
+        "tests/test_explanation.py::test_integrated_gradients_add_up_to_what_the_embeddings_change",
+    ),
     "copies of test reviews are trained on": Breakage(
         "flax_lstm/data/imdb.py",
         "if row[0] not in known]",
