@@ -5,11 +5,12 @@ import re
 import shlex
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 from commands import ROOT, call
 
-from flax_lstm import load, load_config
+from flax_lstm import MeshConfig, load, load_config
 from flax_lstm.commands import plan, train
 from flax_lstm.commands.grammar import parse_with_config
 from flax_lstm.plan.chips import parse_topology
@@ -34,6 +35,24 @@ def run_in_order(path, name):
     finally:
         del sys.modules[name]
     return module
+
+
+def test_the_examples_of_the_front_page(tmp_path, monkeypatch, quick_compile):
+    """As printed, but with few steps and few units."""
+    monkeypatch.chdir(tmp_path)
+
+    def small(name):
+        config = load_config(name)
+        train = replace(config.train, steps=4, batch_size=8, eval_every=2, checkpoint_every=2)
+        model = replace(config.model, hidden_size=8)
+        return replace(config, train=train, model=model, mesh=MeshConfig(data=1))
+
+    monkeypatch.setattr("flax_lstm.load_config", small, raising=False)
+    module = run_in_order(ROOT / "README.md", "front_page")
+    assert list(module.forecast)[:4] == ["time", "channel", "horizon", "forecast"]
+    assert len(module.forecast) == 24 and module.forecast["time"].min() > module.hours[-1]
+    assert len(module.answer) == 1 and 0.5 <= module.answer["probability"][0] <= 1
+    assert module.y_BTH.shape == (8, 20, 32)
 
 
 def test_extend(tmp_path, monkeypatch, quick_compile):
