@@ -192,8 +192,10 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 def distinct(figures: Mapping[str, Any]) -> list[str]:
     """The names of the figures, without a loss that is one of the others under another name."""
-    others = [value for name, value in figures.items() if name != "loss"]
-    return [name for name in figures if name != "loss" or figures["loss"] not in others]
+    loss = figures.get("loss")
+    others = [value for name, value in figures.items() if name != "loss" and value is not None]
+    again = loss is not None and any(math.isclose(loss, value, rel_tol=1e-5) for value in others)
+    return [name for name in figures if name != "loss" or not again]
 
 
 def finite(figures: Figures) -> dict[str, float | None]:

@@ -75,14 +75,16 @@ def resolve(
     does not support the case is a `UserError` with its reason."""
     if name not in (known := ("auto", *BACKENDS, "scan")):
         raise UserError(f"model.backend {name}: there are {', '.join(known)}")
-    lacking = "it does not give the state after every step"
-    reasons = {
-        other: module.supports(cell, x_BTD, recurrent_dropout, resets)
-        or (lacking if states and not hasattr(module, "run_states") else None)
-        for other, module in BACKENDS.items()
-        if name in ("auto", other)
-    }
-    chosen = next((other for other, reason in reasons.items() if reason is None), "scan")
+    reasons: dict[str, str] = {}  # against those that come before the chosen one
+    chosen = "scan"
+    for other in BACKENDS if name == "auto" else [n for n in BACKENDS if n == name]:
+        reason = BACKENDS[other].supports(cell, x_BTD, recurrent_dropout, resets)
+        if reason is None and states and not hasattr(BACKENDS[other], "run_states"):
+            reason = "it does not give the state after every step"
+        if reason is None:
+            chosen = other
+            break
+        reasons[other] = reason
     if name not in ("auto", chosen):
         raise UserError(
             f"model.backend {name} cannot run this layer: {reasons[name]}. Use auto or scan."
@@ -90,9 +92,7 @@ def resolve(
     notes = _notes.get()
     if notes is not None and layer not in notes:
         notes[layer] = chosen
-        passed_over = "; ".join(
-            f"not {other}: {reason}" for other, reason in reasons.items() if reason
-        )
+        passed_over = "; ".join(f"not {other}: {reason}" for other, reason in reasons.items())
         log.info(
             "%s: backend %s%s",
             layer or "recurrent layer",
