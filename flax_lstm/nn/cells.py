@@ -205,9 +205,11 @@ class Cell(nn.RNNCellBase):
     def recurrent_bias(self) -> Array | None:
         return None
 
+    @nn.nowrap
     def compute_dtype(self, x: Array) -> jnp.dtype:
         return jnp.dtype(self.dtype or jnp.promote_types(x.dtype, self.param_dtype))
 
+    @nn.nowrap
     def state_dtype(self, x: Array) -> jnp.dtype:
         return jnp.promote_types(self.compute_dtype(x), jnp.float32)
 

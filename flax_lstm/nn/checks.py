@@ -21,11 +21,15 @@ def fail(problem: str) -> None:
 
 
 def array(name: str, value: Any, expected: str) -> Array:
-    """Lists and NumPy arrays as JAX arrays."""
+    """Numbers, as a JAX array; they may come as lists or NumPy arrays."""
     try:
-        return jnp.asarray(value)
+        traced = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+        found = value if traced else np.asarray(value)
+        if traced or jnp.issubdtype(found.dtype, jnp.number) or found.dtype == bool:
+            return jnp.asarray(found)
     except (TypeError, ValueError):
-        raise ArgumentError(f"{name}: expected {expected}, got {describe(value)}") from None
+        pass
+    raise ArgumentError(f"{name}: expected {expected}, got {describe(value)}")
 
 
 def describe(value: Any) -> str:

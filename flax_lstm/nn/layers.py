@@ -202,6 +202,7 @@ class RNN(nn.Module):
             weights, state, x_BTD, lengths_B, mask_BJ, reset_BT
         )
 
+    @nn.nowrap
     def resolve(self, x_BTD: Any, resets: bool = False) -> Any:
         """The backend for these inputs; None: the scan. Foreign cells have no other."""
         if isinstance(self.cell, Cell):
@@ -260,6 +261,7 @@ class RNN(nn.Module):
                 f"{input_size}"
             ) from None
 
+    @nn.nowrap
     def directions(self) -> tuple["RNN", ...]:
         return (self,)
 
@@ -324,6 +326,7 @@ class Bidirectional(nn.Module):
         second, z_BTH = self.backward(x_BTD, lengths_B, second, reverse=True, **options)
         return (first, second), jnp.concatenate([y_BTH, z_BTH], axis=-1)
 
+    @nn.nowrap
     def directions(self) -> tuple[RNN, ...]:
         return self.forward, self.backward
 
