@@ -216,3 +216,48 @@ def test_a_config_that_could_not_be_loaded_again_is_refused_before_training(tmp_
 def test_a_config_is_readable_when_printed():
     shown = str(text_config())
     assert shown.startswith("Config(name='frame',\n") and max(map(len, shown.splitlines())) <= 100
+
+
+def steps_to_tell_apart() -> tuple[list[np.ndarray], list[list[str]]]:
+    """Every step says by its sign what it is."""
+    generator = np.random.default_rng(1)
+    x = [generator.normal(size=(generator.integers(3, 9), 1)) for _ in range(60)]
+    return x, [["up" if value > 0 else "down" for value in one[:, 0]] for one in x]
+
+
+def test_a_label_for_every_step(tmp_path):
+    x, y = steps_to_tell_apart()
+    config = sequence_config(Classification(), per_step=True)
+    train = replace(FEW, steps=80, learning_rate=0.05, schedule="constant")
+    train = replace(train, eval_every=80, checkpoint_every=80, log_every=80)
+    result = fit(replace(config, train=train), tmp_path / "run", data=(x, y), plots=False)
+    assert result["test"]["accuracy"] > 0.95 > result["baselines"]["majority"]["accuracy"]
+    predicted = load(tmp_path / "run").predict(x[:5])
+    assert [len(labels) for labels in predicted["predicted"]] == [len(one) for one in x[:5]]
+    assert np.mean(np.concatenate(y[:5]) == np.concatenate(predicted["predicted"].tolist())) > 0.9
+
+
+def test_a_number_for_every_step_is_judged_step_by_step(tmp_path):
+    """The baseline's error by hand: every step counts once, padding never."""
+    x, _ = steps_to_tell_apart()
+    y = [2 * one[:, 0] for one in x]
+    config = sequence_config(SequenceRegression(), per_step=True)
+    result = fit(config, tmp_path / "run", data=(x, y), plots=False)
+    data = Sequences(per_step=True).holding((x, y)).load(tmp_path / "other")
+    steps = {
+        split: np.concatenate(
+            [
+                target[:length, 0]
+                for batch in data.evaluation(split, 8)
+                for target, length in zip(batch.targets, batch.lengths, strict=True)
+            ]
+        )
+        for split in ("train", "test")
+    }
+    expected = np.mean((steps["test"] - steps["train"].mean()) ** 2)
+    assert result["baselines"]["mean"]["mse"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_without_a_target_is_refused():
+    with pytest.raises(UserError, match=r"sequence 1 has 2 steps and 1 target"):
+        Sequences(per_step=True).holding(([[1.0, 2.0]], [["a"]]))

@@ -77,6 +77,13 @@ class Features(Protocol):
     features: int
 
 
+@runtime_checkable
+class Stepwise(Protocol):
+    """A target for every step, or one for each sequence."""
+
+    per_step: bool
+
+
 class Labelled(Protocol):
     """Labels: targets (B,) are places in `labels`; `class_counts` of them are in training."""
 

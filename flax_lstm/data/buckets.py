@@ -21,11 +21,15 @@ class Rows(NamedTuple):
     """The examples of a split, encoded."""
 
     tokens: list[np.ndarray]  # (T,) int32 ids, or (T, D) float32 numbers; T up to max_length
-    labels: np.ndarray  # (rows,) int32 places in the labels, or (rows, outputs) float32 numbers
+    # (rows,) int32 places in the labels, or (rows, outputs) float32 numbers; in a list of (T,) or
+    # (T, outputs) where every step has a target
+    labels: np.ndarray | list[np.ndarray]
 
 
 def take(rows: Rows, chosen: np.ndarray) -> Rows:
-    return Rows([rows.tokens[i] for i in chosen], rows.labels[chosen])
+    stepwise = isinstance(rows.labels, list)
+    labels = [rows.labels[i] for i in chosen] if stepwise else rows.labels[chosen]
+    return Rows([rows.tokens[i] for i in chosen], labels)
 
 
 def pad(rows: Rows, boundaries: Sequence[int], batch_size: int) -> Batch:
@@ -39,6 +43,13 @@ def pad(rows: Rows, boundaries: Sequence[int], batch_size: int) -> Batch:
     inputs_BT = np.zeros((batch_size, steps, *like.shape[1:]), like.dtype)
     for row, ids in zip(inputs_BT, rows.tokens, strict=False):
         row[: len(ids)] = ids
+    if isinstance(rows.labels, list):
+        first = rows.labels[0]
+        targets_BT = np.zeros((batch_size, steps, *first.shape[1:]), first.dtype)
+        for row, targets in zip(targets_BT, rows.labels, strict=False):
+            row[: len(targets)] = targets
+        weights_BT = (np.arange(steps) < lengths_B[:, None]).astype(np.float32)
+        return Batch(inputs_BT, targets_BT, lengths_B, weights_BT)
     targets_B = np.zeros((batch_size, *rows.labels.shape[1:]), rows.labels.dtype)
     targets_B[: len(rows.labels)] = rows.labels
     weights_B = (np.arange(batch_size) < len(rows.tokens)).astype(np.float32)

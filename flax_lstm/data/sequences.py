@@ -45,6 +45,7 @@ class SequencesInfo:
     class_counts: tuple[int, ...] | None  # training examples of each
     outputs: int | None  # numbers to predict, where the targets are numbers
     target_mean: float | None  # what to guess without looking
+    per_step: bool  # whether every step has a target, or a sequence one
     max_length: int  # steps kept of a longer sequence
     keep: Literal["first", "last"]
     boundaries: tuple[int, ...]  # the padded lengths, ascending
@@ -55,31 +56,44 @@ class SequencesInfo:
         """A batch of zeros, padded like the longest."""
         return pad(self._rows([np.zeros((0, self.features))]), self.boundaries[-1:], batch_size)
 
+    def cut(self, x_TD: Any) -> Any:
+        """The steps that are kept of a longer sequence."""
+        return x_TD[-self.max_length :] if self.keep == "last" else x_TD[: self.max_length]
+
     def scale(self, x_TD: np.ndarray) -> np.ndarray:
         """A sequence as the model sees it: cut, mean 0, deviation 1, float32."""
-        end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
-        return ((x_TD[end] - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
+        scaled_TD = (self.cut(x_TD) - np.array(self.mean)) / np.array(self.std)
+        return scaled_TD.astype(np.float32)
 
     def _rows(self, x: Sequence[np.ndarray]) -> Rows:
         """New sequences, whose targets are 0."""
-        shape, kind = ((len(x),), np.int32) if self.labels else ((len(x), self.outputs), np.float32)
-        targets: np.ndarray = np.zeros(shape, kind)  # type: ignore[arg-type]
-        return Rows([self.scale(one) for one in x], targets)
+        kind: Any = np.int32 if self.labels else np.float32
+        one: tuple[Any, ...] = () if self.labels else (self.outputs,)
+        scaled = [self.scale(x_TD) for x_TD in x]
+        if self.per_step:
+            return Rows(scaled, [np.zeros((len(x_TD), *one), kind) for x_TD in scaled])
+        return Rows(scaled, np.zeros((len(x), *one), kind))
 
     def encode(self, examples: Examples, split: str) -> Rows:
         """Sequences and targets of a split."""
         assert examples.y is not None
         rows = self._rows(examples.x)
+        if self.per_step:
+            return rows._replace(labels=[self._targets(self.cut(y), split) for y in examples.y])
+        return rows._replace(labels=self._targets(examples.y, split))
+
+    def _targets(self, y: Sequence[Any], split: str) -> np.ndarray:
+        """Places in the labels, or numbers (rows, outputs)."""
         if self.labels is None:
-            return rows._replace(labels=np.array([np.ravel(y) for y in examples.y], np.float32))
+            return np.array([np.ravel(one) for one in y], np.float32).reshape(len(y), -1)
         index = {label: n for n, label in enumerate(self.labels)}
-        names = [label_name(y) for y in examples.y]
+        names = [label_name(one) for one in y]
         if unknown := sorted({name for name in names if name not in index}):
             raise UserError(
                 f"label {unknown[0]!r} of the {split} split is in no training sequence; trained "
                 f"labels: {listing(self.labels)}"
             )
-        return rows._replace(labels=np.array([index[name] for name in names], np.int32))
+        return np.array([index[name] for name in names], np.int32)
 
     def inputs(self, table: pd.DataFrame) -> list[np.ndarray]:
         """The sequences in a table of new inputs, of as many features as those of training."""
@@ -156,6 +170,7 @@ class Sequences(InMemory):
     y_column: str = "y"  # array or column with the targets
     # what the targets are: labels, numbers, or auto (fractions are numbers, all else labels)
     target: Literal["auto", "labels", "numbers"] = "auto"
+    per_step: bool = False  # every step has a target: y has a list for each sequence
     max_length: int = 1000  # steps kept of a longer sequence
     keep: Literal["first", "last"] = "last"  # which end of a longer sequence is kept
     validation_fraction: float = 0.1  # share of the sequences held out to choose the best step
@@ -188,13 +203,15 @@ class Sequences(InMemory):
             )
         x = sequences(table[self.x_column], "data")
         y = table.get(self.y_column)
-        targets = np.zeros(0) if y is None else np.asarray(list(y))
+        targets = [] if y is None else list(y)
         require(
             y is None or len(targets) == len(x),
             f"data: {len(x)} sequences and {len(targets)} targets; give one target a sequence",
         )
+        if self.per_step:
+            targets = list(np.concatenate([np.asarray(list(one)) for one in aligned(x, targets)]))
         steps = np.concatenate(x) if x else np.zeros((0, 1))
-        return steps, np.array([len(one) for one in x]), targets
+        return steps, np.array([len(one) for one in x]), np.asarray(targets)
 
     def examples(self) -> Examples:
         """The sequences and targets in the file, or in memory."""
@@ -202,15 +219,17 @@ class Sequences(InMemory):
             require(bool(self.path), "data.path is not given: name a file, --data.path FILE")
             return self._checked(read_arrays(Path(self.path), self.x_column, self.y_column))
         steps, lengths, targets = self.held()
-        x = np.split(steps, np.cumsum(lengths)[:-1])
-        return self._checked(Examples(x, list(targets)))
+        ends = np.cumsum(lengths)[:-1]
+        y = np.split(targets, ends) if self.per_step else targets
+        return self._checked(Examples(np.split(steps, ends), list(y)))
 
     def _checked(self, examples: Examples) -> Examples:
         require(
             examples.y is not None and len(examples.y) == len(examples.x) > 0,
             f"{self.path}: no targets named {self.y_column!r} (--data.y-column)",
         )
-        return examples
+        assert examples.y is not None
+        return Examples(examples.x, aligned(examples.x, examples.y)) if self.per_step else examples
 
     def load(self, assets: Path) -> SequencesDataset:
         """Reads and splits; the scaler and labels come from `assets`, or are fitted on the training
@@ -240,12 +259,13 @@ class Sequences(InMemory):
         constant = np.ptp(steps, axis=0) == 0
         lengths = [min(len(x), self.max_length) for x in train.x]
         labels = counts = outputs = mean = None
-        if self._are_numbers(train.y):
-            targets = np.array([np.ravel(y) for y in train.y], np.float64)
+        every = [y for one in train.y for y in one] if self.per_step else train.y
+        if self._are_numbers(every):
+            targets = np.array([np.ravel(y) for y in every], np.float64)
             require(bool(np.isfinite(targets).all()), f"{self.path}: a target is not finite")
             outputs, mean = targets.shape[1], float(targets.mean())
         else:
-            found = Counter(label_name(y) for y in train.y)
+            found = Counter(label_name(y) for y in every)
             labels = tuple(sort_labels(found))
             require(
                 len(labels) > 1,
@@ -261,6 +281,7 @@ class Sequences(InMemory):
             class_counts=counts,
             outputs=outputs,
             target_mean=mean,
+            per_step=self.per_step,
             max_length=self.max_length,
             keep=self.keep,
             boundaries=choose_boundaries(lengths, max(lengths)),
@@ -317,6 +338,18 @@ def read_arrays(path: Path, x_column: str, y_column: str) -> Examples:
         x = [one[:n] for one, n in zip(x, lengths, strict=True)]
     y = found.get(y_column)
     return Examples(x, None if y is None else list(y))
+
+
+def aligned(x: Sequence[np.ndarray], y: Sequence[Any]) -> list[Any]:
+    """Targets of steps, cut to the lengths of their sequences where both were padded. Raises
+    UserError for one that has fewer."""
+    for n, (one, targets) in enumerate(zip(x, y, strict=True), start=1):
+        require(
+            np.ndim(targets) > 0 and len(targets) >= len(one),
+            f"data.per-step: sequence {n} has {len(one)} steps and "
+            f"{len(targets) if np.ndim(targets) else 'one'} target(s); every step needs one",
+        )
+    return [targets[: len(one)] for one, targets in zip(x, y, strict=True)]
 
 
 def sequences(values: Any, where: str) -> list[np.ndarray]:

@@ -327,9 +327,11 @@ class RecurrentModel(RecurrentLayers):
         }
         return pools[self.pooling]()
 
-    def sequence(self, outputs: int, vocabulary_size: int = 0) -> SequenceModel:
-        """A module with `outputs` outputs a sequence."""
-        return self.module(outputs, pool=self.pool())
+    def sequence(
+        self, outputs: int, vocabulary_size: int = 0, per_step: bool = False
+    ) -> SequenceModel:
+        """A module with `outputs` outputs a sequence, or a step."""
+        return self.module(outputs, pool=None if per_step else self.pool())
 
 
 @dataclass(frozen=True)
@@ -345,13 +347,15 @@ class TextModel(RecurrentModel):
         super().__post_init__()
         check_embedding(self.embed_size, self.embed_dropout)
 
-    def sequence(self, outputs: int, vocabulary_size: int = 0) -> SequenceModel:
-        """A module with `outputs` outputs a sequence of tokens."""
+    def sequence(
+        self, outputs: int, vocabulary_size: int = 0, per_step: bool = False
+    ) -> SequenceModel:
+        """A module with `outputs` outputs a sequence of tokens, or a token."""
         return self.module(
             outputs,
             embed=embedding(vocabulary_size, self.embed_size, self.dtype),
             embed_dropout=self.embed_dropout,
-            pool=self.pool(),
+            pool=None if per_step else self.pool(),
         )
 
 

@@ -18,7 +18,6 @@ from flax_lstm.runs.manifest import Damaged, is_sealed, seal, verify
 from flax_lstm.runs.saved_config import (
     flatten,
     read_config,
-    require_savable,
     resume_config,
     save_config,
 )
@@ -110,7 +109,6 @@ class Workdir:
                 f"--workdir {self}: must lie on a file system that all processes share",
             )
             return resume_config(read_config(self.config), config, self.path, resume_with)
-        require_savable(config)
         config = self._settled(config, resume_with, data_sha256)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

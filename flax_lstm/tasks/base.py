@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from flax import linen as nn
 
-from flax_lstm.data.base import Batch, SeriesForm, Tokens
+from flax_lstm.data.base import Batch, SeriesForm, Stepwise, Tokens
 from flax_lstm.errors import UserError
 from flax_lstm.tasks.metrics import Mean
 
@@ -41,8 +41,8 @@ class Monitor(NamedTuple):
 class SequenceBuilder(Protocol):
     """Models of whole sequences."""
 
-    def sequence(self, outputs: int, vocabulary_size: int = 0) -> nn.Module:
-        """A module with `outputs` outputs a sequence; `vocabulary_size` 0: of numbers."""
+    def sequence(self, outputs: int, vocabulary_size: int = 0, per_step: bool = False) -> nn.Module:
+        """A module with `outputs` outputs a sequence, or a step; `vocabulary_size` 0: numbers."""
         ...
 
 
@@ -145,6 +145,11 @@ class Outputs(NamedTuple):
 def vocabulary_size(info: object) -> int:
     """How many different tokens there are; 0 where the inputs are numbers."""
     return info.vocabulary_size if isinstance(info, Tokens) else 0
+
+
+def has_target_per_step(info: object) -> bool:
+    """Whether every step has a target; else a sequence has one."""
+    return isinstance(info, Stepwise) and info.per_step
 
 
 def weighted(values_B: Array, weights_B: Array) -> Mean:

@@ -28,6 +28,7 @@ from flax_lstm.tasks.base import (
     SequenceBuilder,
     Sums,
     Task,
+    has_target_per_step,
     vocabulary_size,
     weighted,
 )
@@ -39,7 +40,7 @@ from flax_lstm.tasks.plots import plot_examination
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One label for a sequence: softmax cross-entropy."""
+    """One label for a sequence, or one for each of its steps: softmax cross-entropy."""
 
     label_smoothing: float = 0.0  # share of the target spread over all classes
     # fit a linear model of words and pairs beside it, for texts (needs scikit-learn)
@@ -56,7 +57,8 @@ class Classification(Task):
         )
 
     def build(self, model: SequenceBuilder, info: Labelled) -> nn.Module:
-        return model.sequence(len(info.labels), vocabulary_size(info))
+        per_step = has_target_per_step(info)
+        return model.sequence(len(info.labels), vocabulary_size(info), per_step)
 
     def loss(self, outputs: Array, batch: Batch) -> Mean:
         return self._cross_entropy(outputs, batch, self.label_smoothing)
@@ -75,7 +77,7 @@ class Classification(Task):
         }
         if len(info.labels) == 2:
             sums["scores"] = score_histogram(
-                outputs[:, 1] - outputs[:, 0], batch.targets, batch.weights
+                outputs[..., 1] - outputs[..., 0], batch.targets, batch.weights
             )
         return sums
 
@@ -92,7 +94,9 @@ class Classification(Task):
         counts = np.asarray(info.class_counts, np.float32)
         log_share = np.log(np.maximum(counts, 1e-9) / counts.sum())
         return {
-            "majority": lambda batch: jnp.broadcast_to(log_share, (len(batch.targets), len(counts)))
+            "majority": lambda batch: jnp.broadcast_to(
+                log_share, (*batch.targets.shape, len(counts))
+            )
         }
 
     def rivals(self, dataset: Any, split: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -140,6 +144,8 @@ class Classification(Task):
         the rows (from 0) without any step or word, for which the answer is a guess."""
         batches = [*info.batches(info.inputs(table), batch_size)]
         parts = [forward(batch) for batch in batches]
+        if has_target_per_step(info):
+            return self._predict_steps(table, info, batches, parts)
         lengths = np.concatenate([batch.lengths for batch in batches])[: len(table)]
         logits = np.concatenate(parts)[: len(table)].astype(np.float64)
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -157,3 +163,18 @@ class Classification(Task):
             dict(zip(info.labels, row.tolist(), strict=True)) for row in shares
         ]
         return result
+
+    def _predict_steps(
+        self, table: pd.DataFrame, info: Any, batches: list[Batch], parts: list[np.ndarray]
+    ) -> pd.DataFrame:
+        """The table with columns `predicted` and `probability` that hold a list each: one entry for
+        every step of the sequence."""
+        rows = [
+            jax.nn.softmax(logits_TK[:length].astype(np.float64))
+            for batch, logits_BTK in zip(batches, parts, strict=True)
+            for logits_TK, length in zip(logits_BTK, batch.lengths, strict=True)
+        ][: len(table)]
+        names = [[info.labels[k] for k in row.argmax(axis=-1)] for row in map(np.asarray, rows)]
+        best = [np.asarray(row).max(axis=-1, initial=0).tolist() for row in rows]
+        lists = {"predicted": names, "probability": best}
+        return pd.concat([table, pd.DataFrame(lists, index=table.index)], axis=1)

@@ -18,6 +18,7 @@ from flax_lstm.tasks.base import (
     SequenceBuilder,
     Sums,
     Task,
+    has_target_per_step,
     vocabulary_size,
     weighted,
 )
@@ -26,24 +27,24 @@ from flax_lstm.tasks.metrics import Mean
 
 @dataclass(frozen=True)
 class SequenceRegression(Task):
-    """One number (or several) for a sequence, by squared error: the synthetic tests of long-term
-    memory."""
+    """One number (or several) for a sequence, or for each of its steps, by squared error: the
+    synthetic tests of long-term memory."""
 
     monitor: ClassVar[Monitor] = Monitor("mse")
     needs: ClassVar[type | None] = Measured
     builds: ClassVar[type | None] = SequenceBuilder
 
     def build(self, model: SequenceBuilder, info: Measured) -> nn.Module:
-        return model.sequence(info.outputs, vocabulary_size(info))
+        return model.sequence(info.outputs, vocabulary_size(info), has_target_per_step(info))
 
     def loss(self, outputs: Array, batch: Batch) -> Mean:
-        return weighted(jnp.square(outputs - batch.targets), batch.weights[:, None])
+        return weighted(jnp.square(outputs - batch.targets), batch.weights[..., None])
 
     def measure(self, outputs: Array, batch: Batch, info: Measured) -> Sums:
         error = outputs - batch.targets
         return {
-            "mse": weighted(jnp.square(error), batch.weights[:, None]),
-            "mae": weighted(jnp.abs(error), batch.weights[:, None]),
+            "mse": weighted(jnp.square(error), batch.weights[..., None]),
+            "mae": weighted(jnp.abs(error), batch.weights[..., None]),
         }
 
     def figures(self, sums: Sums, info: Measured) -> dict[str, float]:
@@ -54,7 +55,15 @@ class SequenceRegression(Task):
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
     ) -> pd.DataFrame:
         """The table with a column `predicted`, or `predicted_1` and so on for several numbers."""
-        parts = [forward(batch) for batch in info.batches(info.inputs(table), batch_size)]
+        batches = [*info.batches(info.inputs(table), batch_size)]
+        parts = [forward(batch) for batch in batches]
+        if has_target_per_step(info):
+            rows = [
+                outputs_TO[:length].astype(np.float64).squeeze().tolist()
+                for batch, outputs_BTO in zip(batches, parts, strict=True)
+                for outputs_TO, length in zip(outputs_BTO, batch.lengths, strict=True)
+            ]
+            return table.assign(predicted=rows[: len(table)])
         outputs = np.concatenate(parts)[: len(table)].astype(np.float64)
         names = [f"predicted_{n}" for n in range(1, outputs.shape[1] + 1)]
         columns = dict(zip(names if len(names) > 1 else ["predicted"], outputs.T, strict=True))

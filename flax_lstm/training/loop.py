@@ -25,6 +25,7 @@ from flax_lstm.machine.malloc import trim_malloc
 from flax_lstm.machine.sharding import put_batch
 from flax_lstm.runs.journal import Diverged, Journal, finite
 from flax_lstm.runs.report import conditions, device_name, params_sha256, report, versions
+from flax_lstm.runs.saved_config import require_savable
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.plots import plot_curves
 from flax_lstm.training.assembly import Assembly, assemble
@@ -95,6 +96,7 @@ def fit(
     settings = config.data.absolute()
     wanted = replace(config, data=settings if data is None else settings.holding(data))
     check_parts(wanted)
+    require_savable(wanted)
     with Signals() as signals, ExitStack() as held:
         own = first_then_all(lambda: held.enter_context(folder.own(is_first())))
         config = first_then_all(lambda: open_run(folder, wanted, resume_with))
