@@ -19,10 +19,13 @@ import small_runs
 from flax_lstm import MeshConfig, UserError, fit
 from flax_lstm.machine.distributed import (
     await_coordinator,
+    bind_address,
     check_port,
     find_launch,
     first_host,
     first_then_all,
+    init_distributed,
+    run_locally,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +146,51 @@ def test_flags_count_more_than_the_environment():
 def test_what_is_missing_is_said(environment, flags, message):
     with pytest.raises(UserError, match=message):
         find_launch(environment, *flags)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "two"}, "SLURM_"),
+        ({**SLURM, "SLURM_JOB_ID": ""}, "SLURM_"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": ""}, "OMPI_"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_"),
+        ({**TPU, "TPU_WORKER_ID": "x"}, "TPU_"),
+        ({"SKYPILOT_NODE_IPS": "", "SKYPILOT_NODE_RANK": "0"}, "SKYPILOT_"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "?", "JAX_PROCESS_ID": "0"},
+            "JAX_",
+        ),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(environment, said):
+    with pytest.raises(UserError, match=rf"variables {said}.* make no sense"):
+        find_launch(environment)
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "999999999"])
+def test_a_port_is_a_port(port):
+    with pytest.raises(UserError, match=f"here:{port}: a port is a number from 1 to 65535"):
+        find_launch({}, f"here:{port}", 2, 0)
+
+
+def test_numbers_of_processes_and_seconds_have_bounds():
+    with pytest.raises(UserError, match="0 processes"):
+        find_launch({}, "here:1", 0, 0)
+    with pytest.raises(UserError, match=r"--local-processes 100000: must be from 1 to \d+ here"):
+        run_locally(100000, [])
+    for seconds in (float("nan"), float("inf"), -1.0, 0.0):
+        with pytest.raises(UserError, match="--connect-seconds"):
+            init_distributed(connect_seconds=seconds)
+
+
+def test_process_0_listens_where_the_coordinator_is_named_and_nowhere_else():
+    assert bind_address("127.0.0.1:8476") == "127.0.0.1:8476"
+    assert bind_address("localhost:1").split(":")[-1] == "1" and "::]" not in bind_address(
+        "localhost:1"
+    ).replace("::1]", "")
+    assert bind_address("192.0.2.1:8476") == "[::]:8476"  # of no machine: translated on its way
+    assert bind_address("no-such-host.invalid:8476") == "[::]:8476"
 
 
 def test_first_host_of_a_list():
@@ -354,6 +402,28 @@ def test_the_others_end_when_one_is_killed_and_the_run_goes_on(tables, tmp_path)
         assert train(parts, tables).returncode == 0
         results = assert_alike(parts, tmp_path / "whole")
         assert results[0]["params_sha256"] == results[1]["params_sha256"]
+
+
+@pytest.mark.slow
+def test_no_process_outlives_the_one_that_started_it(tables, tmp_path):
+    """It is killed, so that it can tell nobody; they notice, save and end."""
+    command = [sys.executable, ROOT / "train.py", "--config", tables / "own.py", "--workdir"]
+    command += [tmp_path / "run", "--local-processes", "2", "--train.steps", "100000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment("adding", tables), stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not list((tmp_path / "run").glob("checkpoints/[1-9]*")) and time.time() < deadline:
+        time.sleep(0.2)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    children = [int(line) for line in found.stdout.split()]
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    deadline = time.time() + 60
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.time() < deadline, "orphans train on"
+        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -235,6 +235,18 @@ BREAKAGES = {
         "fcntl.LOCK_UN",
         "tests/test_owner.py::test_a_second_run_on_the_folder_is_refused_and_told_by_whom",
     ),
+    "a library of anybody's is loaded": Breakage(
+        "flax_lstm/machine/cache.py",
+        "own = is_own(path) and is_own(noted)",
+        "own = True",
+        "tests/test_cache.py::test_a_planted_file_is_not_intact",
+    ),
+    "process 0 listens everywhere": Breakage(
+        "flax_lstm/machine/distributed.py",
+        "                if meant or not loopback:\n",
+        "                if not loopback:\n",
+        "tests/test_distributed.py::test_process_0_listens_where_the_coordinator_is_named_and_nowhere_else",
+    ),
     "changed data go unnoticed": Breakage(
         "flax_lstm/runs/workdir.py",
         "and before != data_sha256",

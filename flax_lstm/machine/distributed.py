@@ -7,6 +7,8 @@ and writes files, checkpoints excepted, to which each adds its part. The work di
 a file system that all of them share.
 """
 
+import contextlib
+import ctypes
 import importlib.util
 import logging
 import os
@@ -20,6 +22,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -136,13 +139,29 @@ def by_tpu_hosts(env: Environment) -> Launch | None:
     )
 
 
-RECOGNISED = (
-    by_variables_of_jax,
-    by_skypilot,
-    by_open_mpi,
-    by_slurm,
-    by_tpu_hosts,
-)  # the first that applies
+# The first that applies, by the beginning of its variables' names.
+RECOGNISED = {
+    "JAX_": by_variables_of_jax,
+    "SKYPILOT_": by_skypilot,
+    "OMPI_": by_open_mpi,
+    "SLURM_": by_slurm,
+    "TPU_ and MEGASCALE_": by_tpu_hosts,
+}
+
+
+def recognise(env: Environment) -> Launch | None:
+    """What a launcher says in the environment. Raises UserError where that makes no sense."""
+    for names, launcher in RECOGNISED.items():
+        try:
+            if launch := launcher(env):
+                return launch
+        except (ValueError, LookupError) as error:
+            raise UserError(
+                f"the environment's variables {names}... make no sense ({error}). Unset them to "
+                "train in one process, or say --coordinator, --num-processes and --process-id "
+                "after unsetting them"
+            ) from error
+    return None
 
 
 def find_launch(
@@ -153,7 +172,7 @@ def find_launch(
 ) -> Launch | None:
     """What the flags and the environment say of this process; flags count more. None: there is but
     one process."""
-    launch = next((launch for recognise in RECOGNISED if (launch := recognise(env))), None)
+    launch = recognise(env)
     given = {
         "--coordinator": coordinator,
         "--num-processes": num_processes,
@@ -175,6 +194,7 @@ def find_launch(
         processes=launch.processes if num_processes is None else num_processes,
         process=launch.process if process_id is None else process_id,
     )
+    require(launch.processes >= 1, f"{launch.processes} processes: there must be at least one")
     if launch.processes == 1:
         return None
     require(
@@ -186,10 +206,15 @@ def find_launch(
         bool(launch.coordinator),
         f"{launch.launcher} does not say where process 0 is; name it by --coordinator HOST:PORT",
     )
-    named = re.fullmatch(
-        r"(.+):(\d+)", launch.coordinator.removesuffix(":")
-    ) and not launch.coordinator.endswith("]")
-    return launch if named else launch._replace(coordinator=f"{launch.coordinator}:{PORT}")
+    alone = launch.coordinator.endswith("]")  # an address of version 6 without a port
+    named = None if alone else re.fullmatch(r"(.+):(\d{1,9})", launch.coordinator.removesuffix(":"))
+    if not named:
+        return launch._replace(coordinator=f"{launch.coordinator}:{PORT}")
+    require(
+        1 <= int(named[2]) <= 65535,
+        f"coordinator {launch.coordinator}: a port is a number from 1 to 65535",
+    )
+    return launch
 
 
 def init_distributed(
@@ -209,6 +234,10 @@ def init_distributed(
     if jax.distributed.is_initialized():
         announce("joined already")
         return
+    require(
+        0 < connect_seconds < 1e6,
+        f"--connect-seconds {connect_seconds}: a time in seconds, more than 0 and below 1e6",
+    )
     launch = find_launch(os.environ, coordinator, num_processes, process_id)
     limits: dict[str, Any] = {
         "initialization_timeout": int(connect_seconds) + 60,  # ours comes first
@@ -234,6 +263,7 @@ def init_distributed(
             launch.process,
             None if launch.device is None else [launch.device],
             cluster_detection_method="deactivate",
+            coordinator_bind_address=bind_address(launch.coordinator),
             **limits,
         )
     except RuntimeError as error:
@@ -270,6 +300,24 @@ def await_coordinator(address: str, seconds: float, who: str) -> None:
                     "must have started, under that name, and its port be open between the machines"
                 ) from error
             time.sleep(0.2)
+
+
+def bind_address(coordinator: str) -> str:
+    """Where process 0 listens: at the address of this machine that the coordinator's name has, so
+    that nobody else's network reaches it; at all where the name says no such address (it is
+    translated on its way, or the machine knows itself by a loopback address alone)."""
+    host, port = coordinator.rsplit(":", 1)
+    host = host.strip("[]")
+    meant = host == "localhost" or host.startswith("127.") or host == "::1"
+    with contextlib.suppress(OSError):
+        for family, _, _, _, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            found = str(place[0])
+            loopback = found.startswith("127.") or found == "::1"
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as server:
+                server.bind((found, 0))
+                if meant or not loopback:
+                    return f"[{found}]:{port}" if ":" in found else f"{found}:{port}"
+    return f"[::]:{port}"
 
 
 def check_port(address: str, who: str) -> None:
@@ -375,11 +423,23 @@ def leave(error: Exception) -> None:
 # --- several processes on this machine
 
 
+def end_with_parent(parent: int) -> None:
+    """Asks Linux to send this process SIGTERM, at which it saves and ends, when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before
+            os._exit(75)
+
+
 def run_locally(processes: int, arguments: Sequence[str]) -> int:
     """Starts `python -m flax_lstm train` with these arguments that many times on this machine, on
     the CPU unless JAX_PLATFORMS says otherwise, and returns the status of the first that fails,
     having ended the others."""
-    require(processes >= 1, f"--local-processes {processes}: must be at least 1")
+    most = max(8, 4 * len(os.sched_getaffinity(0)))
+    require(
+        1 <= processes <= most,
+        f"--local-processes {processes}: must be from 1 to {most} here, four a core",
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -387,14 +447,21 @@ def run_locally(processes: int, arguments: Sequence[str]) -> int:
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     env = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "flax_lstm", "train", *arguments, "--coordinator", address]
-    children = [
-        subprocess.Popen(
-            [*command, "--num-processes", str(processes), "--process-id", str(index)], env=env
-        )
-        for index in range(processes)
-    ]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the children, too
-    signal.signal(signal.SIGTERM, lambda *_: children[0].terminate())
+    children: list[subprocess.Popen[bytes]] = []
+    # Before there are children, so that none is left behind. Ctrl-C reaches them from the terminal.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: children[0].terminate() if children else os._exit(75))
+    for index in range(processes):
+        more = ["--num-processes", str(processes), "--process-id", str(index)]
+        ends = partial(end_with_parent, os.getpid())
+        try:
+            children.append(subprocess.Popen([*command, *more], env=env, preexec_fn=ends))
+        except OSError as error:
+            for child in children:
+                child.kill()
+            raise UserError(
+                f"--local-processes {processes}: only {index} could be started ({error.strerror})"
+            ) from error
     while (codes := [child.poll() for child in children]) and all(
         code in (None, 0) for code in codes
     ):

@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from flax_lstm.machine.cache import cache_folder
+from flax_lstm.machine.cache import intact, keep, private_cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +92,17 @@ def build() -> Path:
         *(source.read_bytes() for source in SOURCES),
         " ".join([*command, version, jaxlib.version.__version__]).encode(),
     ]
-    folder = cache_folder()
+    try:
+        folder = private_cache_folder()
+    except OSError as error:
+        raise Unavailable(
+            f"the kernel could not be compiled into {error.filename} ({error.strerror})"
+        ) from error
     library = folder / f"recurrence-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
-    if library.exists():
+    if intact(library):
         return library
     log.info("compiling the recurrent kernel for this processor (once, some seconds)")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as draft:
             made = Path(draft, library.name)
             result = subprocess.run(
@@ -113,7 +117,9 @@ def build() -> Path:
                     f"{command[0]} failed: "
                     f"{(result.stderr.strip().splitlines() or ['no message'])[0]}"
                 )
+            made.chmod(0o700)
             made.replace(library)
+            keep(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the kernel could not be compiled into {folder} ({error})") from error
     return library
