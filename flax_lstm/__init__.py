@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         SequenceModel,
         TextModel,
     )
-    from flax_lstm.nn.recurrence import backends
+    from flax_lstm.nn.recurrence import backends, portable
     from flax_lstm.nn.segments import SegmentModel
     from flax_lstm.tasks.classification import Classification
     from flax_lstm.tasks.forecasting import Forecasting
@@ -59,6 +59,7 @@ __all__ = [
     "fit",
     "load",
     "load_config",
+    "portable",
 ]
 
 __getattr__, __dir__ = lazily(
@@ -76,7 +77,7 @@ __getattr__, __dir__ = lazily(
             "SequenceModel",
             "TextModel",
         ),
-        "nn.recurrence": ("backends",),
+        "nn.recurrence": ("backends", "portable"),
         "nn.segments": ("SegmentModel",),
         "tasks.classification": ("Classification",),
         "tasks.forecasting": ("Forecasting",),

@@ -70,19 +70,21 @@ def test_address_sanitizer_sees_no_access_beyond_an_array(tmp_path: Path) -> Non
     ).stdout.strip()
     environment = {
         **os.environ,
-        "LD_PRELOAD": library,
         "ASAN_OPTIONS": "detect_leaks=0",
         "XDG_CACHE_HOME": str(tmp_path),
         "JAX_PLATFORMS": "cpu",
     }
     here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(here / "wrong_calls.py"), "500", "--asan"],
-        env=environment | {"PYTHONPATH": str(here.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment["PYTHONPATH"] = str(here.parent)
+
+    def run(count: int, **extra: str) -> Any:
+        command = [sys.executable, str(here / "wrong_calls.py"), str(count), "--asan"]
+        return subprocess.run(
+            command, env=environment | extra, capture_output=True, text=True, check=False
+        )
+
+    assert run(0).returncode == 0
+    done = run(500, LD_PRELOAD=library)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "500 of 500 wrong calls refused, 0 of 500 right ones\n"
 

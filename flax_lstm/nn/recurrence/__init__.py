@@ -8,6 +8,7 @@ A backend is a module with two functions, or more:
     supports(cell, x_BTD, recurrent_dropout, resets) -> None, or the reason why not
     run_stack(cell, weights, x_BTD, lengths_B, states) -> (states, y_BTH), where one call can run
     several layers
+    NATIVE: whether it calls code that is not JAX's own
     run_states(...), as run -> (state, (y_BTH, states)), where it has the state after every step
 
 `weights` are a cell's `Weights` in the dtype of the matmuls, `lengths_B` is None where all steps
@@ -62,6 +63,36 @@ def noting() -> Iterator[dict[str, str]]:
         _notes.reset(token)
 
 
+_portable: contextvars.ContextVar[bool] = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """While a model is traced: nothing that needs native code, whatever the layers' backend says.
+    What is traced can be exported and run where this package is not installed.
+
+    Example: a program for any batch and any number of steps.
+
+        with flax_lstm.portable():
+            shape = jax.export.symbolic_shape("batch, time, 16")
+            inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
+            program = jax.export.export(jax.jit(apply))(inputs).serialize()
+    """
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
+
+
+def tried(name: BackendName) -> list[str]:
+    """The backends among which one asked for is chosen."""
+    if _portable.get():
+        others = [n for n, module in BACKENDS.items() if not module.NATIVE]
+        return others if name == "auto" or name not in (*others, "scan") else [name]
+    return [n for n in BACKENDS if name in ("auto", n)]
+
+
 def resolve(
     name: BackendName,
     cell: Any,
@@ -77,7 +108,7 @@ def resolve(
         raise UserError(f"model.backend {name}: there are {', '.join(known)}")
     reasons: dict[str, str] = {}  # against those that come before the chosen one
     chosen = "scan"
-    for other in BACKENDS if name == "auto" else [n for n in BACKENDS if n == name]:
+    for other in tried(name):
         reason = BACKENDS[other].supports(cell, x_BTD, recurrent_dropout, resets)
         if reason is None and states and not hasattr(BACKENDS[other], "run_states"):
             reason = "it does not give the state after every step"
@@ -85,7 +116,7 @@ def resolve(
             chosen = other
             break
         reasons[other] = reason
-    if name not in ("auto", chosen):
+    if name not in ("auto", chosen) and not _portable.get():
         raise UserError(
             f"model.backend {name} cannot run this layer: {reasons[name]}. Use auto or scan."
         )

@@ -36,6 +36,7 @@ from flax_lstm.nn.recurrence.primitives import Derivable
 
 Array = jax.Array
 TIME_MAJOR = True  # `run` takes `time_major`
+NATIVE = True
 EQUATIONS: dict[type, Any] = {LSTMCell: lstm_step, GRUCell: gru_step, SimpleRNNCell: rnn_step}
 
 

@@ -21,6 +21,7 @@ from flax_lstm.machine.sharding import model_shards
 from flax_lstm.nn.cells import LSTMCell, LSTMState, Weights, not_textbook
 
 Array = jax.Array
+NATIVE = True
 
 
 def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:

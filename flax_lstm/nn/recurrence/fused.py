@@ -47,6 +47,7 @@ from flax_lstm.nn.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights, 
 from flax_lstm.nn.recurrence.rows import without_padding
 
 Array = jax.Array
+NATIVE = False
 State = tuple[Array, ...]  # (c, h) of an LSTM, (h,) of the others: h comes last
 Gates = tuple[Array, ...]  # one [B, H] for each gate
 Kept = tuple[
