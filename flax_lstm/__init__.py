@@ -11,7 +11,7 @@ from flax_lstm.lazy import lazily
 
 if TYPE_CHECKING:
     from flax_lstm.config import Config, MeshConfig, TrainConfig, load_config
-    from flax_lstm.errors import UserError
+    from flax_lstm.errors import ArgumentError, UserError
     from flax_lstm.inference import Run, load
     from flax_lstm.nn.cells import GRUCell, LSTMCell, SimpleRNNCell
     from flax_lstm.nn.layers import RNN, Bidirectional, ScannedRNN, Stack
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RNN",
+    "ArgumentError",
     "Bidirectional",
     "Classification",
     "Config",
@@ -66,7 +67,7 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "config": ("Config", "MeshConfig", "TrainConfig", "load_config"),
-        "errors": ("UserError",),
+        "errors": ("ArgumentError", "UserError"),
         "inference": ("Run", "load"),
         "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
         "nn.layers": ("RNN", "Bidirectional", "ScannedRNN", "Stack"),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_lstm.data.base import Features, SeriesForm, Tokens, Windows
-from flax_lstm.errors import require
+from flax_lstm.errors import ArgumentError, require
 from flax_lstm.machine.sharding import named
 from flax_lstm.nn.cells import CELLS, CellName
 from flax_lstm.nn.layers import RNN, Bidirectional, Stack
@@ -156,6 +156,9 @@ class SequenceModel(nn.Module):
 
         context_BK: features put beside the pooled ones before the head (known covariates, for
         example).
+        state: what an earlier call over the steps before these came to: a stream in pieces gives
+        what it gives in one, a row without further steps its last output again. Models that must
+        see a whole row at once (bidirectional, pooled over all steps) refuse it.
         """
         if lengths_B is None:
             lengths_B = jnp.full(inputs.shape[0], inputs.shape[1], jnp.int32)
@@ -163,9 +166,12 @@ class SequenceModel(nn.Module):
         x_BTD = nn.Dropout(self.embed_dropout, broadcast_dims=(2,))(
             x_BTD, deterministic=deterministic
         )
-        state, y = self.recurrent(x_BTD, lengths_B, state, deterministic=deterministic)
+        before = state
+        state, y = self.recurrent(x_BTD, lengths_B, before, deterministic=deterministic)
         if self.pool is not None:
             y = self.pool(y, lengths_B)
+        if before is not None:
+            y = self.streamed(y, state, lengths_B)
         if context_BK is not None:
             y = jnp.concatenate([y, context_BK.astype(y.dtype)], axis=-1)
         if self.dense:
@@ -186,6 +192,38 @@ class SequenceModel(nn.Module):
         outputs = "vocabulary" if self.pool is None else None
         y = dense(self.outputs, "hidden", outputs, dtype=self.dtype, name="head")(y)
         return state, y.astype(jnp.promote_types(y.dtype, jnp.float32))
+
+    def streamed(self, y: Array, state: Any, lengths_B: Array) -> Array:
+        """The pooled outputs of a call that goes on from another."""
+        if not streams(self.recurrent) or self.pool not in (None, last_pool):
+            raise ArgumentError(
+                "state: this model sees a whole row at once (it is bidirectional or pools over all "
+                "steps) and cannot go on from a carried state; None begins anew"
+            )
+        if self.pool is None:
+            return y
+        last_BH = last_output(self.recurrent, state)
+        if last_BH is None:
+            raise ArgumentError(
+                "state: the last output of a row without steps is not in the state of this model "
+                "(its uppermost layer is residual, or of others); None begins anew"
+            )
+        return jnp.where((lengths_B > 0)[:, None], y, last_BH.astype(y.dtype))
+
+
+def streams(layer: Any) -> bool:
+    """Whether a layer over pieces of rows, each from the state after the one before, gives what it
+    gives over whole rows."""
+    if isinstance(layer, Stack):
+        return all(map(streams, layer.layers))
+    return not isinstance(layer, Bidirectional)
+
+
+def last_output(layer: Any, state: Any) -> Array | None:
+    """The last output of each row, where it is in the state of a layer."""
+    if isinstance(layer, Stack):
+        return None if layer.residual else last_output(layer.layers[-1], state[-1])
+    return layer.cell.output(state) if hasattr(getattr(layer, "cell", None), "output") else None
 
 
 class Forecaster(nn.Module):
