@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts with labels: batches, splits, files, and what is said of files that are wrong."""
 
+import dataclasses
 import itertools
 import json
 import threading
@@ -437,3 +438,67 @@ def test_saved_info_is_plain_json(tmp_path):
     load(tmp_path, path=write(table(), tmp_path / "t.csv"))
     saved = json.loads((tmp_path / "assets" / "info.json").read_text())
     assert saved["labels"] == ["bad", "good"] and saved["text_column"] == "text"
+
+
+def table_of(tmp_path, **columns) -> str:
+    path = tmp_path / "rows.jsonl"
+    pd.DataFrame(columns).to_json(path, orient="records", lines=True)
+    return str(path)
+
+
+def test_several_text_columns_are_joined(tmp_path):
+    path = table_of(
+        tmp_path,
+        title=["a", None, "c"] * 20,
+        body=["x", "y", ""] * 20,
+        label=["u", "v", "v"] * 20,
+        number=[1, 2, 3] * 20,
+    )
+    data = TextTable(path, text_column="title+body", validation_fraction=0.3, test_fraction=0.3)
+    texts = data._texts(Path(path)).texts
+    assert texts == ["a\nx", "y", "c"] * 20
+    new = data.read(path)
+    assert data.table(["whole"])["title+body"].tolist() == ["whole"] and len(new) == 60
+    for column, said in (
+        ("title+number", "type int in row 1"),
+        ("title+author", r"no column 'title\+author'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            dataclasses.replace(data, text_column=column)._texts(Path(path))
+
+
+def test_rows_weigh_as_said_and_classes_alike_where_balanced(tmp_path):
+    """Weights of training rows have the mean 1; rows for judgement count once each."""
+    texts = [f"word{n}" for n in range(90)]
+    labels = ["rare" if n % 9 == 0 else "usual" for n in range(90)]
+    given = [float(n % 4) for n in range(90)]
+    path = table_of(tmp_path, text=texts, label=labels, weight=given)
+    weight_of = dict(zip(texts, given, strict=True))
+    label_of = dict(zip(texts, labels, strict=True))
+    for column, balanced in (("", False), ("weight", False), ("", True), ("weight", True)):
+        data = TextTable(path, weight_column=column, balanced=balanced, max_length=4)
+        dataset = data.load(tmp_path / f"{column}{balanced}")
+        source = dataset.train(8, seed=0)
+        found = {}
+        for batch in (source[step] for step in range(len(source))):
+            rows = zip(batch.inputs, batch.lengths, batch.weights, strict=True)
+            found |= {dataset.info.vocabulary.decode(i[:n]): w for i, n, w in rows if n}
+        assert set(found) == set(dataset.read("train").texts)
+        expected = {t: weight_of[t] if column else 1.0 for t in found}
+        if balanced:
+            total = dict.fromkeys(label_of.values(), 0.0)
+            for text in found:
+                total[label_of[text]] += expected[text]
+            expected = {t: expected[t] / total[label_of[t]] for t in found}
+        mean = np.mean([*expected.values()])
+        assert found == pytest.approx({t: w / mean for t, w in expected.items()}, rel=1e-6)
+        batches = [*dataset.evaluation("test", 8)]
+        assert {*np.concatenate([b.weights[b.lengths > 0] for b in batches])} == {1.0}
+
+
+@pytest.mark.parametrize("wrong", [-1.0, "much", None])
+def test_weights_that_are_none_are_said(tmp_path, wrong):
+    path = table_of(tmp_path, text=["a", "b"], label=["x", "y"], weight=[1.0, wrong])
+    said = "is empty in 1 row" if wrong is None else "in row 2, not a"
+    with pytest.raises(UserError, match=said):
+        TextTable(path, weight_column="weight")._texts(Path(path))

@@ -500,10 +500,22 @@ BREAKAGES = {
         "gradient(x_TE)",
         "tests/test_explanation.py::test_integrated_gradients_add_up_to_what_the_embeddings_change",
     ),
+    "rows for judgement are weighed": Breakage(
+        "flax_lstm/data/text.py",
+        'rows["train"] = self._weighed(info, rows["train"], splits["train"].weights)',
+        "rows = {n: self._weighed(info, r, splits[n].weights) for n, r in rows.items()}",
+        "tests/test_text_data.py::test_rows_weigh_as_said_and_classes_alike_where_balanced",
+    ),
+    "balanced classes forget the rows' weights": Breakage(
+        "flax_lstm/data/text.py",
+        "np.bincount(train.labels, weights_N, minlength=len(info.labels))",
+        "np.bincount(train.labels, minlength=len(info.labels))",
+        "tests/test_text_data.py::test_rows_weigh_as_said_and_classes_alike_where_balanced",
+    ),
     "copies of test reviews are trained on": Breakage(
         "flax_lstm/data/imdb.py",
-        "if row[0] not in known]",
-        "]",
+        " if text not in known)",
+        ")",
         "tests/test_imdb_data.py::test_no_test_review_reaches_training_or_vocabulary",
     ),
     "the linear model is fitted on the split it is judged on": Breakage(

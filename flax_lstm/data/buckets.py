@@ -24,12 +24,14 @@ class Rows(NamedTuple):
     # (rows,) int32 places in the labels, or (rows, outputs) float32 numbers; in a list of (T,) or
     # (T, outputs) where every step has a target
     labels: np.ndarray | list[np.ndarray]
+    weights: np.ndarray | None = None  # (rows,) float32, how much each counts; None: 1
 
 
 def take(rows: Rows, chosen: np.ndarray) -> Rows:
     stepwise = isinstance(rows.labels, list)
     labels = [rows.labels[i] for i in chosen] if stepwise else rows.labels[chosen]
-    return Rows([rows.tokens[i] for i in chosen], labels)
+    weights = None if rows.weights is None else rows.weights[chosen]
+    return Rows([rows.tokens[i] for i in chosen], labels, weights)
 
 
 def pad(rows: Rows, boundaries: Sequence[int], batch_size: int) -> Batch:
@@ -52,7 +54,8 @@ def pad(rows: Rows, boundaries: Sequence[int], batch_size: int) -> Batch:
         return Batch(inputs_BT, targets_BT, lengths_B, weights_BT)
     targets_B = np.zeros((batch_size, *rows.labels.shape[1:]), rows.labels.dtype)
     targets_B[: len(rows.labels)] = rows.labels
-    weights_B = (np.arange(batch_size) < len(rows.tokens)).astype(np.float32)
+    weights_B = np.zeros(batch_size, np.float32)
+    weights_B[: len(rows.tokens)] = 1 if rows.weights is None else rows.weights
     return Batch(inputs_BT, targets_B, lengths_B, weights_B)
 
 

@@ -87,8 +87,8 @@ class ImdbFiles(Corpus):
         out."""
         test = self.reviews("test")
         known = set(test.texts)
-        rows = [row for row in zip(*self.reviews("train"), strict=True) if row[0] not in known]
-        train = Texts(*map(list, zip(*rows, strict=True)))
+        train = self.reviews("train")
+        train = train.take(n for n, text in enumerate(train.texts) if text not in known)
         shares = {"validation": self.validation_fraction}
         return {**split_by_hash(train, shares, self.split_seed), "test": test}
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +145,43 @@ def column(frame: pd.DataFrame, name: str, path: str | Path, flag: str) -> list[
 
 
 def text_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:
-    """The texts of a column. Raises UserError if it is not there, has empty values, or holds
-    anything but text."""
+    """The texts of a column, or of several, `title+body`, joined by line ends, of which one may be
+    empty. Raises UserError if it is not there, has empty values, or holds anything but text."""
+    parts = name.split("+")
+    if name not in frame and all(part in frame for part in parts):
+        filled = frame[parts].astype(object).where(frame[parts].notna(), "")
+        rows = filled.itertuples(index=False)
+        for part in parts:
+            check_text(filled[part].tolist(), part, path)
+        joined = ["\n".join(value for value in row if value) or None for row in rows]
+        frame = pd.DataFrame({name: pd.Series(joined, dtype=object)})
     values = column(frame, name, path, "data.text-column")
+    check_text(values, name, path)
+    return values
+
+
+def check_text(values: Sequence[Any], name: str, path: str | Path) -> None:
+    """Raises UserError for a value that is no text."""
     if wrong := [i for i, value in enumerate(values) if not isinstance(value, str)]:
         kind = type(values[wrong[0]]).__name__
         raise UserError(
             f"{path}: column {name!r} holds a value of type {kind} in row {wrong[0] + 1}, not text"
         )
-    return values
+
+
+def weight_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[float]:
+    """The weights of a column. Raises UserError for one that is no number of 0 or more."""
+    given = column(frame, name, path, "data.weight-column")
+    weights = pd.to_numeric(pd.Series(given, dtype=object), errors="coerce").to_numpy(float)
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        raise UserError(
+            f"{path}: column {name!r} holds {given[wrong[0]]!r} in row {wrong[0] + 1}, not a "
+            "weight of 0 or more"
+        )
+    if not weights.sum() > 0:
+        raise UserError(f"{path}: every weight in column {name!r} is 0")
+    return weights.tolist()
 
 
 def label_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -19,7 +19,14 @@ import pandas as pd
 from flax_lstm.data.base import Batch, BatchSource, Data
 from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
 from flax_lstm.data.memory import InMemory, absolute_path, in_memory
-from flax_lstm.data.tables import label_values, read_folder, read_table, sort_labels, text_values
+from flax_lstm.data.tables import (
+    label_values,
+    read_folder,
+    read_table,
+    sort_labels,
+    text_values,
+    weight_values,
+)
 from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
 from flax_lstm.errors import UserError, listing, nearest, require
 
@@ -31,6 +38,16 @@ class Texts(NamedTuple):
 
     texts: list[str]
     labels: list[str]
+    weights: list[float] | None = None  # how much each counts in training; None: alike
+
+    def take(self, chosen: Iterable[int]) -> "Texts":
+        """These rows."""
+        rows = list(chosen)
+        return Texts(
+            [self.texts[n] for n in rows],
+            [self.labels[n] for n in rows],
+            None if self.weights is None else [self.weights[n] for n in rows],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +210,7 @@ class TextData(Corpus):
 
     max_length: int = 400  # tokens kept of a longer text
     keep: Literal["first", "last"] = "last"  # which end of a longer text is kept
+    balanced: bool = False  # training rows weigh so that all classes weigh the same together
 
     classes: ClassVar[
         tuple[str, ...]
@@ -217,11 +235,23 @@ class TextData(Corpus):
         else:
             info = self._fit(assets, splits["train"])
         rows = {name: _encode(info, name, split) for name, split in splits.items()}
+        rows["train"] = self._weighed(info, rows["train"], splits["train"].weights)
         if not saved:
             lengths = [len(ids) for ids in rows["train"].tokens]
             info = dataclasses.replace(info, boundaries=choose_boundaries(lengths, self.max_length))
             info.save(assets)
         return TextDataset(info, rows, splits)
+
+    def _weighed(self, info: TextInfo, train: Rows, given: Sequence[float] | None) -> Rows:
+        """The training rows with their weights, those given and those that balance the classes;
+        rows for judgement count once each."""
+        if given is None and not self.balanced:
+            return train
+        weights_N = np.ones(len(train.labels)) if given is None else np.asarray(given, np.float64)
+        if self.balanced:
+            total_K = np.bincount(train.labels, weights_N, minlength=len(info.labels))
+            weights_N = weights_N / np.maximum(total_K, 1e-12)[train.labels]
+        return train._replace(weights=(weights_N / weights_N.mean()).astype(np.float32))
 
     def _fit(self, assets: Path, train: Texts) -> TextInfo:
         counts = Counter(train.labels)
@@ -294,7 +324,8 @@ class TableFiles(Corpus, InMemory):
     # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/
     # such
     path: str = ""
-    text_column: str = "text"  # column of the table with the texts
+    # Column of the table with the texts; a name such as title+body joins two columns
+    text_column: str = "text"
     test_path: str = ""  # table or folder with the test rows; without it they are split off
     # Share of the rows split off for the test where no test rows are given
     test_fraction: float = 0.1
@@ -341,23 +372,30 @@ class TextTable(TableFiles, TextData):
 
     # Column of the table with the labels: names or numbers, two or more different ones
     label_column: str = "label"
+    weight_column: str = ""  # column with how much a row counts in training; empty: all alike
 
     def splits(self) -> dict[str, Texts]:
         return self.table_splits(self._texts)
 
     def _texts(self, path: Path) -> Texts:
-        return read_texts(path, self.text_column, self.label_column, self.held)
+        return read_texts(path, self.text_column, self.label_column, self.weight_column, self.held)
 
 
 def read_texts(
-    path: Path, text_column: str, label_column: str, held: Callable[[], pd.DataFrame] | None = None
+    path: Path,
+    text_column: str,
+    label_column: str,
+    weight_column: str = "",
+    held: Callable[[], pd.DataFrame] | None = None,
 ) -> Texts:
-    """The texts and labels of a table, or of a folder LABEL/*.txt; `held` gives a table that is in
-    memory."""
+    """The texts and labels of a table, or of a folder LABEL/*.txt, and weights where a column has
+    them; `held` gives a table that is in memory."""
     if path.is_dir():
         return Texts(*read_folder(path))
     frame = held() if held is not None and in_memory(path) else read_table(path)
-    return Texts(text_values(frame, text_column, path), label_values(frame, label_column, path))
+    texts = text_values(frame, text_column, path)
+    weights = weight_values(frame, weight_column, path) if weight_column else None
+    return Texts(texts, label_values(frame, label_column, path), weights)
 
 
 def split_by_hash(
@@ -372,10 +410,7 @@ def split_by_hash(
     chosen = np.searchsorted(
         np.cumsum([*shares.values()]), [_hash(key, seed) for key in keys or rows.texts], "right"
     )
-    return {
-        name: Texts(*([column[i] for i in np.flatnonzero(chosen == number)] for column in rows))
-        for number, name in enumerate(names)
-    }
+    return {name: rows.take(np.flatnonzero(chosen == n)) for n, name in enumerate(names)}
 
 
 def _hash(key: str, seed: int) -> float:
