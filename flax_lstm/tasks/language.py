@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -77,8 +78,11 @@ class LanguageModeling(Task):
     def baselines(self, info: Documents) -> dict[str, Baseline]:
         counts = np.asarray(info.token_counts, np.float32)
         log_share = np.log(np.maximum(counts, 0.5) / np.maximum(counts, 0.5).sum())
-        return {
-            "unigram": lambda batch: jnp.broadcast_to(
-                log_share, (*batch.targets.shape, len(counts))
-            )
-        }
+
+        def unigram(batch: Batch) -> Array:
+            # Behind the barrier, or XLA would work out the figures of a whole batch of constants,
+            # [B, T, V], while it compiles: minutes for a large vocabulary.
+            share_V = jax.lax.optimization_barrier(jnp.asarray(log_share))
+            return jnp.broadcast_to(share_V, (*batch.targets.shape, len(counts)))
+
+        return {"unigram": unigram}
