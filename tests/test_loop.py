@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import threading
 from dataclasses import replace
@@ -329,6 +330,25 @@ def test_log_sets_aside_what_is_beyond_or_torn(tmp_path):
     assert (
         len((tmp_path / "metrics.discarded.jsonl").read_text().splitlines()) == 4
     )  # added to, not replaced
+
+
+def test_rows_that_find_no_room_come_later_and_whole(tmp_path):
+    """A limit on the size of files stands for a full disk; the half of a row is taken back."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(1, "train", {"loss": 1.0}, 0.0)
+    before = log.path.read_bytes()
+    held = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, held[1][1]))
+    try:
+        for step in (2, 3):
+            with pytest.raises(OSError, match="too large"):
+                log.append(step, "train", {"loss": 1.0}, 0.0)
+            assert log.path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, held[1])
+        signal.signal(signal.SIGXFSZ, held[0])
+    log.append(4, "train", {"loss": 1.0}, 0.0)
+    assert [row["step"] for row in small_runs.rows(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_row_that_lost_its_line_end_is_kept_whole(tmp_path):

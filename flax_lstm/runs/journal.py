@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run tells while it trains: rows of `metrics.jsonl`, TensorBoard, the bar, the console."""
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +13,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from flax_lstm.config import TrainConfig
 from flax_lstm.errors import UserError
@@ -19,6 +23,8 @@ from flax_lstm.machine.files import write_atomically
 from flax_lstm.runs.workdir import Workdir
 
 Figures = Mapping[str, float]
+
+FLUSH_SECONDS = 10  # between writes of curves to the disk
 
 
 class Diverged(UserError):
@@ -58,6 +64,7 @@ class Journal:
         self._folder, self._train, self._step = folder, train, step
         self._began = time.monotonic() if began is None else began
         self._window = time.monotonic()  # since when the losses of the next row come in
+        self._told = False  # whether the latest row found no room, and it was said
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -74,7 +81,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self.log.rewind(self._step)
-        self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=self._step)
+        self._board = Board(self._folder.tensorboard, self._step)
         self._bar.start()
         return self
 
@@ -132,10 +139,22 @@ class Journal:
         self.console.print(line + end, highlight=False)
 
     def record(self, step: int, split: str, figures: Figures) -> None:
-        self.log.append(step, split, figures, self.seconds())
-        for name, value in finite(figures).items():
-            if value is not None:
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        """A row of the log, and points of TensorBoard's curves. What a full disk does not take
+        comes with a later row; training goes on."""
+        try:
+            self.log.append(step, split, figures, self.seconds())
+            self._board.add_scalars(split, step, finite(figures))
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                self.console.print(
+                    f"warning: {error.filename or self.log.path} cannot be written "
+                    f"({error.strerror}); training goes on, and rows are kept until it can",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            self._told = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -145,11 +164,40 @@ class Journal:
         self._window += time.monotonic() - began
 
 
+class Board:
+    """Curves for TensorBoard, written as they come: a thread of its own, as `SummaryWriter` has,
+    ends at a full disk, and whoever hands it the next point then waits for ever."""
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        if step:  # points beyond it, of a session whose end was lost, are not shown
+            session = SessionLog(status=SessionLog.START)
+            event = Event(wall_time=time.time(), step=step, session_log=session)
+            self._events.write_event(event)
+
+    def add_scalars(self, split: str, step: int, figures: Mapping[str, float | None]) -> None:
+        for name, value in figures.items():
+            if value is not None:
+                summary = Summary(value=[Summary.Value(tag=f"{split}/{name}", simple_value=value)])
+                event = Event(wall_time=time.time(), step=step, summary=summary)
+                self._events.write_event(event)
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._events.close()
+
+
 class MetricsLog:
     """`metrics.jsonl`: one row per (step, split), steps increasing within a split."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._unwritten: list[str] = []  # lines that found no room yet
 
     def rows(self) -> list[dict[str, Any]]:
         """The whole rows; a torn last line is left out."""
@@ -165,8 +213,16 @@ class MetricsLog:
         row = {"step": step, "split": split, **finite(figures), "seconds": round(seconds, 3)}
         if split == "test" and any((r["step"], r["split"]) == (step, split) for r in self.rows()):
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._unwritten.append(json.dumps(row) + "\n")
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.writelines(self._unwritten)
+        except OSError:
+            with contextlib.suppress(OSError):  # half a line would be taken for damage
+                os.truncate(self.path, before)
+            raise
+        self._unwritten.clear()
 
     def rewind(self, step: int) -> None:
         """Moves rows beyond the step, and a torn last line, to `metrics.discarded.jsonl`."""
