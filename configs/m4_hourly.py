@@ -20,14 +20,14 @@ def get_config() -> Config:
         task=Forecasting(
             objective="quantile", quantiles=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
         ),
-        model=SegmentModel(cell="gru", hidden_size=128, segment=24, window="robust", dropout=0.1),
+        model=SegmentModel(cell="gru", hidden_size=128, segment=24, window="seasonal", dropout=0.1),
         train=TrainConfig(
-            steps=2500,
+            steps=1000,
             batch_size=256,
             learning_rate=3e-3,
             schedule="cosine",
             ema=0.995,
-            eval_every=250,
-            checkpoint_every=250,
+            eval_every=125,
+            checkpoint_every=125,
         ),
     )

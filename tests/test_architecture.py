@@ -27,6 +27,7 @@ ALLOWED = {
     "training/optim": set(),
     "training": {"config", "data", "machine", "nn", "runs", "tasks"},
     "inference": {"config", "data", "runs", "tasks", "training"},
+    "backtest": {"inference", "tasks", "training"},
     "plan": {"config", "machine", "training"},
     "convert": {"nn"},
     "nnx": {"nn"},

@@ -294,9 +294,9 @@ def segment_forecast(settings, x, known, form, variables=None):
     return variables, np.asarray(module.apply(variables, x, lengths, None, known)[1])
 
 
-@pytest.mark.parametrize("window", ["standard", "robust"])
+@pytest.mark.parametrize("window", ["standard", "robust", "seasonal"])
 def test_a_normalised_window_makes_forecasts_follow_level_and_scale(window):
-    x, form = series(steps=8, features=1), SeriesForm(8, 3)
+    x, form = series(steps=8, features=1), SeriesForm(8, 3, season=3)
     settings = SegmentModel(hidden_size=4, segment=2, window=window)
     known = known_from([0] * 4)
     variables, plain = segment_forecast(settings, x, known, form)
@@ -342,3 +342,15 @@ def test_what_was_not_observed_does_not_move_the_window():
 def test_segments_follow_from_the_season(season, lookback, segment):
     assert SegmentModel().steps(SeriesForm(lookback, 12, season=season)) == segment
     assert SegmentModel(segment=5).steps(SeriesForm(lookback, 12, season=season)) == 5
+
+
+def test_a_seasonal_window_adds_to_the_last_season():
+    """Whatever the network says, a series that repeats itself is forecast to go on."""
+    x = np.tile(series(steps=4, features=1), (1, 3, 1)) * 50
+    form = SeriesForm(12, 6, season=4)
+    settings = SegmentModel(hidden_size=4, segment=3, window="seasonal")
+    variables, found = segment_forecast(settings, x, known_from([0] * 4), form)
+    close(found[..., 0, 0], x[:, [0, 1, 2, 3, 0, 1], 0], atol=1e-2)
+    assert variables["params"]["profile"]["kernel"].shape == (4, 4)
+    with pytest.raises(UserError, match="needs a season and a look-back of two"):
+        settings.forecaster(SeriesForm(7, 6, season=4))

@@ -157,6 +157,24 @@ BREAKAGES = {
         "        if not self.stretch",
         "tests/test_tasks.py::test_forecasting_figures",
     ),
+    "the last season is out of step": Breakage(
+        "flax_lstm/nn/segments.py",
+        "np.arange(-steps, horizon) % season",
+        "np.arange(1 - steps, horizon + 1) % season",
+        "tests/test_models.py::test_a_seasonal_window_adds_to_the_last_season",
+    ),
+    "the test of Diebold and Mariano takes forecasts for independent": Breakage(
+        "flax_lstm/tasks/judging.py",
+        "variance = (covariances[0] + 2 * sum(covariances[1:])) / count",
+        "variance = covariances[0] / count",
+        "tests/test_judging.py::test_diebold_and_mariano_by_hand",
+    ),
+    "a backtest judges what was filled in": Breakage(
+        "flax_lstm/tasks/judging.py",
+        "(values_WNC * self.counted_WNC).sum() / count",
+        "values_WNC.mean()",
+        "tests/test_judging.py::test_what_was_not_measured_is_not_judged",
+    ),
     "invented values are scored": Breakage(
         "flax_lstm/data/windows.py",
         "weights=(observed_BSC[:, lookback:] & counted_B11)",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from flax_lstm.data.base import SeriesForm, Windows
@@ -24,18 +25,26 @@ from flax_lstm.nn.models import DTYPES, DTypeName, dense
 from flax_lstm.nn.recurrence import BackendName
 
 Array = jax.Array
-WindowName = Literal["last", "standard", "robust", "none"]
+WindowName = Literal["last", "standard", "robust", "seasonal", "none"]
 SMALLEST = 1e-4  # scale of a window, in units of the data as the model sees them
 
 
-def window_level(kind: WindowName, x_BTC: Array, observed_BTC: Array) -> tuple[Array, Array]:
+def window_level(
+    kind: WindowName, x_BTC: Array, observed_BTC: Array, season: int = 1
+) -> tuple[Array, Array]:
     """Location and scale [B, 1, C] by which a window is normalised, from its observed values alone:
-    mean and standard deviation, or median and mean absolute deviation from it; 0 and 1 for the
-    other kinds. A constant window has a scale of `SMALLEST`."""
+    mean and standard deviation; median and mean absolute deviation from it; 0 and the error of the
+    seasonal naive within the window; 0 and 1 for the other kinds. A constant window has a scale of
+    `SMALLEST`."""
     zero_B1C = jnp.zeros_like(x_BTC[:, :1])
     if kind in ("last", "none"):
         return zero_B1C, zero_B1C + 1
     count_B1C = jnp.maximum(observed_BTC.sum(axis=1, keepdims=True), 1)
+    if kind == "seasonal":
+        both_BTC = observed_BTC[:, season:] * observed_BTC[:, :-season]
+        change_BTC = jnp.abs(x_BTC[:, season:] - x_BTC[:, :-season]) * both_BTC
+        count_B1C = jnp.maximum(both_BTC.sum(axis=1, keepdims=True), 1)
+        return zero_B1C, change_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST
     if kind == "standard":
         location_B1C = (x_BTC * observed_BTC).sum(axis=1, keepdims=True) / count_B1C
         square_BTC = jnp.square(x_BTC - location_B1C) * observed_BTC
@@ -54,6 +63,13 @@ def _median(x_BTC: Array, observed_BTC: Array, count_B1C: Array) -> Array:
         jnp.take_along_axis(sorted_BTC, places, axis=1) for places in ((count - 1) // 2, count // 2)
     )
     return jnp.nan_to_num((low + high) / 2, posinf=0.0)
+
+
+def level_shape(profile_BWC: Array) -> Array:
+    """A season in units of its own deviation."""
+    centred_BWC = profile_BWC - profile_BWC.mean(axis=1, keepdims=True)
+    spread_B1C = jnp.sqrt(jnp.square(centred_BWC).mean(axis=1, keepdims=True) + SMALLEST**2)
+    return centred_BWC / spread_B1C
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -118,7 +134,7 @@ class SegmentForecaster(nn.Module):
         observed_BTC = jnp.ones_like(x_BTC)
         if known is not None and known.observed is not None:
             observed_BTC = known.observed
-        location_B1C, scale_B1C = window_level(self.window, x_BTC, observed_BTC)
+        location_B1C, scale_B1C = window_level(self.window, x_BTC, observed_BTC, form.season)
         x_BTC, cycle_BNC = (x_BTC - location_B1C) / scale_B1C, jnp.zeros((batch, horizon, channels))
         if self.cycle:
             shape = (self.cycle, channels)
@@ -126,13 +142,18 @@ class SegmentForecaster(nn.Module):
             phase_BS = known.phase[:, None] + jnp.arange(steps + horizon)[None]
             cycle_BSC = cycle_WC[phase_BS % self.cycle]
             x_BTC, cycle_BNC = x_BTC - cycle_BSC[:, :steps], cycle_BSC[:, steps:]
-        last_B1C = x_BTC[:, -1:] if self.window != "none" else jnp.zeros_like(x_BTC[:, -1:])
-        embedded = self._segments(x_BTC - last_B1C, "embed")
+        past_BTC, level_BNC = self._level(x_BTC)
+        embedded = self._segments(x_BTC - past_BTC, "embed")
         if known is not None and known.observed is not None:
             embedded += self._segments(known.observed, "observed")
         x_RMH = nn.relu(embedded)
 
         query_BCMH = self._queries(future)
+        if self.window == "seasonal":
+            shape_BCW = level_shape(x_BTC[:, -form.season :]).swapaxes(1, 2)
+            shape_BCH = dense(width, dtype=self.dtype, name="profile")(shape_BCW)
+            x_RMH = x_RMH + shape_BCH.reshape(-1, 1, width)
+            query_BCMH = query_BCMH + shape_BCH[:, :, None]
         if known is not None:
             past_BCMH, future_BCMH = self._known(x_BTD[:, :, channels:], known, past, future)
             x_RMH = x_RMH + jnp.broadcast_to(past_BCMH, (batch, channels, past, width)).reshape(
@@ -147,8 +168,7 @@ class SegmentForecaster(nn.Module):
         size = self.segment * form.per_value
         y = dense(size, "hidden", None, dtype=self.dtype, name="head")(y_RMH).astype(jnp.float32)
         y_BCNQ = y.reshape(batch, channels, -1, form.per_value)[:, :, :horizon]
-        level_BNC1 = (last_B1C + cycle_BNC)[..., None]
-        y_BNCQ = y_BCNQ.swapaxes(1, 2) + level_BNC1
+        y_BNCQ = y_BCNQ.swapaxes(1, 2) + (level_BNC + cycle_BNC)[..., None]
         return state, y_BNCQ * scale_B1C[..., None] + location_B1C[..., None]
 
     def _decode(self, state: Any, query_BCMH: Array) -> Array:
@@ -163,6 +183,18 @@ class SegmentForecaster(nn.Module):
         state = jax.tree.map(lambda s: s[:, None], state)
         state = cell.step(weights, state, x_BCMGH.reshape(-1, future, *x_BCMGH.shape[3:]))
         return cell.output(state).astype(query_BCMH.dtype)
+
+    def _level(self, x_BTC: Array) -> tuple[Array, Array]:
+        """What the look-back [B, T or 1, C] and the forecast [B, N or 1, C] are relative to: the
+        last value, the last season again and again, or nothing."""
+        steps, horizon, season = x_BTC.shape[1], self.form.horizon, self.form.season
+        if self.window == "none":
+            return jnp.zeros_like(x_BTC[:, :1]), jnp.zeros_like(x_BTC[:, :1])
+        if self.window != "seasonal":
+            return x_BTC[:, -1:], x_BTC[:, -1:]
+        profile_BWC = x_BTC[:, -season:]
+        places = np.arange(-steps, horizon) % season
+        return profile_BWC[:, places[:steps]], profile_BWC[:, places[steps:]]
 
     def _segments(self, x_BTC: Array, name: str) -> Array:
         """[R, M, H]: each channel's segments, embedded."""
@@ -224,7 +256,8 @@ class SegmentModel:
     hidden_size: int = 512  # units, and the size of a segment's embedding
     segment: int = 0  # steps of a segment; 0: from season and look-back
     # how a window is normalised: last (value subtracted), standard (also by mean and deviation),
-    # robust (median and mean absolute deviation), none
+    # robust (median and mean absolute deviation), seasonal (the last season subtracted, the error
+    # of doing so the scale), none
     window: WindowName = "last"
     cycle: bool = False  # learn the shape of a season, subtracted before and added after
     dropout: float = 0.5  # before the head
@@ -253,6 +286,11 @@ class SegmentModel:
             form.lookback >= segment,
             f"model.segment {segment} is longer than data.lookback {form.lookback}; choose a "
             "shorter segment",
+        )
+        require(
+            self.window != "seasonal" or 1 < form.season <= form.lookback // 2,
+            f"model.window seasonal needs a season and a look-back of two: data.season "
+            f"{form.season}, data.lookback {form.lookback}",
         )
         dtype = DTYPES[self.dtype]
         return SegmentForecaster(

@@ -84,10 +84,12 @@ def plot_panel(
     path: Path,
     levels: Sequence[float] = (),
     point: int = 0,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """One forecast each of several series, three panels in a row.
 
-    truth: [series, past + N] in the units of the data; forecasts: [series, N, Q] of its last steps.
+    truth: [series, past + N] in the units of the data; forecasts: [series, N, Q] of its last steps;
+    beside: further forecasts [series, N] by name.
     """
     rows = -(-len(ids) // 3)
     figure = Figure(figsize=(11, 0.5 + 2 * rows), layout="constrained")
@@ -97,6 +99,8 @@ def plot_panel(
         axes = figure.add_subplot(rows, 3, n + 1)
         axes.plot(steps, truth[n], color="0.3", linewidth=1, label="truth")
         axes.plot(ahead, forecasts[n, :, point], color="C1", label="forecast")
+        for label, other in (beside or {}).items():
+            axes.plot(ahead, other[n], color="C0", linewidth=1, linestyle="--", label=label)
         if len(levels) > 1:
             low, high = forecasts[n, :, 0], forecasts[n, :, -1]
             band = f"{levels[0]:g} to {levels[-1]:g}"

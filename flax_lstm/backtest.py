@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forecasts of a run from rolling origins over its test period, beside those of simple rules.
+
+Axes: W windows (a series and an origin each), N horizon, C target channels, Q quantiles.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from flax_lstm.errors import listing, require
+from flax_lstm.inference import Run, load
+from flax_lstm.tasks.forecasting import Forecasting, naive_forecasts
+from flax_lstm.tasks.judging import Comparison, Truth, better, compare, figures, ridge, table
+from flax_lstm.tasks.plots import plot_panel
+from flax_lstm.training.loop import fit
+
+Array = np.ndarray
+MODEL = "model"
+EXAMPLES = 20_000  # windows, at most, that the linear forecast is fitted on
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """What was forecast, and what came."""
+
+    task: Forecasting
+    dataset: Any
+    windows_W: Array  # of the test split
+    step: int  # steps between origins
+    truth: Truth
+    forecasts: dict[str, Array]  # (W, N, C) by name, `model` first
+    quantiles: dict[str, Array]  # (W, N, C, Q), of the model where it has them
+
+    @property
+    def series_W(self) -> Array:
+        """The number of each window's series."""
+        return self.dataset.series("test")[self.windows_W]
+
+    @property
+    def times_WN(self) -> Array:
+        """The times forecast."""
+        return self.dataset.times("test", self.windows_W)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of each forecast, over all windows."""
+        return table(self.truth, self.forecasts, self.quantiles, self.task.levels)
+
+    def by_horizon(self) -> dict[str, list[float]]:
+        """The mean absolute error of each forecast at each step, in units of MASE."""
+        scaled = self.truth.counted_WNC / self.truth.scale_WC[:, None]
+        count_N = self.truth.counted_WNC.sum(axis=(0, 2))
+        return {
+            name: _means((np.abs(x - self.truth.actual_WNC) * scaled).sum(axis=(0, 2)), count_N)
+            for name, x in self.forecasts.items()
+        }
+
+    def by_series(self) -> dict[str, dict[str, float]]:
+        """MASE of each forecast for each series (of a panel) or channel."""
+        info, found = self.dataset.info, {}
+        if info.id_column:
+            for number in np.unique(self.series_W):
+                rows = np.flatnonzero(self.series_W == number)
+                name = str(self.dataset.buffer.ids[number])
+                found[name] = self._mase(self.truth.take(rows), rows, slice(None))
+            return found
+        for n, name in enumerate(info.targets):
+            part = Truth(
+                self.truth.actual_WNC[..., n : n + 1],
+                self.truth.counted_WNC[..., n : n + 1],
+                self.truth.scale_WC[:, n : n + 1],
+            )
+            found[name] = self._mase(part, np.arange(len(self.windows_W)), slice(n, n + 1))
+        return found
+
+    def _mase(self, truth: Truth, rows: Array, channels: slice) -> dict[str, float]:
+        return {
+            name: figures(truth, x[rows][..., channels], None, ())["mase"]
+            for name, x in self.forecasts.items()
+        }
+
+    def best_rule(self) -> str:
+        """Which of the rules has the lowest MASE."""
+        found = self.figures()
+        return min((name for name in found if name != MODEL), key=lambda n: found[n]["mase"])
+
+    def comparison(self) -> Comparison | None:
+        """The model against the best rule."""
+        lags = -(-self.dataset.info.horizon // self.step) - 1
+        origin_W = self.times_WN[:, 0]
+        other = self.forecasts[self.best_rule()]
+        return compare(
+            self.truth, self.forecasts[MODEL], other, self.series_W, origin_W, max(lags, 0)
+        )
+
+    def verdict(self) -> str:
+        """A sentence on whether the model is worth its training."""
+        found, rule = self.figures(), self.best_rule()
+        ours, theirs = found[MODEL]["mase"], found[rule]["mase"]
+        outcome = self.comparison()
+        tested = "too few origins to test" if outcome is None else f"p = {outcome.p_value:.2g}"
+        if ours < theirs:
+            shown = "" if better(outcome) == "yes" else ", which may be chance"
+            return (
+                f"The model is better than {rule}: MASE {ours:.4g} against {theirs:.4g}, "
+                f"{tested}{shown}."
+            )
+        return (
+            f"{rule} is as good or better: MASE {theirs:.4g} against {ours:.4g}, {tested}. Try a "
+            "longer --data.lookback (several seasons), --model.window standard, --model.cycle "
+            "True, or covariates (--data.future); or use the rule."
+        )
+
+    def rows(self) -> pd.DataFrame:
+        """Every forecast: series, cutoff, time, channel, step, what came (empty where it was not
+        measured), the model's forecast and quantiles, and a column for each rule."""
+        info, (windows, horizon, channels) = self.dataset.info, self.truth.actual_WNC.shape
+        names = self.dataset.buffer.ids[self.series_W]
+        times_WN = self.times_WN
+        actual = np.where(self.truth.counted_WNC, self.truth.actual_WNC, np.nan)
+        columns: dict[str, Any] = {
+            info.id_column: np.repeat(names, horizon * channels),
+            "origin": np.repeat(times_WN[:, 0], horizon * channels),
+            "time": np.repeat(times_WN.ravel(), channels),
+            "channel": np.tile(np.asarray(info.targets, object), windows * horizon),
+            "horizon": np.tile(np.repeat(np.arange(1, horizon + 1), channels), windows),
+            "actual": actual.ravel(),
+            "forecast": self.forecasts[MODEL].ravel(),
+        }
+        if MODEL in self.quantiles:
+            columns |= {
+                f"q{q}": self.quantiles[MODEL][..., n].ravel()
+                for n, q in enumerate(self.task.levels)
+            }
+        columns |= {name: x.ravel() for name, x in self.forecasts.items() if name != MODEL}
+        return pd.DataFrame({name: column for name, column in columns.items() if name})
+
+    def draw(self, path: Path) -> Path:
+        """A sample of the windows, spread over series and origins, with the best rule beside."""
+        chosen = np.unique(np.linspace(0, len(self.windows_W) - 1, 9).astype(int))
+        info, dataset = self.dataset.info, self.dataset
+        batch = dataset.batch("test", self.windows_W[chosen])
+        past = min(info.lookback, max(2 * info.horizon, info.season))
+        inputs = batch.inputs[:, -past:, : len(info.targets)]
+        history = dataset.unscale(inputs, self.series_W[chosen])[..., 0]
+        truth = np.concatenate([history, self.truth.actual_WNC[chosen][..., 0]], axis=1)
+        shown = self.quantiles.get(MODEL, self.forecasts[MODEL][..., None])[chosen][:, :, 0]
+        titles = [
+            f"{dataset.buffer.ids[s] or info.targets[0]}, from {str(t)[:16]}"
+            for s, t in zip(self.series_W[chosen], self.times_WN[chosen, 0], strict=True)
+        ]
+        rule = self.best_rule()
+        beside = {rule: self.forecasts[rule][chosen][..., 0]}
+        return plot_panel(titles, truth, shown, path, self.task.levels, self.task.point, beside)
+
+
+def _means(sums: Array, counts: Array) -> list[float]:
+    return [float(s / n) if n else float("nan") for s, n in zip(sums, counts, strict=True)]
+
+
+def origins(dataset: Any, windows: int, step: int) -> Array:
+    """The windows of the test split that begin `step` steps apart, counted from the end of each
+    series; at most `windows` of each (0: all)."""
+    series_W = dataset.series("test")
+    chosen = []
+    for number in np.unique(series_W):
+        own = np.flatnonzero(series_W == number)[::-1][::step]
+        chosen.append(own[:windows] if windows else own)
+    return np.sort(np.concatenate(chosen))
+
+
+def backtest(workdir: Path, windows: int = 0, step: int = 0, refit: bool = False) -> Backtest:
+    """Forecasts of the run in `workdir`, from origins `step` steps apart (0: one horizon).
+
+    refit: train the run's config anew for every origin, on what was known by then, in the folder
+    `backtest` of the run; otherwise all forecasts are those of the run's best checkpoint.
+    Raises UserError for a run that forecasts no series.
+    """
+    run = load(workdir)
+    require(
+        isinstance(run.config.task, Forecasting),
+        f"{workdir}: a backtest is for runs that forecast series",
+    )
+    task = config_task(run)
+    dataset: Any = run.config.data.load(run.assets)
+    step = step or dataset.info.horizon
+    windows_W = origins(dataset, windows, step)
+    if refit:
+        outputs = _refitted(run, dataset, windows_W)
+    else:
+        forward, size = run.forward(), min(run.config.train.batch_size, 256)
+        outputs = np.concatenate(
+            [task.original(dataset, "test", w, forward) for w in _parts(windows_W, size)]
+        )
+    rules = _rules(dataset, windows_W)
+    forecasts = {MODEL: outputs[..., task.point], **rules}
+    quantiles = {MODEL: outputs} if task.levels else {}
+    return Backtest(
+        task, dataset, windows_W, step, _truth(dataset, windows_W), forecasts, quantiles
+    )
+
+
+def _parts(windows_W: Array, size: int) -> list[Array]:
+    return np.array_split(windows_W, -(-len(windows_W) // size))
+
+
+def _truth(dataset: Any, windows_W: Array) -> Truth:
+    batch, series_W = dataset.batch("test", windows_W), dataset.series("test")[windows_W]
+    count = len(dataset.info.targets)
+    scale_WC = batch.units[:, 2].astype(np.float64) * dataset.scale.std_PD[series_W][:, :count]
+    return Truth(dataset.unscale(batch.targets, series_W), batch.weights > 0, scale_WC)
+
+
+def _rules(dataset: Any, windows_W: Array) -> dict[str, Array]:
+    """The forecasts (W, N, C) of naive rules and of a linear regression, in the units of the
+    data."""
+    info = dataset.info
+    channels = len(info.targets)
+    rules: dict[str, Any] = dict(
+        naive_forecasts(channels, info.lookback, info.horizon, info.season)
+    )
+    size = dataset.size("train")
+    chosen = np.unique(np.linspace(0, size - 1, max(EXAMPLES // channels, 1)).astype(int))
+    train = [dataset.batch("train", w) for w in _parts(chosen, 256)]
+    valid_size = dataset.size("validation")
+    valid = np.unique(np.linspace(0, valid_size - 1, EXAMPLES // 10).astype(int))
+    linear = ridge(train, [dataset.batch("validation", w) for w in _parts(valid, 256)], channels)
+    rules["linear"] = lambda batch: linear(batch.inputs[..., :channels])
+    found: dict[str, list[Array]] = {name: [] for name in rules}
+    for part in _parts(windows_W, 256):
+        batch, series = dataset.batch("test", part), dataset.series("test")[part]
+        for name, rule in rules.items():
+            found[name].append(dataset.unscale(np.asarray(rule(batch)), series))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _refitted(run: Run, dataset: Any, windows_W: Array) -> Array:
+    """The forecasts (W, N, C, Q) of runs trained anew up to each origin."""
+    info, horizon = dataset.info, dataset.info.horizon
+    first_W = dataset.times("test", windows_W)[:, 0]
+    found: dict[int, Array] = {}
+    for origin, config in _configs(run, dataset, np.unique(first_W)):
+        folder = run.workdir / "backtest" / str(origin).replace(":", "")[:15]
+        fit(config, folder, test=False, plots=False)
+        again = load(folder)
+        data = config.data.load(again.assets)
+        names = data.buffer.ids[data.series("test")]
+        places = {
+            (str(name), time): n
+            for n, (name, time) in enumerate(zip(names, data.times("test")[:, 0], strict=True))
+        }
+        for n in np.flatnonzero(first_W == origin):
+            name = str(dataset.buffer.ids[dataset.series("test")[windows_W[n]]])
+            where = np.array([places[name, origin]])
+            found[int(n)] = config_task(again).original(data, "test", where, again.forward())[0]
+    assert len(found) == len(windows_W), f"{listing(info.targets)}, {horizon}"
+    return np.stack([found[n] for n in range(len(windows_W))])
+
+
+def config_task(run: Run) -> Forecasting:
+    """The task of a run that forecasts."""
+    task = run.config.task
+    assert isinstance(task, Forecasting)
+    return task
+
+
+def _configs(run: Run, dataset: Any, origins_O: Array) -> Iterator[tuple[Any, Any]]:
+    """For each origin the run's config over a table that ends with its forecast."""
+    info = dataset.info
+    data: Any = run.config.data
+    frame = data.read(Path(getattr(data, "path", "")))
+    stamps = pd.DatetimeIndex(pd.to_datetime(frame[info.time_column], format="ISO8601"))
+    stamps = stamps.tz_localize(None) if stamps.tz is not None else stamps
+    settled = {name: getattr(info, name) for name in ("lookback", "horizon", "season")}
+    for origin in origins_O:
+        last = info.grid.following(pd.Timestamp(origin), info.horizon - 1)
+        end = last[-1] if len(last) else pd.Timestamp(origin)
+        folder = run.workdir / "backtest"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{str(origin).replace(':', '')[:15]}.parquet"
+        frame[stamps <= end].to_parquet(path, index=False)
+        changes: dict[str, Any] = {**settled, "path": str(path)}
+        if not info.id_column:
+            times = dataset.buffer.times.tz_localize(None)
+            rows = int(times.searchsorted(pd.Timestamp(origin)))
+            share = data.split[1] if max(data.split) <= 1 else data.split[1] / len(times)
+            validation = max(round(share * len(times)), info.horizon)
+            changes["split"] = (rows - validation, validation, info.horizon)
+        else:
+            changes |= {"validation": 0, "test": 0}
+        yield origin, replace(run.config, data=replace(data, **changes))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flax-lstm backtest`: forecasts from rolling origins over the test period of a run."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from flax_lstm.commands.grammar import parse
+from flax_lstm.commands.tables import check_output, write_table
+from flax_lstm.errors import require
+
+ABOUT = """Forecasts of a run from rolling origins over its test period, beside those of naive rules
+and of a linear regression: figures over all of them, MASE for each series and step, and whether the
+model is better than the best rule (Diebold & Mariano 1995). Draws DIR/plots/backtest.png."""
+
+
+@dataclass(frozen=True)
+class Options:
+    workdir: tyro.conf.Positional[Path]  # the folder of a run
+    windows: int = 0  # origins of each series, the latest; 0: all
+    step: int = 0  # steps between origins; 0: one horizon
+    refit: bool = False  # train anew for every origin, on what was known by then
+    json: bool = False  # one JSON object on standard output
+    output: Path | None = None  # where to write every forecast: .csv, .tsv, .jsonl or .parquet
+    overwrite: bool = False  # replace an existing output
+
+
+def main(arguments: Sequence[str], prog: str = "flax-lstm backtest") -> int:
+    """Prints the figures; returns the exit status."""
+    options = parse(Options, arguments, prog, ABOUT)
+    require(options.windows >= 0, f"--windows {options.windows}: must be at least 1, or 0 for all")
+    require(options.step >= 0, f"--step {options.step}: must be at least 1, or 0 for one horizon")
+    if options.output is not None:
+        check_output(options.output, options.overwrite)
+    from flax_lstm.backtest import backtest
+    from flax_lstm.runs.journal import finite
+
+    result = backtest(options.workdir, options.windows, options.step, options.refit)
+    outcome = result.comparison()
+    report = {
+        "windows": len(result.windows_W),
+        "step": result.step,
+        "observed": int(result.truth.counted_WNC.sum()),
+        "figures": {name: finite(found) for name, found in result.figures().items()},
+        "by_series": {name: finite(found) for name, found in result.by_series().items()},
+        "by_horizon": result.by_horizon(),
+        "best_rule": result.best_rule(),
+        "diebold_mariano": outcome and outcome._asdict(),
+    }
+    if options.json:
+        print(json.dumps(report))
+    else:
+        show(report, result.verdict(), result.task.levels)
+    path = result.draw(options.workdir / "plots" / "backtest.png")
+    print(f"picture: {path}", file=sys.stderr)
+    if options.output is not None:
+        rows = result.rows()
+        write_table(rows, options.output)
+        print(f"{len(rows)} rows in {options.output}", file=sys.stderr)
+    return 0
+
+
+def show(report: dict, verdict: str, levels: Sequence[float]) -> None:  # type: ignore[type-arg]
+    """Prints the tables and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, figures = Console(), report["figures"]
+    table = Table(
+        title=f"{report['windows']} windows, {report['step']} steps apart; {report['observed']:,} "
+        "targets"
+    )
+    for heading in ("", *figures):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in figures["model"]:
+        values = [found.get(name) for found in figures.values()]
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
+    console.print(table)
+    steps = Table(title="MASE by step of the horizon")
+    for heading in ("", *figures):
+        steps.add_column(heading, justify="right" if heading else "left")
+    horizon = len(report["by_horizon"]["model"])
+    for n in sorted({0, horizon // 4, horizon // 2, 3 * horizon // 4, horizon - 1}):
+        steps.add_row(str(n + 1), *(f"{found[n]:.4g}" for found in report["by_horizon"].values()))
+    console.print(steps)
+    by_series = report["by_series"]
+    if len(by_series) > 1:
+        worst = sorted(by_series, key=lambda name: -(by_series[name]["model"] or 0))
+        series = Table(title=f"MASE by series: the {min(len(worst), 10)} worst of {len(worst)}")
+        for heading in ("", *figures):
+            series.add_column(heading, justify="right" if heading else "left")
+        for name in worst[:10]:
+            values = by_series[name].values()
+            series.add_row(name, *("-" if v is None else f"{v:.4g}" for v in values))
+        console.print(series)
+    if "coverage" in figures["model"]:
+        nominal = levels[-1] - levels[0]
+        console.print(f"coverage {figures['model']['coverage']:.3f}, nominal {nominal:.3g}")
+    console.print(verdict, soft_wrap=True, highlight=False)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rolling origins over the test period of a run."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from commands import call
+
+from flax_lstm import Config, Forecasting, MeshConfig, SegmentModel, TrainConfig, fit, load
+from flax_lstm.backtest import backtest, origins
+from flax_lstm.data import PanelTable, SeriesTable
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+TRAIN = TrainConfig(steps=4, batch_size=16, learning_rate=0.01, eval_every=4, checkpoint_every=4)
+MODEL = SegmentModel(hidden_size=4, segment=3, dropout=0.0)
+
+
+def wave(rows: int, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, 0.3, size=rows)
+    return 10 + np.sin(np.arange(rows) * np.pi / 3) * 3 + noise
+
+
+@pytest.fixture(scope="module")
+def series_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("series")
+    times = pd.date_range("2024-01-01", periods=160, freq="h")
+    frame = pd.DataFrame({"time": times, "a": wave(160, 0), "b": 100 * wave(160, 1)})
+    frame.loc[150, "a"] = np.nan
+    frame.to_csv(folder / "series.csv", index=False)
+    data = SeriesTable(
+        path=str(folder / "series.csv"), lookback=12, horizon=4, season=6, missing="forward_fill"
+    )
+    task = Forecasting(objective="quantile", quantiles=(0.1, 0.5, 0.9))
+    config = Config("waves", data, task, MODEL, TRAIN, MeshConfig(data=1))
+    fit(config, folder / "run", plots=False)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def panel_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("panel")
+    parts = [
+        pd.DataFrame(
+            {
+                "unique_id": f"s{n}",
+                "ds": pd.date_range("2024-01-01", periods=60 + n, freq="D"),
+                "y": 10.0**n * wave(60 + n, n),
+            }
+        )
+        for n in range(3)
+    ]
+    pd.concat(parts).to_parquet(folder / "panel.parquet", index=False)
+    data = PanelTable(
+        path=str(folder / "panel.parquet"), lookback=12, horizon=4, season=6, test=8, calendar=False
+    )
+    config = Config("panel", data, Forecasting(), MODEL, TRAIN, MeshConfig(data=1))
+    fit(config, folder / "run", plots=False)
+    return folder / "run"
+
+
+def test_forecasts_are_those_of_predict_from_each_origin(series_run):
+    result, run = backtest(series_run, windows=3), load(series_run)
+    rows = result.rows()
+    frame = run.config.data.read(run.config.data.path)
+    assert rows["origin"].nunique() == 3 and len(rows) == 3 * 4 * 2
+    assert rows["time"].max() == pd.Timestamp(frame["time"].iloc[-1])
+    for origin, part in rows.groupby("origin"):
+        known = frame[pd.to_datetime(frame["time"]) < origin]
+        expected = run.predict(known)
+        for name in ("forecast", "q0.1", "q0.9"):
+            np.testing.assert_allclose(part[name], expected[name], rtol=1e-5)
+        assert (part["time"].to_numpy() == expected["time"].to_numpy()).all()
+    there = frame.melt("time", var_name="channel", value_name="actual")
+    there["time"] = pd.to_datetime(there["time"])
+    merged = rows.merge(there, on=["time", "channel"])
+    values = pd.to_numeric(merged["actual_y"], errors="coerce")
+    np.testing.assert_allclose(merged["actual_x"], values, rtol=1e-6)
+    assert merged["actual_x"].isna().sum() == 1  # filled in for the model, not for the figures
+
+
+def test_figures_over_all_origins_are_those_of_evaluate(series_run, panel_run):
+    for folder in (series_run, panel_run):
+        found = backtest(folder, step=1).figures()["model"]
+        expected = load(folder).evaluate("test")
+        assert found["mase"] == pytest.approx(expected["mase"], rel=0.01)
+        assert found["smape"] == pytest.approx(expected["smape"], rel=0.01)
+    coverage = backtest(series_run, step=1).figures()["model"]["coverage"]
+    assert coverage == pytest.approx(load(series_run).evaluate("test")["coverage"], abs=0.01)
+
+
+def test_rules_by_hand(panel_run):
+    result = backtest(panel_run)
+    frame = pd.read_parquet(panel_run.parent / "panel.parquet")
+    for row, (number, origin) in enumerate(
+        zip(result.series_W, result.times_WN[:, 0], strict=True)
+    ):
+        name = result.dataset.buffer.ids[number]
+        past = frame.loc[(frame.unique_id == name) & (frame.ds < origin), "y"].to_numpy()[-12:]
+        expected = {
+            "last_value": np.repeat(past[-1], 4),
+            "seasonal_naive": past[-6:-2],
+            "drift": past[-1] + np.arange(1, 5) * (past[-1] - past[0]) / 11,
+            "mean": np.repeat(past.mean(), 4),
+        }
+        for rule, values in expected.items():
+            np.testing.assert_allclose(result.forecasts[rule][row, :, 0], values, rtol=2e-4)
+
+
+def test_origins_are_counted_from_the_end_of_each_series(panel_run):
+    dataset = backtest(panel_run).dataset  # 8 test steps and a horizon of 4: 5 windows a series
+    assert origins(dataset, 0, 4).tolist() == [0, 4, 5, 9, 10, 14]
+    assert origins(dataset, 1, 4).tolist() == [4, 9, 14]
+    assert origins(dataset, 2, 1).tolist() == [3, 4, 8, 9, 13, 14]
+
+
+def test_the_command_prints_and_writes(panel_run, tmp_path, capsys):
+    outcome = call(capsys, f"backtest {panel_run} --json --output {tmp_path}/f.parquet")
+    assert outcome.code == 0, outcome.err
+    report, rows = json.loads(outcome.out), pd.read_parquet(tmp_path / "f.parquet")
+    assert report["windows"] == 6 and len(rows) == 24 and rows.columns[0] == "unique_id"
+    assert report["figures"]["model"]["mae"] == pytest.approx(
+        np.abs(rows["forecast"] - rows["actual"]).mean()
+    )
+    assert set(report["by_series"]) == {"s0", "s1", "s2"}
+    assert (panel_run / "plots" / "backtest.png").stat().st_size > 10_000
+    shown = call(capsys, f"backtest {panel_run} --windows 1")
+    assert "MASE" in shown.out and "linear" in shown.out
+    assert "as good or better" in shown.out or "better than" in shown.out
+    refused = call(capsys, f"backtest {panel_run} --output {tmp_path}/f.parquet")
+    assert refused.code == 2 and "--overwrite" in refused.err
+
+
+@pytest.mark.slow
+def test_a_refit_knows_nothing_of_what_follows(series_run):
+    result = backtest(series_run, windows=2, refit=True)
+    assert len(result.windows_W) == 2
+    for origin in np.unique(result.times_WN[:, 0]):
+        folder = series_run / "backtest" / str(origin).replace(":", "")[:15]
+        table = pd.read_parquet(folder.with_suffix(".parquet"))
+        info = load(folder).info
+        before = pd.to_datetime(table["time"]) < origin
+        assert len(table) == before.sum() + 4
+        # The scaler is of the rows before validation, and so before the origin.
+        train = pd.to_numeric(table["b"])[: before.sum() - 16]
+        assert info.mean[1] == pytest.approx(train.mean())
