@@ -7,6 +7,7 @@ The table of docs/backends.md is made of what is run here.
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -202,3 +203,18 @@ def test_a_batch_sharded_by_others_is_never_gathered(name: str) -> None:
     assert found[0][1].sharding.is_equivalent_to(rows, 3)
     assert found[1][1].sharding.is_equivalent_to(rows, 3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5), found, expected)
+
+
+WORKS = ("cpu", "fused", "scan")  # columns of the table; the scan is what the others are held to
+
+
+def table() -> str:
+    """In Markdown: what is run above."""
+    lines = [f"| transformation | {' | '.join(WORKS)} |", "| --- |" + " --- |" * len(WORKS)]
+    lines += [f"| {name} |" + " yes |" * len(WORKS) for name in TRANSFORMATIONS]
+    return "\n".join(lines)
+
+
+def test_the_table_of_the_docs_is_what_is_run_here() -> None:
+    docs = Path(__file__).parent.parent / "docs" / "backends.md"
+    assert table() in docs.read_text(), f"docs/backends.md lacks:\n{table()}"
