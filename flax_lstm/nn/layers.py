@@ -275,8 +275,8 @@ class ScannedRNN(nn.Module):
     backend: as of `RNN`.
 
     The carry begins as zeros: `ScannedRNN.initialize_carry(batch, hidden)` for a GRU,
-    `cell.initial_state(batch)` for any cell. It comes back in the structure in which it was given,
-    so that it can be the carry of a `jax.lax.scan`.
+    `cell.initial_state(batch)` for any cell. It comes back in the structure and dtypes in which it
+    was given, so that it can be the carry of a `jax.lax.scan`.
     """
 
     cell: nn.RNNCellBase | None = None
@@ -289,12 +289,16 @@ class ScannedRNN(nn.Module):
         cell = GRUCell(ins_TBD.shape[-1], name="cell") if self.cell is None else self.cell
         rnn = RNN(cell, backend=self.backend, time_major=True)
         state, out_TBH = rnn(ins_TBD, None, carry, reset_BT=resets_TB)
-        return jax.tree.unflatten(jax.tree.structure(carry), jax.tree.leaves(state)), out_TBH
+        given, structure = jax.tree.flatten(carry)
+        after = [
+            new.astype(old.dtype) for new, old in zip(jax.tree.leaves(state), given, strict=True)
+        ]
+        return jax.tree.unflatten(structure, after), out_TBH
 
     @staticmethod
     def initialize_carry(batch_size: int, hidden_size: int) -> Array:
         """Zeros [B, H]."""
-        return jnp.zeros((batch_size, hidden_size))
+        return jnp.zeros((batch_size, hidden_size), jnp.float32)
 
 
 class Bidirectional(nn.Module):

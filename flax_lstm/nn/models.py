@@ -250,7 +250,11 @@ class Forecaster(nn.Module):
     ) -> tuple[Any, Array]:
         x_BTD, channels = jnp.asarray(x_BTD), self.form.channels
         batch, steps, _ = x_BTD.shape
-        last_BC = x_BTD[:, -1, :channels] if self.subtract_last else jnp.zeros((batch, channels))
+        last_BC = (
+            x_BTD[:, -1, :channels]
+            if self.subtract_last
+            else jnp.zeros((batch, channels), x_BTD.dtype)
+        )
         x_BTD = x_BTD.at[:, :, :channels].add(-last_BC[:, None])
         context: list[Array] = []
         if known is not None:

@@ -135,7 +135,8 @@ class SegmentForecaster(nn.Module):
         if known is not None and known.observed is not None:
             observed_BTC = known.observed
         location_B1C, scale_B1C = window_level(self.window, x_BTC, observed_BTC, form.season)
-        x_BTC, cycle_BNC = (x_BTC - location_B1C) / scale_B1C, jnp.zeros((batch, horizon, channels))
+        x_BTC = (x_BTC - location_B1C) / scale_B1C
+        cycle_BNC = jnp.zeros((batch, horizon, channels), x_BTC.dtype)
         if self.cycle:
             shape = (self.cycle, channels)
             cycle_WC = self.param("cycle", nn.initializers.zeros, shape, jnp.float32)
