@@ -36,20 +36,51 @@ class LSTMState(NamedTuple):
 
 class Weights(NamedTuple):
     """The weights of one direction of one layer. `recurrent_bias` is for the GRU's candidate
-    alone."""
+    alone, `own` is whatever a cell has besides (a tree)."""
 
     input_DGH: Array
-    recurrent_JGH: Array
+    recurrent_JGH: Any
     bias_GH: Array
     recurrent_bias_H: Any = None
+    own: Any = None
 
 
-def recurrent_matmul(h_BJ: Array, recurrent_JGH: Array, mask_BJ: Array | None) -> Array:
-    """`h @ recurrent`, gates kept apart; the mask is recurrent dropout. Multiplies in the dtype of
-    the weights and adds up in that of the state."""
-    h_in = h_BJ if mask_BJ is None else h_BJ * mask_BJ
-    h_in = h_in.astype(recurrent_JGH.dtype)
-    return jnp.einsum("...j,jgh->...gh", h_in, recurrent_JGH, preferred_element_type=h_BJ.dtype)
+class Product:
+    """Stands for `Weights.recurrent_JGH` where the product with it has been computed already. The
+    equations of a cell, run with it, are what it does after the product: so they are written once,
+    as in a textbook, and `fused` differentiates that part alone in its loop. `asked` are the h and
+    the mask of each call."""
+
+    def __init__(self, rh_BGH: Array) -> None:
+        self.rh_BGH = rh_BGH
+        self.asked: list[tuple[Any, Any]] = []
+
+    def of(self, h_BJ: Any, mask_BJ: Any) -> Array:
+        self.asked.append((h_BJ, mask_BJ))
+        return self.rh_BGH
+
+
+def recurrent_matmul(h_BJ: Array, recurrent_JGH: Any, mask_BJ: Array | None) -> Array:
+    """`h @ recurrent`, gates kept apart; the mask is recurrent dropout, [B, J] for all gates or
+    [B, G, J] with one for each. Multiplies in the dtype of the weights and adds up in that of the
+    state."""
+    if isinstance(recurrent_JGH, Product):
+        return recurrent_JGH.of(h_BJ, mask_BJ)
+    h_in = masked(h_BJ, mask_BJ).astype(recurrent_JGH.dtype)
+    return matmul(h_in, recurrent_JGH, h_BJ.dtype, h_in.ndim > h_BJ.ndim)
+
+
+def masked(h_BJ: Array, mask_BJ: Array | None) -> Array:
+    """h as it enters the product: [B, J], or [B, G, J] under a mask for each gate."""
+    if mask_BJ is None:
+        return h_BJ
+    return (h_BJ[..., None, :] if mask_BJ.ndim > h_BJ.ndim else h_BJ) * mask_BJ
+
+
+def matmul(h_in: Array, recurrent_JGH: Array, dtype: Any, per_gate: bool) -> Array:
+    """The product of `masked` h, [B, G, H] in this dtype."""
+    axes = "...gj,jgh->...gh" if per_gate else "...j,jgh->...gh"
+    return jnp.einsum(axes, h_in, recurrent_JGH, preferred_element_type=dtype)
 
 
 def lstm_step(
@@ -200,9 +231,15 @@ class Cell(nn.RNNCellBase):
                 "bias", named(self.bias_initializer, None, "hidden"), (gates, hidden), dtype
             ),
             self.recurrent_bias(),
+            self.own_weights(),
         )
 
     def recurrent_bias(self) -> Array | None:
+        return None
+
+    def own_weights(self) -> Any:
+        """Whatever weights a cell has besides, a tree of arrays [..., H]; asked for once, within
+        `weights`."""
         return None
 
     @nn.nowrap

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recurrence with a backward pass of its own, in plain JAX: LSTM, GRU and simple RNN on every
+"""The recurrence with a backward pass of its own, in plain JAX: every cell of ours on every
 platform.
 
 Axes: T time, B batch, D input features, G gates, H hidden units, J hidden units of the previous
@@ -25,6 +25,15 @@ s, whose a is half its argument, and dh += R^T da (GRU: dq in place of da_n). Th
 over steps of outer products with da, hence one matmul each after the loop: dR = sum over t and b of
 h da^T.
 
+A cell with other equations is taken where these reach R by one `recurrent_matmul` of its output
+(`cells.Product`). What it does after the product is then differentiated by `jax.vjp` at every step
+of the loop backward, from Rh and the state before, which are kept; the gradients of whatever
+weights it has besides (of a layer norm, a projection) are taken once after the loop, of all steps
+together.
+
+Resets. A step that begins a sequence of its own sees zeros in place of the state before, and hands
+no gradient back.
+
 Memory. A step keeps its gates and the state before it for the backward pass. Where that would be
 more than `KEEP` bytes on a device, time is cut into about sqrt(T) chunks: only the states between
 them are kept, and the backward pass runs each chunk once more (Chen et al. 2016, "Training deep
@@ -36,15 +45,28 @@ The derivative is a `jax.custom_vjp`: reverse mode only. For forward mode (`jax.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from flax_lstm.machine.sharding import current_mesh, platform
-from flax_lstm.nn.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell, Weights, not_textbook
-from flax_lstm.nn.recurrence.rows import without_padding
+from flax_lstm.errors import ArgumentError
+from flax_lstm.machine.sharding import current_mesh, model_shards, platform
+from flax_lstm.nn.cells import (
+    Cell,
+    GRUCell,
+    LSTMCell,
+    Product,
+    SimpleRNNCell,
+    Weights,
+    masked,
+    matmul,
+    not_textbook,
+    recurrent_matmul,
+)
+from flax_lstm.nn.recurrence.rows import fresh, where_rows, without_padding
 
 Array = jax.Array
 NATIVE = False
@@ -78,13 +100,16 @@ def apart(x: Array) -> Array:
 
 
 def together(arrays: Kept) -> Any:
-    return jnp.stack(arrays) if on_gpu() else arrays
+    alike = len({a.shape for a in arrays}) == 1
+    return jnp.stack(arrays) if on_gpu() and alike else arrays
 
 
-def each(kept_T: Any) -> Kept:
-    """The arrays [T, ...] that went `together` at each step."""
-    return (
-        kept_T if isinstance(kept_T, tuple) else tuple(kept_T[:, n] for n in range(kept_T.shape[1]))
+def each(kept_T: Any, axis: int = 1) -> Kept:
+    """The arrays [T, ...] that went `together` at each step (those of a step with axis 0)."""
+    if isinstance(kept_T, tuple):
+        return kept_T
+    return tuple(
+        jax.lax.index_in_dim(kept_T, n, axis, keepdims=False) for n in range(kept_T.shape[axis])
     )
 
 
@@ -140,18 +165,118 @@ def rnn_backward(kept: Kept, d: State) -> tuple[State, Gates, Gates | None]:
     return (0 * dh,), (dh * (1 - n * n),), None
 
 
-class Rule(NamedTuple):
-    """One cell: the factors folded into its gates, one step, and the step's gradient.
+@dataclass(frozen=True)
+class Rule:
+    """One of the three cells: the factors folded into its gates, one step, and the step's gradient.
 
-    forward(state, Wx + b, Rh, recurrent bias) -> (state, what to keep besides the state before)
-    backward(kept, gradient of the state after) -> (gradient of the state before but for its way
-    through Rh, gradients
-        of Rh for each gate, the same of Wx + b or None where they are equal)
+    step(state, Wx + b, Rh, recurrent bias) -> (state, what to keep besides the state before)
+    gradient(kept and state before, gradient of the state after) -> (gradient of the state before
+        but for its way through Rh, gradients of Rh for each gate, the same of Wx + b or None where
+        equal)
     """
 
     scale: tuple[float, ...]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    step: Callable[..., Any]
+    gradient: Callable[..., Any]
+
+    again: ClassVar[bool] = False
+
+    def forward(self, rest: Weights, state: State, x: Array, rh: Array) -> tuple[State, Kept]:
+        return self.step(state, x, rh, rest.recurrent_bias_H)
+
+    def backward(self, rest: Weights, kept: Kept, state: State, x: None, d: State) -> Any:
+        return self.gradient((*kept, *state), d)
+
+    def of_rest(self, rest: Weights, kept_T: Any, x_T: None, d_T: None, da_T: Array) -> Weights:
+        """The gradient of the GRU's recurrent bias, whose gate is the last."""
+        bias_H = rest.recurrent_bias_H
+        if bias_H is None:
+            return rest
+        d_bias = jnp.sum(da_T[..., -bias_H.shape[0] :], (0, 1), kept_T[-1].dtype)
+        return rest._replace(recurrent_bias_H=d_bias.astype(bias_H.dtype))
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Any other cell: its step after the product, and that differentiated. `order` are the places
+    of a state's arrays, h last."""
+
+    cell: Cell
+    order: tuple[int, ...]
+
+    again: ClassVar[bool] = True  # backward needs x, and of_rest the gradient after each step
+
+    def after(self, rest: Weights, state: State, x: Array, rh: Array) -> State:
+        leaves = [state[self.order.index(n)] for n in range(len(state))]
+        before = jax.tree.unflatten(state_structure(self.cell), leaves)
+        new = self.cell.step(rest._replace(recurrent_JGH=Product(rh)), before, x)
+        return tuple(jax.tree.leaves(new)[n] for n in self.order)
+
+    def forward(self, rest: Weights, state: State, x: Array, rh: Array) -> tuple[State, Kept]:
+        return self.after(rest, state, x, rh), (rh,)
+
+    def backward(self, rest: Weights, kept: Kept, state: State, x: Array, d: State) -> Any:
+        d_before, dx, da = jax.vjp(partial(self.after, rest), state, x, *kept)[1](d)
+        rows = d[-1].shape[0]
+        # The very same where the equations add up x and Rh and nothing else.
+        d_input = None if dx is da else (dx.reshape(rows, -1),)
+        return d_before, (da.reshape(rows, -1),), d_input
+
+    def of_rest(self, rest: Weights, kept_T: Kept, x_T: Array, d_T: State, da_T: Array) -> Weights:
+        if not jax.tree.leaves(rest):
+            return rest
+        rh_T, *before_T = kept_T
+
+        def every_step(rest: Weights) -> State:
+            return jax.vmap(partial(self.after, rest))(tuple(before_T), x_T, rh_T)
+
+        return jax.vjp(every_step, rest)[1](d_T)[0]
+
+
+def state_structure(cell: Cell) -> Any:
+    return jax.tree.structure(jax.eval_shape(lambda: cell.initial_state(1)))
+
+
+def derive(cell: Cell, x_BTD: Any) -> Derived | str:
+    """The rule of a cell with equations of its own, or why there is none: they must come to R by
+    one `recurrent_matmul` of the cell's output, with the mask as it was given."""
+    cell = cell.clone(parent=None)
+    batch, _, features = x_BTD.shape
+    name, mask = type(cell).__name__, object()
+    structure = state_structure(cell)
+    places = list(range(structure.num_leaves))
+    last: Any = cell.output(jax.tree.unflatten(structure, places))
+    if last not in places:
+        return f"the output of {name} is none of the arrays of its state"
+
+    def trace(key: Array) -> Any:
+        x_BD = jnp.zeros((batch, features), x_BTD.dtype)
+        weights, _ = cell.init_with_output(key, features, method="weights")
+        weights = cell.cast(weights, x_BD)
+        state = cell.initial_state(batch, cell.state_dtype(x_BD))
+        h_BJ = cell.output(state)
+        product = Product(recurrent_matmul(h_BJ, weights.recurrent_JGH, None))
+        rest = rest_of(weights)._replace(recurrent_JGH=product)
+        new = cell.step(rest, state, cell.project(weights, x_BD), mask)  # type: ignore[arg-type]
+        if len(product.asked) != 1 or any(h is not h_BJ for h, _ in product.asked):
+            raise TypeError("they multiply another array than its output, or several")
+        if product.asked[0][1] is not mask:
+            raise TypeError("recurrent dropout is left out of the product")
+        return new
+
+    try:
+        new = jax.eval_shape(trace, jax.random.key(0))
+    except Exception as error:  # the equations are anybody's; the scan says what is wrong with them
+        return f"the equations of {name} are not those of a product with R alone ({error})"
+    if jax.tree.structure(new) != structure:
+        return f"{name} gives another state than it begins with"
+    others = [n for n in places if n != last]
+    return Derived(cell, (*others, last))
+
+
+def rest_of(weights: Weights) -> Weights:
+    """The weights that a step has besides the product and the projected input."""
+    return Weights(None, None, None, weights.recurrent_bias_H, weights.own)  # type: ignore[arg-type]
 
 
 RULES: dict[type[Cell], Rule] = {
@@ -162,11 +287,22 @@ RULES: dict[type[Cell], Rule] = {
 
 
 def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
-    """None, or why not. Subclasses may have equations of their own, so only the three cells
-    themselves are taken."""
-    if resets:
-        return "it has no resets"
-    return not_textbook(cell)
+    """None, or why not."""
+    if not_textbook(cell) is None:
+        return None
+    if model_shards() > 1:
+        return f"{type(cell).__name__} may need all hidden units, which are split over devices"
+    rule = derive(cell, x_BTD)
+    return rule if isinstance(rule, str) else None
+
+
+def rule_of(cell: Cell, x_BTD: Array) -> Rule | Derived:
+    if not_textbook(cell) is None:
+        return RULES[type(cell)]
+    rule = derive(cell, x_BTD)
+    if isinstance(rule, str):
+        raise ArgumentError(f"fused cannot run this layer: {rule}")
+    return rule
 
 
 def run(
@@ -182,30 +318,38 @@ def run(
     """See `flax_lstm.nn.recurrence`."""
     batch, time, _ = x_BTD.shape
     x_BTD = without_padding(x_BTD, lengths_B)
+    fresh_BT = None if reset_BT is None else fresh(reset_BT, lengths_B, reverse)
+    rule = rule_of(cell, x_BTD)
     units = weights.recurrent_JGH.shape[-1]  # that are this device's
     kept = time * batch * units * (cell.gates + 2) * cell.state_dtype(x_BTD).itemsize
     if kept <= KEEP * (jax.device_count() if current_mesh() is None else 1):
-        return run_chunk(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+        return run_chunk(rule, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, fresh_BT)
     # In the dtype of the state, so that the gradients of all chunks add up in it.
     wide_weights = jax.tree.map(lambda w: w.astype(cell.state_dtype(x_BTD)), weights)
     ends_B = jnp.full(batch, time) if lengths_B is None else lengths_B
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def chunk(state: Any, inputs: tuple[Array, Array]) -> tuple[Any, Array]:
-        x_BCD, start = inputs
-        return run_chunk(
-            cell, cell.cast(wide_weights, x_BTD), x_BCD, ends_B - start, state, mask_BJ, reverse
-        )
+    def chunk(state: Any, inputs: tuple[Array, Array | None, Array]) -> tuple[Any, Array]:
+        x_BCD, fresh_BC, start = inputs
+        cast = cell.cast(wide_weights, x_BTD)
+        return run_chunk(rule, cell, cast, x_BCD, ends_B - start, state, mask_BJ, reverse, fresh_BC)
 
     steps = math.isqrt(time)
     starts = jnp.arange(0, time, steps)
-    padded = jnp.pad(x_BTD, ((0, 0), (0, len(starts) * steps - time), (0, 0)))
-    x_chunks = jnp.swapaxes(padded.reshape(batch, len(starts), steps, -1), 0, 1)
-    state, y_chunks = jax.lax.scan(chunk, state, (x_chunks, starts), reverse=reverse)
+
+    def cut(x_BT: Array) -> Array:
+        """In chunks, [C, B, steps, ...]."""
+        beyond = ((0, 0), (0, len(starts) * steps - time), *[(0, 0)] * (x_BT.ndim - 2))
+        padded = jnp.pad(x_BT, beyond)
+        return jnp.swapaxes(padded.reshape(batch, len(starts), steps, *x_BT.shape[2:]), 0, 1)
+
+    chunks = (cut(x_BTD), None if fresh_BT is None else cut(fresh_BT), starts)
+    state, y_chunks = jax.lax.scan(chunk, state, chunks, reverse=reverse)
     return state, jnp.swapaxes(y_chunks, 0, 1).reshape(batch, -1, y_chunks.shape[-1])[:, :time]
 
 
 def run_chunk(
+    rule: Rule | Derived,
     cell: Any,
     weights: Weights,
     x_BTD: Array,
@@ -213,32 +357,42 @@ def run_chunk(
     state: Any,
     mask_BJ: Array | None,
     reverse: bool,
+    fresh_BT: Array | None,
 ) -> tuple[Any, Array]:
     """`run`, keeping what every step leaves."""
-    rule = RULES[type(cell)]
-    scale = jnp.asarray(rule.scale, weights.recurrent_JGH.dtype)
-    input_DGH, recurrent_JGH = (
-        w * scale[None, :, None] for w in (weights.input_DGH, weights.recurrent_JGH)
-    )
-    scaled = weights._replace(input_DGH=input_DGH, bias_GH=weights.bias_GH * scale[:, None])
+    rest, (leaves, structure) = rest_of(weights), jax.tree.flatten(state)
+    order = tuple(range(len(leaves))) if isinstance(rule, Rule) else rule.order
+    if isinstance(rule, Rule):
+        scale = jnp.asarray(rule.scale, weights.recurrent_JGH.dtype)
+        input_DGH, recurrent_JGH = (
+            w * scale[None, :, None] for w in (weights.input_DGH, weights.recurrent_JGH)
+        )
+        weights = weights._replace(
+            input_DGH=input_DGH,
+            recurrent_JGH=recurrent_JGH,
+            bias_GH=weights.bias_GH * scale[:, None],
+        )
+    else:
+        order = rule.order
     x_TBD = jnp.swapaxes(x_BTD, 0, 1)
-    x_TBGH = cell.project(scaled, merge(x_TBD)).reshape(*x_TBD.shape[:2], *weights.bias_GH.shape)
-    leaves, structure = jax.tree.flatten(state)
+    x_TBGH = cell.project(weights, merge(x_TBD)).reshape(*x_TBD.shape[:2], *weights.bias_GH.shape)
     final, h_TBH = recur(
         rule,
         reverse,
         x_TBGH,
-        recurrent_JGH,
-        weights.recurrent_bias_H,
-        tuple(leaves),
+        weights.recurrent_JGH,
+        rest,
+        tuple(leaves[n] for n in order),
         mask_BJ,
         lengths_B,
+        None if fresh_BT is None else fresh_BT.T,
     )
     y_TBH = h_TBH.astype(x_TBGH.dtype)
     if lengths_B is not None:
         valid_TB = jnp.arange(len(y_TBH))[:, None] < lengths_B[None]
         y_TBH = jnp.where(valid_TB[:, :, None], y_TBH, 0)
-    return jax.tree.unflatten(structure, final), jnp.swapaxes(y_TBH, 0, 1)
+    ends = [final[order.index(n)] for n in range(len(leaves))]
+    return jax.tree.unflatten(structure, ends), jnp.swapaxes(y_TBH, 0, 1)
 
 
 def gather(h: Array, whole: int) -> Array:
@@ -268,20 +422,22 @@ def merge(x_TB: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def recur(
-    rule: Rule,
+    rule: Rule | Derived,
     reverse: bool,
     x_TBGH: Array,
     recurrent_JGH: Array,
-    bias_H: Array | None,
+    rest: Weights,
     state: State,
     mask_BJ: Array | None,
     lengths_B: Array | None,
+    fresh_TB: Array | None,
 ) -> tuple[State, Array]:
     """The final state, and h after each step (held where a row has ended)."""
-    return recur_forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B)[0]
+    arrays = (x_TBGH, recurrent_JGH, rest, state, mask_BJ, lengths_B, fresh_TB)
+    return recur_forward(rule, reverse, *arrays)[0]
 
 
-def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, lengths_B):  # type: ignore[no-untyped-def]
+def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, rest, state, mask_BJ, lengths_B, fresh_TB):  # type: ignore[no-untyped-def]
     dtype = recurrent_JGH.dtype
 
     def entering(h: Array) -> Array | None:
@@ -289,83 +445,135 @@ def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, bias_H, state, mask_BJ, 
         kernel of its own."""
         if mask_BJ is None and h.dtype == dtype and h.shape[-1] == len(recurrent_JGH):
             return None
-        h_BJ = gather(h, len(recurrent_JGH))
-        return (h_BJ if mask_BJ is None else h_BJ * mask_BJ).astype(dtype)
+        return masked(gather(h, len(recurrent_JGH)), mask_BJ).astype(dtype)
 
-    def step(carry: Any, inputs: tuple[Array, Array]) -> Any:
-        (state, h_in), (x, t) = carry, inputs
-        h_in = state[-1] if h_in is None else h_in
-        rh = jnp.einsum("bj,jgh->bgh", h_in, recurrent_JGH, preferred_element_type=state[-1].dtype)
-        new, kept = rule.forward(state, x, rh, bias_H)
+    def step(carry: Any, inputs: tuple[Array, Array, Array | None]) -> Any:
+        (state, h_in), (x, t, fresh_B) = carry, inputs
+        begin, (h_in,) = from_zeros(fresh_B, state), from_zeros(fresh_B, (h_in,))
+        rh = matmul(begin[-1] if h_in is None else h_in, recurrent_JGH, state[-1].dtype)
+        new, kept = rule.forward(rest, begin, x, rh)
         if lengths_B is not None:
             new = keep_where(t < lengths_B, new, state)
         return (new, entering(new[-1])), together((*kept, *state))
 
-    inputs = (x_TBGH, jnp.arange(len(x_TBGH)))
+    inputs = (x_TBGH, jnp.arange(len(x_TBGH)), fresh_TB)
     (final, _), kept_T = jax.lax.scan(step, (state, entering(state[-1])), inputs, reverse=reverse)
     # What is kept is the state before a step: a step that also read the one after could not write
     # it in place.
     before, last = each(kept_T)[-1], final[-1][None]
     h_TBH = jnp.concatenate([last, before])[:-1] if reverse else jnp.concatenate([before, last])[1:]
-    return (final, h_TBH), (recurrent_JGH, bias_H, mask_BJ, lengths_B, kept_T)
+    x_again = x_TBGH if rule.again else None
+    saved = (x_again, recurrent_JGH, rest, mask_BJ, lengths_B, fresh_TB, kept_T)
+    return (final, h_TBH), saved
 
 
 def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-untyped-def]
-    recurrent_JGH, bias_H, mask_BJ, lengths_B, kept_T = residuals
+    x_TBGH, recurrent_JGH, rest, mask_BJ, lengths_B, fresh_TB, kept_T = residuals
     d_final, dh_TBH = gradients
     dtype, state_dtype, shape = recurrent_JGH.dtype, dh_TBH.dtype, recurrent_JGH.shape
-    # Transposed once: without the barrier the compiler moves it into the loop.
-    transposed = barrier(recurrent_JGH.reshape(shape[0], -1).T)
+    through_matmul = transposed_matmul(recurrent_JGH, mask_BJ, state_dtype)
 
-    def through_matmul(da: Array) -> Array:
-        return jnp.matmul(da, transposed, preferred_element_type=state_dtype)
-
-    def through(d: State, da: Array) -> State:
+    def through(d: State, da: Array, fresh_B: Array | None) -> State:
         """The gradient of a state, from that of the step after it: `d` directly, and `da` through
-        Rh. It is made at the beginning of a step, where it is one kernel with what follows."""
-        dh = through_matmul(da)
-        return (*d[:-1], d[-1] + scatter(dh if mask_BJ is None else dh * mask_BJ, shape[2]))
+        Rh, unless that step began from zeros. It is made at the beginning of a step, where it is
+        one kernel with what follows."""
+        (dh,) = from_zeros(fresh_B, (scatter(through_matmul(da), d[-1].shape[1]),))
+        return (*d[:-1], d[-1] + dh)
 
-    def step(carry: tuple[State, Array], inputs: Any) -> Any:
-        t, kept, dh = inputs
+    def step(carry: tuple[State, Array, Array | None], inputs: Any) -> Any:
+        t, kept, dh, x, fresh_B = inputs
+        kept = each(kept, axis=0)
+        own, state = kept[: -len(d_final)], kept[-len(d_final) :]
         d = through(*carry)
-        d_before, da, dx = rule.backward(kept, (*d[:-1], d[-1] + dh))
+        d = (*d[:-1], d[-1] + dh)
+        d_before, da, dx = rule.backward(rest, own, from_zeros(fresh_B, state), x, d)
+        d_before, d_after = from_zeros(fresh_B, d_before), d
         if lengths_B is not None:
             valid = t < lengths_B
             d_before = keep_where(valid, d_before, d)
-            da, dx = (
-                a and keep_where(valid, a, (jnp.zeros_like(dh),) * shape[1]) for a in (da, dx)
+            d_after, da, dx = (
+                a and keep_where(valid, a, tuple(map(jnp.zeros_like, a))) for a in (d, da, dx)
             )
         da, *dx = (jnp.concatenate(a, 1).astype(dtype) for a in (da, dx) if a)
-        return (d_before, da), together((da, *dx))
+        written = together((da, *dx)), d_after if rule.again and jax.tree.leaves(rest) else None
+        return (d_before, da, fresh_B), written
 
-    inputs = (jnp.arange(len(dh_TBH)), kept_T, dh_TBH)
-    nothing = jnp.zeros((dh_TBH.shape[1], transposed.shape[0]), dtype)
-    last, written_T = jax.lax.scan(step, (d_final, nothing), inputs, reverse=not reverse)
+    inputs = (jnp.arange(len(dh_TBH)), kept_T, dh_TBH, x_TBGH, fresh_TB)
+    nothing = jnp.zeros((dh_TBH.shape[1], shape[1] * shape[2]), dtype)
+    begin = (d_final, nothing, None if fresh_TB is None else fresh_TB[0])
+    last, (written_T, d_T) = jax.lax.scan(step, begin, inputs, reverse=not reverse)
     da_T, dx_T = each(written_T)[0], each(written_T)[-1]
 
-    before_TBJ = gather(each(kept_T)[-1], shape[0])
-    h_TBJ = merge((before_TBJ if mask_BJ is None else before_TBJ * mask_BJ[None]).astype(dtype))
-    steps = tuple(range(h_TBJ.ndim - 1))
-    d_recurrent = jax.lax.dot_general(
-        h_TBJ, merge(da_T), ((steps, steps), ((), ())), preferred_element_type=state_dtype
-    )
-    d_recurrent = d_recurrent.astype(dtype).reshape(shape)
-    d_bias = None
-    if bias_H is not None:
-        d_bias = jnp.sum(da_T[..., -shape[2] :], (0, 1), state_dtype).astype(dtype)
+    own_T, state_T = each(kept_T)[: -len(d_final)], each(kept_T)[-len(d_final) :]
+    if fresh_TB is not None:
+        state_T = tuple(jnp.where(fresh_TB[:, :, None], 0, s) for s in state_T)
+    before_TBJ = gather(state_T[-1], shape[0])
+    d_recurrent = outer_products(before_TBJ, da_T, mask_BJ, shape, dtype).astype(dtype)
     # The compiler drops this unless somebody asks for it.
-    d_mask = (
-        None
-        if mask_BJ is None
-        else jnp.sum(before_TBJ * through_matmul(da_T), 0).astype(mask_BJ.dtype)
-    )
+    d_mask = None if mask_BJ is None else of_mask(recurrent_JGH, before_TBJ, da_T, mask_BJ)
+    d_rest = rule.of_rest(rest, (*own_T, *state_T), x_TBGH, d_T, da_T)
     dx_TBGH = dx_T.reshape(*dh_TBH.shape[:2], *shape[1:])
-    return dx_TBGH, d_recurrent, d_bias, through(*last), d_mask, None
+    return dx_TBGH, d_recurrent, d_rest, through(*last), d_mask, None, None
 
 
 recur.defvjp(recur_forward, recur_backward)
 
 
+def transposed_matmul(
+    recurrent_JGH: Array, mask_BJ: Array | None, state_dtype: Any
+) -> Callable[[Array], Array]:
+    """From gradients of Rh, [B, G * H], to those of h, [B, J]."""
+    inputs, gates, hidden = recurrent_JGH.shape
+    # Transposed once: without the barrier the compiler moves it into the loop.
+    if mask_BJ is None or mask_BJ.ndim == 2:
+        transposed = barrier(recurrent_JGH.reshape(inputs, -1).T)
+
+        def tied(da: Array) -> Array:
+            dh = jnp.matmul(da, transposed, preferred_element_type=state_dtype)
+            return dh if mask_BJ is None else dh * mask_BJ
+
+        return tied
+    transposed_GHJ = barrier(jnp.transpose(recurrent_JGH, (1, 2, 0)))
+
+    def per_gate(da: Array) -> Array:
+        da_BGH = da.reshape(-1, gates, hidden)
+        dh_BGJ = jnp.einsum(
+            "bgh,ghj->bgj", da_BGH, transposed_GHJ, preferred_element_type=state_dtype
+        )
+        return jnp.sum(dh_BGJ * mask_BJ, 1)
+
+    return per_gate
+
+
+def outer_products(
+    h_TBJ: Array, da_T: Array, mask_BJ: Array | None, shape: tuple[int, ...], dtype: Any
+) -> Array:
+    """The gradient of R, [J, G, H]: the sum over steps and rows of h da^T, in the dtype of h."""
+    if mask_BJ is None or mask_BJ.ndim == 2:
+        h = merge((h_TBJ if mask_BJ is None else h_TBJ * mask_BJ[None]).astype(dtype))
+        steps = tuple(range(h.ndim - 1))
+        return jax.lax.dot_general(
+            h, merge(da_T), ((steps, steps), ((), ())), preferred_element_type=h_TBJ.dtype
+        ).reshape(shape)
+    h_TBGJ = (h_TBJ[:, :, None] * mask_BJ[None]).astype(dtype)
+    da_TBGH = da_T.reshape(*da_T.shape[:2], *shape[1:])
+    return jnp.einsum("tbgj,tbgh->jgh", h_TBGJ, da_TBGH, preferred_element_type=h_TBJ.dtype)
+
+
+def of_mask(recurrent_JGH: Array, h_TBJ: Array, da_T: Array, mask_BJ: Array) -> Array:
+    """The gradient of a mask, in its shape."""
+    da_TBGH = da_T.reshape(*da_T.shape[:2], *recurrent_JGH.shape[1:])
+    axes = "tbgh,jgh,tbj->bgj" if mask_BJ.ndim == 3 else "tbgh,jgh,tbj->bj"
+    h_TBJ, recurrent_JGH = h_TBJ.astype(mask_BJ.dtype), recurrent_JGH.astype(mask_BJ.dtype)
+    return jnp.einsum(axes, da_TBGH.astype(mask_BJ.dtype), recurrent_JGH, h_TBJ)
+
+
 def keep_where(valid_B: Array, new: State, old: State) -> State:
     return tuple(jnp.where(valid_B[:, None], a, b) for a, b in zip(new, old, strict=True))
+
+
+def from_zeros(fresh_B: Array | None, arrays: Any) -> Any:
+    """Zeros in the rows [B, ...] that begin a sequence."""
+    if fresh_B is None:
+        return arrays
+    return jax.tree.map(lambda a: where_rows(fresh_B, jnp.zeros_like(a), a), arrays)
