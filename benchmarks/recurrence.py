@@ -13,16 +13,33 @@ not lengthen. malloc is tuned as in `train.py`.
 
 import argparse
 import resource
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flax_lstm.machine.malloc import tune_malloc
-from flax_lstm.nn.cells import CELLS
+from flax_lstm.nn.cells import CELLS, Cell
 from flax_lstm.nn.layers import RNN, Stack
+from flax_lstm.nn.variants import LayerNormGRUCell, LayerNormLSTMCell, ProjectedLSTMCell
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from own_cells import CoupledLSTMCell, MinimalGatedCell, PeepholeLSTMCell
+
+# By name: a cell of so many hidden units, and settings.
+MAKE: dict[str, Callable[..., Cell]] = {
+    **CELLS,
+    "layernorm-lstm": LayerNormLSTMCell,
+    "layernorm-gru": LayerNormGRUCell,
+    "projected-lstm": lambda hidden, **s: ProjectedLSTMCell(hidden, projection=hidden // 2, **s),
+    "coupled-lstm": CoupledLSTMCell,
+    "peephole-lstm": PeepholeLSTMCell,
+    "minimal-gated": MinimalGatedCell,
+}
 
 # cell, layers, batch B, time T, input features D, hidden units H
 CASES = [
@@ -35,6 +52,7 @@ CASES = [
     ("gru", 1, 64, 400, 64, 64),
     ("lstm", 1, 64, 200, 256, 256),
     ("gru", 1, 64, 200, 256, 256),
+    *((cell, 1, 32, 200, 128, 128) for cell in list(MAKE)[3:]),
 ]
 
 
@@ -42,7 +60,7 @@ def make_step(
     backend: str, cell: str, layers: int, hidden: int, dtype: str, x_BTD: jax.Array, lengths_B
 ) -> Callable:
     """A compiled function that does one step and waits for it."""
-    stack = Stack([RNN(CELLS[cell](hidden, dtype=dtype), backend=backend) for _ in range(layers)])
+    stack = Stack([RNN(MAKE[cell](hidden, dtype=dtype), backend=backend) for _ in range(layers)])
     variables = stack.init(jax.random.key(0), x_BTD, lengths_B)
 
     def loss(variables, x_BTD):

@@ -13,7 +13,7 @@ x_BD)`, and scanned by `flax.linen.RNN`, for it is a `RNNCellBase`.
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from flax_lstm.machine.sharding import named
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
-CellName = Literal["lstm", "gru", "rnn"]
 
 
 class LSTMState(NamedTuple):
@@ -224,7 +223,7 @@ class Cell(nn.RNNCellBase):
             self.param(
                 "recurrent",
                 named(self.recurrent_initializer, None, None, "hidden"),
-                (hidden, gates, hidden),
+                (self.outputs, gates, hidden),
                 dtype,
             ),
             self.param(
@@ -233,6 +232,11 @@ class Cell(nn.RNNCellBase):
             self.recurrent_bias(),
             self.own_weights(),
         )
+
+    @property
+    def outputs(self) -> int:
+        """Features of the output, which the recurrent weights read: J."""
+        return self.features
 
     def recurrent_bias(self) -> Array | None:
         return None
@@ -384,4 +388,5 @@ def not_textbook(cell: Any) -> str | None:
     return None
 
 
-CELLS: dict[CellName, type[Cell]] = {"lstm": LSTMCell, "gru": GRUCell, "rnn": SimpleRNNCell}
+# The textbook's. `variants.py` has more.
+CELLS: dict[str, type[Cell]] = {"lstm": LSTMCell, "gru": GRUCell, "rnn": SimpleRNNCell}

@@ -246,7 +246,7 @@ class RNN(nn.Module):
         state = zeros if state is None else checks.state(state, zeros)
         mask_BJ = None
         if self.recurrent_dropout and not deterministic:
-            ones = jnp.ones((batch, cell.features), dtype)
+            ones = jnp.ones((batch, cell.outputs), dtype)
             mask_BJ = nn.Dropout(self.recurrent_dropout, deterministic=False)(ones)
         return weights, state, x_BTD, mask_BJ
 

@@ -21,9 +21,9 @@ from flax import linen as nn
 from flax_lstm.data.base import Features, SeriesForm, Tokens, Windows
 from flax_lstm.errors import ArgumentError, require
 from flax_lstm.machine.sharding import named
-from flax_lstm.nn.cells import CELLS, CellName
 from flax_lstm.nn.layers import RNN, Bidirectional, Stack
 from flax_lstm.nn.recurrence import BackendName
+from flax_lstm.nn.variants import BY_NAME, CellName
 
 Array = jax.Array
 DTypeName = Literal["float32", "bfloat16"]
@@ -318,7 +318,7 @@ class RecurrentLayers:
 
     def stack(self) -> Stack:
         """The recurrent layers."""
-        cell, dtype = CELLS[self.cell], DTYPES[self.dtype]
+        cell, dtype = BY_NAME[self.cell], DTYPES[self.dtype]
 
         def rnn(size: int) -> RNN:
             return RNN(

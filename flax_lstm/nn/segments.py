@@ -19,10 +19,10 @@ from flax import linen as nn
 
 from flax_lstm.data.base import SeriesForm, Windows
 from flax_lstm.errors import require
-from flax_lstm.nn.cells import CELLS, CellName
 from flax_lstm.nn.layers import RNN
 from flax_lstm.nn.models import DTYPES, DTypeName, dense
 from flax_lstm.nn.recurrence import BackendName
+from flax_lstm.nn.variants import BY_NAME, CellName
 
 Array = jax.Array
 WindowName = Literal["last", "standard", "robust", "seasonal", "none"]
@@ -295,7 +295,7 @@ class SegmentModel:
         )
         dtype = DTYPES[self.dtype]
         return SegmentForecaster(
-            RNN(CELLS[self.cell](self.hidden_size, dtype=dtype), backend=self.backend),
+            RNN(BY_NAME[self.cell](self.hidden_size, dtype=dtype), backend=self.backend),
             self.hidden_size,
             segment,
             form,

@@ -26,10 +26,9 @@ over steps of outer products with da, hence one matmul each after the loop: dR =
 h da^T.
 
 A cell with other equations is taken where these reach R by one `recurrent_matmul` of its output
-(`cells.Product`). What it does after the product is then differentiated by `jax.vjp` at every step
-of the loop backward, from Rh and the state before, which are kept; the gradients of whatever
-weights it has besides (of a layer norm, a projection) are taken once after the loop, of all steps
-together.
+(`cells.Product`). What it does after the product is differentiated by `jax.vjp` at every step, and
+what that leaves for the way back is kept; the gradients of whatever weights it has besides (of a
+layer norm, a projection) are taken once after the loop, of all steps together.
 
 Resets. A step that begins a sequence of its own sees zeros in place of the state before, and hands
 no gradient back.
@@ -185,9 +184,14 @@ class Rule:
         return self.step(state, x, rh, rest.recurrent_bias_H)
 
     def backward(self, rest: Weights, kept: Kept, state: State, x: None, d: State) -> Any:
-        return self.gradient((*kept, *state), d)
+        return *self.gradient((*kept, *state), d), []
 
-    def of_rest(self, rest: Weights, kept_T: Any, x_T: None, d_T: None, da_T: Array) -> Weights:
+    def is_large(self, rest: Weights) -> list[bool]:
+        return []
+
+    def of_rest(
+        self, rest: Weights, kept_T: Any, x_T: None, d_T: None, da_T: Array, sums: list[Array]
+    ) -> Weights:
         """The gradient of the GRU's recurrent bias, whose gate is the last."""
         bias_H = rest.recurrent_bias_H
         if bias_H is None:
@@ -212,25 +216,68 @@ class Derived:
         new = self.cell.step(rest._replace(recurrent_JGH=Product(rh)), before, x)
         return tuple(jax.tree.leaves(new)[n] for n in self.order)
 
+    def is_large(self, rest: Weights) -> list[bool]:
+        """Which of the weights besides are larger than what a step has for a row: matrices. The
+        gradients of the others add up in the loop."""
+        row = self.cell.gates * self.cell.features
+        return [leaf.size > row for leaf in jax.tree.leaves(rest)]
+
+    def pull(self, rest: Weights, state: State, x: Array, rh: Array) -> tuple[State, Any]:
+        """The step, and the gradients of its small weights, state, x and Rh as a function of those
+        of the state after it."""
+        small, large = part(rest, self.is_large(rest))
+
+        def after(small: list[Any], *arrays: Any) -> State:
+            return self.after(join(rest, small, large), *arrays)
+
+        return jax.vjp(after, small, state, x, rh)
+
     def forward(self, rest: Weights, state: State, x: Array, rh: Array) -> tuple[State, Kept]:
-        return self.after(rest, state, x, rh), (rh,)
+        """Keeps what the gradient needs and does not have anyway, and Rh where `of_rest` asks."""
+        new, pull = self.pull(rest, state, x, rh)
+        known = set(map(id, jax.tree.leaves((rest, state, x))))
+        left = tuple(leaf for leaf in jax.tree.leaves(pull) if id(leaf) not in known)
+        return new, (rh, *left) if any(self.is_large(rest)) else left
 
     def backward(self, rest: Weights, kept: Kept, state: State, x: Array, d: State) -> Any:
-        d_before, dx, da = jax.vjp(partial(self.after, rest), state, x, *kept)[1](d)
+        # Traced again to learn which of what was kept goes where. Nothing else is taken from it,
+        # so the compiler drops it.
+        _, pull = self.pull(rest, state, x, jnp.zeros(x.shape, d[-1].dtype))
+        known = set(map(id, jax.tree.leaves((rest, state, x))))
+        left = iter(kept[1:] if any(self.is_large(rest)) else kept)
+        pull = jax.tree.map(lambda leaf: leaf if id(leaf) in known else next(left), pull)
+        d_small, d_before, dx, da = pull(d)
         rows = d[-1].shape[0]
         # The very same where the equations add up x and Rh and nothing else.
         d_input = None if dx is da else (dx.reshape(rows, -1),)
-        return d_before, (da.reshape(rows, -1),), d_input
+        return d_before, (da.reshape(rows, -1),), d_input, d_small
 
-    def of_rest(self, rest: Weights, kept_T: Kept, x_T: Array, d_T: State, da_T: Array) -> Weights:
-        if not jax.tree.leaves(rest):
-            return rest
-        rh_T, *before_T = kept_T
+    def of_rest(
+        self, rest: Weights, kept_T: Kept, x_T: Array, d_T: State, da_T: Array, sums: list[Array]
+    ) -> Weights:
+        small, large = part(rest, self.is_large(rest))
+        d_large: list[Any] = large
+        if any(self.is_large(rest)):
+            rh_T, before_T = kept_T[0], kept_T[-len(self.order) :]
 
-        def every_step(rest: Weights) -> State:
-            return jax.vmap(partial(self.after, rest))(tuple(before_T), x_T, rh_T)
+            def every_step(large: list[Any]) -> State:
+                step = partial(self.after, join(rest, small, large))
+                return jax.vmap(step)(before_T, x_T, rh_T)
 
-        return jax.vjp(every_step, rest)[1](d_T)[0]
+            (d_large,) = jax.vjp(every_step, large)[1](d_T)
+        d_small = [s if w is None else s.astype(w.dtype) for s, w in zip(sums, small, strict=True)]
+        return join(rest, d_small, d_large)
+
+
+def part(rest: Weights, chosen: list[bool]) -> tuple[list[Any], list[Any]]:
+    """The leaves that are not chosen and those that are, with None in the places of the others."""
+    leaves = list(zip(jax.tree.leaves(rest), chosen, strict=True))
+    return [None if c else w for w, c in leaves], [w if c else None for w, c in leaves]
+
+
+def join(rest: Weights, small: list[Any], large: list[Any]) -> Weights:
+    leaves = [b if a is None else a for a, b in zip(small, large, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(rest), leaves)
 
 
 def state_structure(cell: Cell) -> Any:
@@ -321,7 +368,9 @@ def run(
     fresh_BT = None if reset_BT is None else fresh(reset_BT, lengths_B, reverse)
     rule = rule_of(cell, x_BTD)
     units = weights.recurrent_JGH.shape[-1]  # that are this device's
-    kept = time * batch * units * (cell.gates + 2) * cell.state_dtype(x_BTD).itemsize
+    # Of a derived rule about three arrays for each gate.
+    arrays = (3 if rule.again else 1) * cell.gates + 2
+    kept = time * batch * units * arrays * cell.state_dtype(x_BTD).itemsize
     if kept <= KEEP * (jax.device_count() if current_mesh() is None else 1):
         return run_chunk(rule, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, fresh_BT)
     # In the dtype of the state, so that the gradients of all chunks add up in it.
@@ -480,28 +529,34 @@ def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-unty
         (dh,) = from_zeros(fresh_B, (scatter(through_matmul(da), d[-1].shape[1]),))
         return (*d[:-1], d[-1] + dh)
 
-    def step(carry: tuple[State, Array, Array | None], inputs: Any) -> Any:
+    def step(carry: tuple[State, Array, Array | None, Any], inputs: Any) -> Any:
         t, kept, dh, x, fresh_B = inputs
+        *carried, sums = carry
         kept = each(kept, axis=0)
         own, state = kept[: -len(d_final)], kept[-len(d_final) :]
-        d = through(*carry)
-        d = (*d[:-1], d[-1] + dh)
-        d_before, da, dx = rule.backward(rest, own, from_zeros(fresh_B, state), x, d)
-        d_before, d_after = from_zeros(fresh_B, d_before), d
-        if lengths_B is not None:
-            valid = t < lengths_B
+        d = through(*carried)
+        d = used = (*d[:-1], d[-1] + dh)
+        valid = None if lengths_B is None else t < lengths_B
+        if valid is not None and rule.again:
+            used = keep_where(valid, d, tuple(map(jnp.zeros_like, d)))
+        d_before, da, dx, more = rule.backward(rest, own, from_zeros(fresh_B, state), x, used)
+        d_before = from_zeros(fresh_B, d_before)
+        if valid is not None:
             d_before = keep_where(valid, d_before, d)
-            d_after, da, dx = (
-                a and keep_where(valid, a, tuple(map(jnp.zeros_like, a))) for a in (d, da, dx)
-            )
+            da, dx = (a and keep_where(valid, a, tuple(map(jnp.zeros_like, a))) for a in (da, dx))
         da, *dx = (jnp.concatenate(a, 1).astype(dtype) for a in (da, dx) if a)
-        written = together((da, *dx)), d_after if rule.again and jax.tree.leaves(rest) else None
-        return (d_before, da, fresh_B), written
+        sums = jax.tree.map(lambda s, w: s + w.astype(s.dtype), sums, more)
+        written = together((da, *dx)), used if any(large) else None
+        return (d_before, da, fresh_B, sums), written
 
+    large = rule.is_large(rest)
     inputs = (jnp.arange(len(dh_TBH)), kept_T, dh_TBH, x_TBGH, fresh_TB)
     nothing = jnp.zeros((dh_TBH.shape[1], shape[1] * shape[2]), dtype)
-    begin = (d_final, nothing, None if fresh_TB is None else fresh_TB[0])
-    last, (written_T, d_T) = jax.lax.scan(step, begin, inputs, reverse=not reverse)
+    small = part(rest, large)[0] if rule.again else []
+    sums = jax.tree.map(lambda w: jnp.zeros(w.shape, state_dtype), small)
+    begin = (d_final, nothing, None if fresh_TB is None else fresh_TB[0], sums)
+    ends, (written_T, d_T) = jax.lax.scan(step, begin, inputs, reverse=not reverse)
+    sums = ends[3]
     da_T, dx_T = each(written_T)[0], each(written_T)[-1]
 
     own_T, state_T = each(kept_T)[: -len(d_final)], each(kept_T)[-len(d_final) :]
@@ -511,9 +566,9 @@ def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-unty
     d_recurrent = outer_products(before_TBJ, da_T, mask_BJ, shape, dtype).astype(dtype)
     # The compiler drops this unless somebody asks for it.
     d_mask = None if mask_BJ is None else of_mask(recurrent_JGH, before_TBJ, da_T, mask_BJ)
-    d_rest = rule.of_rest(rest, (*own_T, *state_T), x_TBGH, d_T, da_T)
+    d_rest = rule.of_rest(rest, (*own_T, *state_T), x_TBGH, d_T, da_T, sums)
     dx_TBGH = dx_T.reshape(*dh_TBH.shape[:2], *shape[1:])
-    return dx_TBGH, d_recurrent, d_rest, through(*last), d_mask, None, None
+    return dx_TBGH, d_recurrent, d_rest, through(*ends[:3]), d_mask, None, None
 
 
 recur.defvjp(recur_forward, recur_backward)
