@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from flax_lstm.nn.recurrence import backends, portable
     from flax_lstm.nn.segments import SegmentModel
+    from flax_lstm.nn.variants import LayerNormGRUCell, LayerNormLSTMCell, ProjectedLSTMCell
     from flax_lstm.tasks.classification import Classification
     from flax_lstm.tasks.forecasting import Forecasting
     from flax_lstm.tasks.language import LanguageModeling
@@ -42,7 +43,10 @@ __all__ = [
     "LSTMCell",
     "LanguageModel",
     "LanguageModeling",
+    "LayerNormGRUCell",
+    "LayerNormLSTMCell",
     "MeshConfig",
+    "ProjectedLSTMCell",
     "RecurrentForecaster",
     "RecurrentModel",
     "Run",
@@ -80,6 +84,7 @@ __getattr__, __dir__ = lazily(
         ),
         "nn.recurrence": ("backends", "portable"),
         "nn.segments": ("SegmentModel",),
+        "nn.variants": ("LayerNormGRUCell", "LayerNormLSTMCell", "ProjectedLSTMCell"),
         "tasks.classification": ("Classification",),
         "tasks.forecasting": ("Forecasting",),
         "tasks.language": ("LanguageModeling",),

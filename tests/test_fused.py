@@ -4,35 +4,77 @@
 Axes: B batch, T time, D input features, H = J hidden units.
 """
 
+import functools
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_lstm.errors import UserError
 from flax_lstm.nn import recurrence
-from flax_lstm.nn.cells import CELLS, GRUCell, LSTMCell
+from flax_lstm.nn.cells import CELLS, GRUCell, LSTMCell, SimpleRNNCell
 from flax_lstm.nn.layers import RNN
-from flax_lstm.nn.recurrence import fused
+from flax_lstm.nn.recurrence import fused, rows
+from flax_lstm.nn.variants import LayerNormGRUCell, LayerNormLSTMCell, ProjectedLSTMCell
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from own_cells import CoupledLSTMCell, MinimalGatedCell, PeepholeLSTMCell
 
 B, T, D, H = 8, 5, 3, 4
 CELL_NAMES = sorted(CELLS)
 
 
 class LeakyCell(LSTMCell):
-    """A user's cell, with equations of its own."""
+    """A user's cell, which changes what its parent gives."""
 
     def step(self, weights, state, x_BGH, mask_BJ=None):
         new = super().step(weights, state, x_BGH, mask_BJ)
         return jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, new, state)
 
 
+class TwiceCell(GRUCell):
+    """It multiplies by its recurrent weights twice."""
+
+    def step(self, weights, state, x_BGH, mask_BJ=None):
+        return super().step(weights, super().step(weights, state, x_BGH, mask_BJ), x_BGH, mask_BJ)
+
+
+class DenseCell(SimpleRNNCell):
+    """It multiplies another way."""
+
+    def step(self, weights, state, x_BGH, mask_BJ=None):
+        return jnp.tanh(x_BGH[:, 0] + state @ weights.recurrent_JGH[:, 0])
+
+
+class UnmaskedCell(SimpleRNNCell):
+    """It forgets recurrent dropout."""
+
+    def step(self, weights, state, x_BGH, mask_BJ=None):
+        return super().step(weights, state, x_BGH)
+
+
+OWN = {
+    "leaky": LeakyCell,
+    "coupled": CoupledLSTMCell,
+    "peephole": PeepholeLSTMCell,
+    "minimal gated": MinimalGatedCell,
+    "layernorm_lstm": LayerNormLSTMCell,
+    "layernorm_gru": LayerNormGRUCell,
+    "projected": functools.partial(ProjectedLSTMCell, projection=3),
+    "other activations": functools.partial(GRUCell, activation_fn=nn.soft_sign),
+}
+
+
 def example(name, dtype=jnp.float32):
     """A cell, its weights (none of them zero), inputs, lengths, a state and a mask of recurrent
     dropout."""
-    keys = iter(jax.random.split(jax.random.key(0), 20))
-    cell = CELLS[name](H, param_dtype=dtype)
+    keys = iter(jax.random.split(jax.random.key(0), 30))
+    cell = {**CELLS, **OWN}[name](H, param_dtype=dtype)
     x_BTD = jax.random.normal(next(keys), (B, T, D), dtype)
     weights = cell.apply(
         cell.init(next(keys), cell.initial_state(B, dtype), x_BTD[:, 0]), D, method="weights"
@@ -44,26 +86,30 @@ def example(name, dtype=jnp.float32):
         )
 
     state = noise(cell.initial_state(B, dtype))
-    mask_BJ = jax.random.bernoulli(next(keys), 0.5, (B, H)).astype(dtype) * 2
+    mask_BJ = jax.random.bernoulli(next(keys), 0.5, (B, cell.outputs)).astype(dtype) * 2
     return cell, noise(weights), x_BTD, jnp.array([0, 1, 2, 3, 4, 5, 5, 3]), state, mask_BJ
 
 
-def by_hand(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse):
+def by_hand(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT=None):
     """The recurrence as a Python loop."""
     x_BTGH, y_BTH = cell.project(weights, x_BTD), [None] * T
+    fresh_BT = None if reset_BT is None else rows.fresh(reset_BT, lengths_B, reverse)
     for t in reversed(range(T)) if reverse else range(T):
-        new = cell.step(weights, state, x_BTGH[:, t], mask_BJ)
+        begin = state
+        if fresh_BT is not None:
+            begin = jax.tree.map(lambda s, t=t: jnp.where(fresh_BT[:, t, None], 0, s), state)
+        new = cell.step(weights, begin, x_BTGH[:, t], mask_BJ)
         valid = (t < lengths_B)[:, None]
         state = jax.tree.map(lambda a, b, valid=valid: jnp.where(valid, a, b), new, state)
         y_BTH[t] = jnp.where(valid, cell.output(state), 0)
     return state, jnp.stack(y_BTH, 1)
 
 
-def gradients(run, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse):
+def gradients(run, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT=None):
     """Outputs, and gradients for every real argument, of a random weighing of all outputs."""
 
     def loss(weights, x_BTD, state, mask_BJ):
-        out = run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+        out = run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT)
         leaves = jax.tree.leaves(out)
         return sum(
             jnp.sum(a * jax.random.normal(jax.random.key(n), a.shape, a.dtype))
@@ -73,6 +119,9 @@ def gradients(run, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(
         weights, x_BTD, state, mask_BJ
     )
+
+
+RESET = jnp.asarray(np.random.default_rng(0).random((B, T)) < 0.4)
 
 
 def assert_close(a, b, tolerance):
@@ -108,14 +157,51 @@ def test_auto_takes_it(name):
     assert recurrence.resolve("auto", cell, x_BTD) is not None
 
 
-def test_a_cell_with_other_equations_is_scanned():
+@pytest.mark.parametrize("name", OWN)
+def test_cells_with_equations_of_their_own(name, x64, quick_compile, monkeypatch):
+    """All gradients, those of weights that only they have included, with resets, a mask for each
+    gate, and rows that end; every other cell backward and in chunks of time."""
+    reverse = list(OWN).index(name) % 2 == 1
+    monkeypatch.setattr(fused, "KEEP", 0 if reverse else 1 << 30)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    cell, weights, x_BTD, lengths_B, state, mask_BJ = example(name, jnp.float64)
+    assert fused.supports(cell, x_BTD, True, True) is None
+    masks = jnp.stack([jnp.roll(mask_BJ, gate, 0) for gate in range(cell.gates)], 1)
+    arguments = (cell, weights, x_BTD, lengths_B, state, masks, reverse, RESET)
+    assert_close(gradients(fused.run, *arguments), gradients(by_hand, *arguments), 1e-11)
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_resets_and_a_mask_for_each_gate(name, x64, quick_compile):
+    cell, weights, x_BTD, lengths_B, state, mask_BJ = example(name, jnp.float64)
+    masks = jnp.stack([jnp.roll(mask_BJ, gate, 0) for gate in range(cell.gates)], 1)
+    arguments = (cell, weights, x_BTD, lengths_B, state, masks, name != "gru", RESET)
+    assert_close(gradients(fused.run, *arguments), gradients(by_hand, *arguments), 1e-12)
+
+
+def test_a_layer_of_such_a_cell_is_fused_where_no_kernel_is_faster():
     x_BTD = jnp.ones((B, T, D))
-    assert "LeakyCell" in fused.supports(LeakyCell(H), x_BTD, False)
-    with pytest.raises(UserError, match=r"model\.backend fused .*LeakyCell"):
-        RNN(LeakyCell(H), backend="fused").init(jax.random.key(0), x_BTD)
+    assert recurrence.resolve("auto", PeepholeLSTMCell(H), x_BTD, True, True) is fused
     leaky, plain = RNN(LeakyCell(H)), RNN(LSTMCell(H))
     variables = leaky.init(jax.random.key(0), x_BTD)
     assert not np.allclose(leaky.apply(variables, x_BTD)[1], plain.apply(variables, x_BTD)[1])
+
+
+@pytest.mark.parametrize(
+    "cell, says",
+    [
+        (TwiceCell, "another array than its output, or several"),
+        (DenseCell, "equations of DenseCell"),
+        (UnmaskedCell, "recurrent dropout is left out"),
+    ],
+)
+def test_other_equations_are_scanned(cell, says):
+    x_BTD = jnp.ones((B, T, D))
+    assert says in fused.supports(cell(H), x_BTD, False)
+    with pytest.raises(UserError, match=rf"model\.backend fused .*{cell.__name__}"):
+        RNN(cell(H), backend="fused").init(jax.random.key(0), x_BTD)
+    variables = RNN(cell(H)).init(jax.random.key(0), x_BTD)
+    assert RNN(cell(H)).apply(variables, x_BTD)[1].shape == (B, T, H)
 
 
 def loops(jaxpr):
@@ -148,7 +234,7 @@ def test_chunks_of_time_keep_little(monkeypatch):
     assert megabytes(0) < megabytes(1 << 30) / 3
 
 
-@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("name", [*CELL_NAMES, "peephole", "layernorm_gru"])
 def test_one_matmul_a_step(name):
     """No weight gradient and no input projection inside a loop."""
     cell, weights, x_BTD, lengths_B, state, _ = example(name)

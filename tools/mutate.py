@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("flax_lstm", "configs", "launch", "tests", "docs")
+FOLDERS = ("flax_lstm", "configs", "launch", "tests", "docs", "examples")
 
 
 class Breakage(NamedTuple):
@@ -65,6 +65,24 @@ BREAKAGES = {
         'if str(tensor.dtype) == "torch.bfloat16":',
         "if False:",
         "tests/test_convert.py::test_parameters_that_require_gradients_and_bfloat16",
+    ),
+    "fused: a reset stops the forward pass only": Breakage(
+        "flax_lstm/nn/recurrence/fused.py",
+        "(dh,) = from_zeros(fresh_B, (scatter(through_matmul(da), d[-1].shape[1]),))",
+        "dh = scatter(through_matmul(da), d[-1].shape[1])",
+        "tests/test_fused.py::test_resets_and_a_mask_for_each_gate",
+    ),
+    "fused: gradients of a cell's own weights count padding": Breakage(
+        "flax_lstm/nn/recurrence/fused.py",
+        "used = keep_where(valid, d, tuple(map(jnp.zeros_like, d)))",
+        "used = d",
+        "tests/test_fused.py::test_cells_with_equations_of_their_own",
+    ),
+    "fused: a cell with two products is taken": Breakage(
+        "flax_lstm/nn/recurrence/fused.py",
+        "if len(product.asked) != 1 or any(h is not h_BJ for h, _ in product.asked):",
+        "if len(product.asked) == 0:",
+        "tests/test_fused.py::test_other_equations_are_scanned",
     ),
     "nnx: outputs of a reversed layer stay in their places": Breakage(
         "flax_lstm/nnx.py",

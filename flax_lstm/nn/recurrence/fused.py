@@ -46,7 +46,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -264,7 +264,7 @@ class Derived:
                 step = partial(self.after, join(rest, small, large))
                 return jax.vmap(step)(before_T, x_T, rh_T)
 
-            (d_large,) = jax.vjp(every_step, large)[1](d_T)
+            d_large = jax.vjp(every_step, large)[1](d_T)[0]
         d_small = [s if w is None else s.astype(w.dtype) for s, w in zip(sums, small, strict=True)]
         return join(rest, d_small, d_large)
 
@@ -499,7 +499,8 @@ def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, rest, state, mask_BJ, le
     def step(carry: Any, inputs: tuple[Array, Array, Array | None]) -> Any:
         (state, h_in), (x, t, fresh_B) = carry, inputs
         begin, (h_in,) = from_zeros(fresh_B, state), from_zeros(fresh_B, (h_in,))
-        rh = matmul(begin[-1] if h_in is None else h_in, recurrent_JGH, state[-1].dtype)
+        h_in = begin[-1] if h_in is None else h_in
+        rh = matmul(h_in, recurrent_JGH, state[-1].dtype, per_gate(mask_BJ))
         new, kept = rule.forward(rest, begin, x, rh)
         if lengths_B is not None:
             new = keep_where(t < lengths_B, new, state)
@@ -529,12 +530,12 @@ def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-unty
         (dh,) = from_zeros(fresh_B, (scatter(through_matmul(da), d[-1].shape[1]),))
         return (*d[:-1], d[-1] + dh)
 
-    def step(carry: tuple[State, Array, Array | None, Any], inputs: Any) -> Any:
+    def step(carry: Any, inputs: Any) -> Any:
         t, kept, dh, x, fresh_B = inputs
-        *carried, sums = carry
+        sums = carry[3]
         kept = each(kept, axis=0)
         own, state = kept[: -len(d_final)], kept[-len(d_final) :]
-        d = through(*carried)
+        d = through(*carry[:3])
         d = used = (*d[:-1], d[-1] + dh)
         valid = None if lengths_B is None else t < lengths_B
         if valid is not None and rule.again:
@@ -555,6 +556,7 @@ def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-unty
     small = part(rest, large)[0] if rule.again else []
     sums = jax.tree.map(lambda w: jnp.zeros(w.shape, state_dtype), small)
     begin = (d_final, nothing, None if fresh_TB is None else fresh_TB[0], sums)
+    ends: Any
     ends, (written_T, d_T) = jax.lax.scan(step, begin, inputs, reverse=not reverse)
     sums = ends[3]
     da_T, dx_T = each(written_T)[0], each(written_T)[-1]
@@ -574,51 +576,57 @@ def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-unty
 recur.defvjp(recur_forward, recur_backward)
 
 
+def per_gate(mask_BJ: Array | None) -> TypeGuard[Array]:
+    """Whether it is a mask [B, G, J], one for each gate."""
+    return mask_BJ is not None and mask_BJ.ndim == 3
+
+
 def transposed_matmul(
     recurrent_JGH: Array, mask_BJ: Array | None, state_dtype: Any
 ) -> Callable[[Array], Array]:
-    """From gradients of Rh, [B, G * H], to those of h, [B, J]."""
+    """From gradients of Rh, [B, G * H], to those of h, [B, J]. R is transposed once: without the
+    barrier the compiler moves that into the loop."""
     inputs, gates, hidden = recurrent_JGH.shape
-    # Transposed once: without the barrier the compiler moves it into the loop.
-    if mask_BJ is None or mask_BJ.ndim == 2:
-        transposed = barrier(recurrent_JGH.reshape(inputs, -1).T)
+    if per_gate(mask_BJ):
+        transposed_GHJ = barrier(jnp.transpose(recurrent_JGH, (1, 2, 0)))
+        mask_BGJ = mask_BJ
 
-        def tied(da: Array) -> Array:
-            dh = jnp.matmul(da, transposed, preferred_element_type=state_dtype)
-            return dh if mask_BJ is None else dh * mask_BJ
+        def by_gate(da: Array) -> Array:
+            da_BGH = da.reshape(-1, gates, hidden)
+            dh_BGJ = jnp.einsum(
+                "bgh,ghj->bgj", da_BGH, transposed_GHJ, preferred_element_type=state_dtype
+            )
+            return jnp.sum(dh_BGJ * mask_BGJ, 1)
 
-        return tied
-    transposed_GHJ = barrier(jnp.transpose(recurrent_JGH, (1, 2, 0)))
+        return by_gate
+    transposed = barrier(recurrent_JGH.reshape(inputs, -1).T)
 
-    def per_gate(da: Array) -> Array:
-        da_BGH = da.reshape(-1, gates, hidden)
-        dh_BGJ = jnp.einsum(
-            "bgh,ghj->bgj", da_BGH, transposed_GHJ, preferred_element_type=state_dtype
-        )
-        return jnp.sum(dh_BGJ * mask_BJ, 1)
+    def tied(da: Array) -> Array:
+        dh = jnp.matmul(da, transposed, preferred_element_type=state_dtype)
+        return dh if mask_BJ is None else dh * mask_BJ
 
-    return per_gate
+    return tied
 
 
 def outer_products(
     h_TBJ: Array, da_T: Array, mask_BJ: Array | None, shape: tuple[int, ...], dtype: Any
 ) -> Array:
     """The gradient of R, [J, G, H]: the sum over steps and rows of h da^T, in the dtype of h."""
-    if mask_BJ is None or mask_BJ.ndim == 2:
-        h = merge((h_TBJ if mask_BJ is None else h_TBJ * mask_BJ[None]).astype(dtype))
-        steps = tuple(range(h.ndim - 1))
-        return jax.lax.dot_general(
-            h, merge(da_T), ((steps, steps), ((), ())), preferred_element_type=h_TBJ.dtype
-        ).reshape(shape)
-    h_TBGJ = (h_TBJ[:, :, None] * mask_BJ[None]).astype(dtype)
-    da_TBGH = da_T.reshape(*da_T.shape[:2], *shape[1:])
-    return jnp.einsum("tbgj,tbgh->jgh", h_TBGJ, da_TBGH, preferred_element_type=h_TBJ.dtype)
+    if per_gate(mask_BJ):
+        h_TBGJ = (h_TBJ[:, :, None] * mask_BJ[None]).astype(dtype)
+        da_TBGH = da_T.reshape(*da_T.shape[:2], *shape[1:])
+        return jnp.einsum("tbgj,tbgh->jgh", h_TBGJ, da_TBGH, preferred_element_type=h_TBJ.dtype)
+    h = merge((h_TBJ if mask_BJ is None else h_TBJ * mask_BJ[None]).astype(dtype))
+    steps = tuple(range(h.ndim - 1))
+    return jax.lax.dot_general(
+        h, merge(da_T), ((steps, steps), ((), ())), preferred_element_type=h_TBJ.dtype
+    ).reshape(shape)
 
 
 def of_mask(recurrent_JGH: Array, h_TBJ: Array, da_T: Array, mask_BJ: Array) -> Array:
     """The gradient of a mask, in its shape."""
     da_TBGH = da_T.reshape(*da_T.shape[:2], *recurrent_JGH.shape[1:])
-    axes = "tbgh,jgh,tbj->bgj" if mask_BJ.ndim == 3 else "tbgh,jgh,tbj->bj"
+    axes = "tbgh,jgh,tbj->bgj" if per_gate(mask_BJ) else "tbgh,jgh,tbj->bj"
     h_TBJ, recurrent_JGH = h_TBJ.astype(mask_BJ.dtype), recurrent_JGH.astype(mask_BJ.dtype)
     return jnp.einsum(axes, da_TBGH.astype(mask_BJ.dtype), recurrent_JGH, h_TBJ)
 
