@@ -72,6 +72,8 @@ __getattr__, __dir__ = lazily(
     {
         "config": ("Config", "MeshConfig", "TrainConfig", "load_config"),
         "errors": ("ArgumentError", "UserError"),
+        "convert": (),
+        "errors": ("UserError",),
         "inference": ("Run", "load"),
         "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
         "nn.layers": ("RNN", "Bidirectional", "ScannedRNN", "Stack"),
@@ -85,6 +87,7 @@ __getattr__, __dir__ = lazily(
         "nn.recurrence": ("backends", "portable"),
         "nn.segments": ("SegmentModel",),
         "nn.variants": ("LayerNormGRUCell", "LayerNormLSTMCell", "ProjectedLSTMCell"),
+        "nnx": (),
         "tasks.classification": ("Classification",),
         "tasks.forecasting": ("Forecasting",),
         "tasks.language": ("LanguageModeling",),

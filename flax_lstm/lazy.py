@@ -11,11 +11,14 @@ def lazily(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package.
 
-    homes: for each of its modules, the names that the package gives as its own.
+    homes: for each of its modules, the names that the package gives as its own. The modules
+    themselves are names of it too.
     """
     module_of = {name: module for module, names in homes.items() for name in names}
 
     def getattribute(name: str) -> Any:
+        if name in homes:
+            return importlib.import_module(f"{package}.{name}")
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
