@@ -71,9 +71,8 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "config": ("Config", "MeshConfig", "TrainConfig", "load_config"),
-        "errors": ("ArgumentError", "UserError"),
         "convert": (),
-        "errors": ("UserError",),
+        "errors": ("ArgumentError", "UserError"),
         "inference": ("Run", "load"),
         "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
         "nn.layers": ("RNN", "Bidirectional", "ScannedRNN", "Stack"),
