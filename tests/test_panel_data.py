@@ -205,3 +205,16 @@ def test_settings_that_make_no_sense():
         with pytest.raises(UserError, match=r"data\."):
             PanelTable(**settings)
     assert replace(PanelTable(), path="x.csv").absolute().path == str(Path("x.csv").absolute())
+
+
+def test_a_last_run_can_train_on_what_validated(tmp_path):
+    frame = panel()
+    (tmp_path / "all").mkdir()
+    apart, whole = load(tmp_path, frame), load(tmp_path / "all", frame, train_on_validation=True)
+    assert whole.size("train") == apart.size("train") + 3 * 3  # three more steps of three series
+    last = values(whole, "train", "targets").reshape(-1, 3)
+    for name in LENGTHS:
+        y = frame.loc[frame.unique_id == name, "y"].to_numpy()
+        assert np.isclose(last, y[-6:-3], rtol=1e-5).all(axis=1).any()
+        assert not np.isclose(last[:, -1], y[-3], rtol=1e-5).any()
+    assert whole.size("test") == apart.size("test") and whole.size("validation") == 3

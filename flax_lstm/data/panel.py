@@ -61,6 +61,8 @@ class PanelTable(InMemory):
     season: int = 0  # steps of a season; 0: natural for the frequency; 1: none
     validation: int = 0  # steps of each series before the test that validate; 0: one horizon
     test: int = 0  # last steps of each series that test; 0: one horizon
+    # Train on the steps that validate as well, for a last run once all settings are chosen
+    train_on_validation: bool = False
     calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
     holidays: str = ""  # tell the model the holidays of a country, such as DE; empty: none
     # absent values: error, mask (the model is told), interpolate (in time), forward_fill, drop (the
@@ -105,7 +107,8 @@ class PanelTable(InMemory):
         ends = np.array([track.rows for track in tracks])
         before_test = np.maximum(ends - test, 1)
         train = np.maximum(before_test - validation, 1)
-        scale = info.scale_of(tracks, [int(n) for n in train])
+        learned = before_test if self.train_on_validation else train
+        scale = info.scale_of(tracks, [int(n) for n in learned])
         if fitted is None:
             # The largest scale of any series is the unit of sums over all of them.
             info = replace(info, std=tuple(scale.std_PD.max(axis=0).tolist()))
@@ -119,7 +122,9 @@ class PanelTable(InMemory):
         )
         windows = {
             split: scored(first_W, info.horizon, buffer.observed_RC)
-            for split, first_W in _windows(info, train, before_test, ends, buffer.begins).items()
+            for split, first_W in _windows(
+                info, learned, (train, before_test, ends), buffer.begins
+            ).items()
         }
         for split in SPLITS:
             require(
@@ -189,15 +194,17 @@ class PanelTable(InMemory):
 
 
 def _windows(
-    info: SeriesInfo, train_P: Array, test_P: Array, ends_P: Array, begins: Array
+    info: SeriesInfo, learned_P: Array, borders: tuple[Array, Array, Array], begins: Array
 ) -> dict[str, Array]:
-    """The windows of each split. Training windows have a whole look-back before them, except where
-    a series has no such window."""
+    """The windows of each split. Those of training end with `learned_P` rows and have a whole
+    look-back before them, except where a series has no such window; validation, test and the end
+    of the series are where `borders` say."""
     found: dict[str, list[Array]] = {split: [] for split in SPLITS}
-    for train, test, end, begin in zip(train_P, test_P, ends_P, begins[:-1], strict=True):
-        whole = info.lookback <= train - info.horizon
+    for learned, *edges, begin in zip(learned_P, *borders, begins[:-1], strict=True):
+        whole = info.lookback <= learned - info.horizon
         least = info.lookback if whole else min(info.lookback, max(info.season, info.horizon))
-        borders = {"train": (least, train), "validation": (train, test), "test": (test, end)}
-        for split, (first, last) in borders.items():
+        validation, test, end = edges
+        splits = {"train": (least, learned), "validation": (validation, test), "test": (test, end)}
+        for split, (first, last) in splits.items():
             found[split].append(begin + np.arange(max(first, 1), last - info.horizon + 1))
     return {split: np.concatenate(parts).astype(np.int64) for split, parts in found.items()}
