@@ -111,8 +111,8 @@ class Backtest:
             )
         return (
             f"{rule} is as good or better: MASE {theirs:.4g} against {ours:.4g}, {tested}. Try a "
-            "longer --data.lookback (several seasons), --model.window standard, --model.cycle "
-            "True, or covariates (--data.future); or use the rule."
+            "longer --data.lookback (several seasons), --model.window seasonal, --model.cycle "
+            "True, or columns known in advance (--data.future); or use the rule."
         )
 
     def rows(self) -> pd.DataFrame:

@@ -130,3 +130,17 @@ def test_commands_of_documents_name_configs_and_flags_that_exist(path):
     for arguments in commands(path, "python -m flax_lstm plan "):
         options, _ = parse_with_config(plan.Options, arguments, "plan", "")
         assert parse_topology(options.topology)
+
+
+def test_forecasting(tmp_path, monkeypatch, capsys, quick_compile):
+    """Every command of the page, in order, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "docs" / "forecasting.md"
+    run_in_order(path, "forecasting_document")
+    few = "--train.steps 4 --train.eval-every 4 --train.batch-size 8 --model.hidden-size 4"
+    for line in "".join(blocks(path, "bash")).splitlines():
+        words = line.removeprefix("flax-lstm ")
+        outcome = call(capsys, f"{words} {few} --mesh.data 1" if words[:5] == "train" else words)
+        assert outcome.code == 0, f"{line}: {outcome.err}"
+    assert (tmp_path / "runs/series_table/plots/backtest.png").exists()
+    assert (tmp_path / "tomorrow.csv").read_text().count("\n") == 1 + 24

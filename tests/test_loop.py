@@ -19,7 +19,7 @@ from small_runs import fit
 from flax_lstm import UserError, load
 from flax_lstm.machine.sharding import put_batch
 from flax_lstm.runs.journal import MetricsLog
-from flax_lstm.runs.report import params_sha256
+from flax_lstm.runs.report import beaten, params_sha256
 from flax_lstm.training.checkpoint import initial_params
 from flax_lstm.training.loop import batches
 from flax_lstm.training.progress import Best
@@ -380,3 +380,17 @@ def test_given_parameters_begin_a_run_where_they_fit(tmp_path, capsys):
     assert result["params_sha256"] != fit(config, tmp_path / "other")["params_sha256"]
     with pytest.raises(UserError, match="none fits"):
         fit(config, tmp_path / "none", params={"head": {"kernel": np.zeros(3)}})
+
+
+def test_a_forecaster_that_loses_to_a_rule_is_told_what_to_try():
+    result = {
+        "task": "Forecasting",
+        "test": {"mase": 1.2},
+        "validation": {"mase": 0.5},
+        "baselines": {"last_value": {"mase": 3.0}, "seasonal_naive": {"mase": 1.1}},
+    }
+    assert beaten(result).startswith("seasonal_naive is as good or better: mase 1.1 against 1.2.")
+    assert "--model.window seasonal" in beaten(result)
+    assert beaten({**result, "test": {"mase": 1.0}}) == ""
+    assert beaten({**result, "test": None}) == ""  # validation it is
+    assert beaten({**result, "task": "Classification"}) == ""

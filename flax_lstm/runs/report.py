@@ -77,3 +77,23 @@ def report(result: dict[str, Any], folder: Workdir, console: Console) -> None:
         soft_wrap=True,
         highlight=False,
     )
+    if told := beaten(result):
+        console.print(told, soft_wrap=True, highlight=False)
+
+
+def beaten(result: dict[str, Any]) -> str:
+    """What to say where a forecaster loses to a naive rule, and what to try; empty elsewhere."""
+    figures = result["test"] or result["validation"]
+    if result.get("task") != "Forecasting" or figures.get("mase") is None:
+        return ""
+    rules = {name: found.get("mase") for name, found in result["baselines"].items()}
+    known = {name: value for name, value in rules.items() if value is not None}
+    name = min(known, key=lambda n: known[n], default="")
+    if not name or known[name] > figures["mase"]:
+        return ""
+    return (
+        f"{name} is as good or better: mase {known[name]:.4g} against {figures['mase']:.4g}. Try "
+        "a longer --data.lookback (several seasons), --model.window seasonal, --model.cycle True, "
+        "or columns known in advance (--data.future); flax-lstm backtest "
+        "DIR says more. A series close to a random walk has nothing to learn: take the rule."
+    )
