@@ -10,8 +10,6 @@ The widths are those of `imdb_lm`; its vocabulary is taken over.
 from flax_lstm import Classification, Config, TextModel, TrainConfig
 from flax_lstm.data import Imdb
 
-EPOCH = 705  # steps: 22,558 training reviews in batches of 32
-
 
 def get_config() -> Config:
     return Config(
@@ -20,8 +18,8 @@ def get_config() -> Config:
         task=Classification(),
         model=TextModel(
             cell="lstm",
-            hidden_size=512,
-            embed_size=256,
+            hidden_size=256,
+            embed_size=128,
             embed_dropout=0.1,
             dropout=0.3,
             recurrent_dropout=0.1,
@@ -30,7 +28,7 @@ def get_config() -> Config:
             head_dropout=0.3,
         ),
         train=TrainConfig(
-            steps=3 * EPOCH,
+            steps=1_400,
             batch_size=32,
             learning_rate=2e-3,
             layer_decay=0.6,
@@ -39,7 +37,7 @@ def get_config() -> Config:
             warmup_steps=50,
             schedule="cosine",
             ema=0.995,
-            eval_every=EPOCH,
+            eval_every=350,
             checkpoint_every=200,
         ),
     )

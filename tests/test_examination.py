@@ -13,6 +13,7 @@ import small_runs
 
 from flax_lstm import UserError, fit, load
 from flax_lstm.__main__ import main
+from flax_lstm.commands import evaluate
 from flax_lstm.tasks import linear
 from flax_lstm.tasks.examination import (
     Answers,
@@ -102,6 +103,14 @@ def test_a_class_that_never_occurs_has_no_recall():
     assert rows[1]["recall"] == 0 and rows[1]["precision"] is None
 
 
+def test_labels_and_texts_are_shown_as_they_are(capsys):
+    """Nothing in them is taken for markup."""
+    odd = Answers(np.eye(2)[[0, 1, 1]], np.array([0, 1, 0]), np.ones(3, int), ["a", "b", "[/c]"])
+    evaluate.show(examine(odd, ("[/x]", ":smile:"), None))
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("[/x]", ":smile:", "[/c]"))
+
+
 def test_the_linear_model_sees_training_texts_alone():
     pytest.importorskip("sklearn")
     train = ["a fine film", "a dull film", "fine acting", "dull acting"]
@@ -187,6 +196,7 @@ def test_evaluate_judges_new_labelled_data(folder, capsys):
     table.assign(label="odd").to_csv(folder / "odd.csv", index=False)
     assert main([*command, str(folder / "odd.csv")]) == 2
     assert "label 'odd'" in capsys.readouterr().err
+    assert (folder / "run" / "evaluation" / "input.new.json").exists()
     with pytest.raises(UserError, match="no form of labelled file"):
         small_runs.adding_run().data.labelled(folder / "new.csv", folder)
 

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm evaluate") -> int:
     whole = {**finite(numbers), **{name: figures[name] for name in names}, **found}
     task = run.config.task
     if found and isinstance(task, Examiner):
-        name = options.input.stem if options.input is not None else options.split
+        name = f"input.{options.input.stem}" if options.input is not None else options.split
         keep(options.workdir, whole, name, task.plot)
     if options.json:
         print(json.dumps(whole))
@@ -56,10 +56,15 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm evaluate") -> int:
 def keep(folder: Path, whole: Mapping[str, Any], name: str, plot: Callable[..., object]) -> None:
     """Writes what was found into the run's folder, as JSON and as a picture."""
     path = folder / "evaluation" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    plot(whole, path.with_suffix(".png"))
-    print(f"In {path.parent.absolute()}: {path.name}, {path.stem}.png", file=sys.stderr)
+    picture = path.parent / f"{name}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        plot(whole, picture)
+    except OSError as error:  # of a folder that can only be read; what was found is printed
+        print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr)
+        return
+    print(f"In {path.parent.absolute()}: {path.name}, {picture.name}", file=sys.stderr)
 
 
 def show(found: Mapping[str, Any]) -> None:
@@ -67,7 +72,7 @@ def show(found: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, highlight=False, emoji=False)  # labels and texts as they are
     labels, counts = found["confusion"]["labels"], found["confusion"]["actual_by_predicted"]
     table = Table(title="by class; then how often each was predicted")
     for heading in ("actual", "examples", "precision", "recall", "f1", *labels):
@@ -81,7 +86,6 @@ def show(found: Mapping[str, Any]) -> None:
         console.print(
             f"{group['shortest']} to {group['longest']} tokens: accuracy "
             f"{group['accuracy']:.3f} of {group['examples']}",
-            highlight=False,
         )
     calibration = found["calibration"]
     told = f"calibration error {calibration['ece']:.3f}"
@@ -90,11 +94,9 @@ def show(found: Mapping[str, Any]) -> None:
             f"; {calibration['ece_calibrated']:.3f} at temperature "
             f"{calibration['temperature']:.2f}, fitted on validation"
         )
-    console.print(told, highlight=False)
+    console.print(told)
     for error in found["errors"][:5]:
         console.print(
             f"{error['label']}, predicted {error['predicted']} with {error['probability']:.3f}: "
             f"{error['text']}",
-            markup=False,
-            highlight=False,
         )

@@ -119,12 +119,19 @@ class Task(Protocol):
         """Draws into the folder what helps to judge the model."""
 
 
+class Outputs(NamedTuple):
+    """What a module gives for examples, and what they are in truth."""
+
+    outputs: np.ndarray
+    targets: np.ndarray
+
+
 @runtime_checkable
 class Examiner(Protocol):
     """A task that can say more of a split than its figures."""
 
     def examine(
-        self, dataset: Any, split: str, outputs: np.ndarray, held_out: "Outputs | None"
+        self, dataset: Any, split: str, outputs: np.ndarray, held_out: Outputs | None
     ) -> dict[str, Any]:
         """Ready for JSON. outputs: [N, ...] for the rows of the split, as evaluation gives them.
         held_out: those of other rows, with their targets, to calibrate with."""
@@ -133,13 +140,6 @@ class Examiner(Protocol):
     def plot(self, found: dict[str, Any], path: Path) -> None:
         """Draws what `examine` found."""
         ...
-
-
-class Outputs(NamedTuple):
-    """What a module gives for examples, and what they are in truth."""
-
-    outputs: np.ndarray
-    targets: np.ndarray
 
 
 def vocabulary_size(info: object) -> int:

@@ -26,6 +26,7 @@ def linear_log_probabilities(
     except ImportError:
         log.info("no linear baseline without scikit-learn: pip install 'flax-lstm[text]'")
         return None
+    log.info("fitting a linear model to %s texts (task.linear False: none)", f"{len(texts):,}")
     least = 3 if len(texts) >= MANY else 1
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=least, ngram_range=(1, 2))
     try:
