@@ -228,8 +228,9 @@ class RNN(Layer, nnx.RNN):
     """Runs a cell over time, where `nnx.RNN` stood: a cell of this module by the fastest way there
     is, any other (also a subclass with a `__call__` of its own) by `nnx.RNN` itself.
 
-    dropout, recurrent_dropout, weight_dropout, backend: see `flax_lstm.RNN`; dropout draws from the
-        stream `dropout` of `rngs`, and `model.train()` and `model.eval()` turn it on and off.
+    dropout, recurrent_dropout, weight_dropout, masks_per_gate, backend: see `flax_lstm.RNN`; masks
+        are drawn from the stream `dropout` of `rngs`, and `model.train()` and `model.eval()` turn
+        them on and off.
     The other options are those of `nnx.RNN`; `unroll`, `state_axes` and `broadcast_rngs` concern
     `nnx.RNN` alone.
     """
@@ -243,6 +244,7 @@ class RNN(Layer, nnx.RNN):
         dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        masks_per_gate: bool = False,
         backend: BackendName = "auto",
         deterministic: bool = False,
         rngs: Any = True,
@@ -251,6 +253,7 @@ class RNN(Layer, nnx.RNN):
         super().__init__(cell, rngs=rngs, **options)
         self.dropout, self.recurrent_dropout = dropout, recurrent_dropout
         self.weight_dropout, self.backend = weight_dropout, backend
+        self.masks_per_gate = masks_per_gate
         self.deterministic = deterministic
         self.dropout_rngs = nnx.data(None)
         if self.drops and isinstance(rngs, nnx.Rngs):
@@ -276,6 +279,7 @@ class RNN(Layer, nnx.RNN):
             dropout=self.dropout,
             recurrent_dropout=self.recurrent_dropout,
             weight_dropout=self.weight_dropout,
+            masks_per_gate=self.masks_per_gate,
             backend=self.backend,
         )
 

@@ -84,6 +84,18 @@ BREAKAGES = {
         "if len(product.asked) == 0:",
         "tests/test_fused.py::test_other_equations_are_scanned",
     ),
+    "one mask of the inputs for all gates": Breakage(
+        "flax_lstm/nn/layers.py",
+        "ones = jnp.ones((batch, 1, cell.gates, features), x_BTD.dtype)",
+        "ones = jnp.ones((batch, 1, 1, features), x_BTD.dtype)",
+        "tests/test_keras_masks.py::test_gates_see_inputs_under_masks_of_their_own",
+    ),
+    "fused: gates share the first mask on the way back": Breakage(
+        "flax_lstm/nn/recurrence/fused.py",
+        "return jnp.sum(dh_BGJ * mask_BGJ, 1)",
+        "return jnp.sum(dh_BGJ * mask_BGJ[:, :1], 1)",
+        "tests/test_keras_masks.py::test_a_layer_draws_the_same_masks_whatever_runs_it",
+    ),
     "nnx: outputs of a reversed layer stay in their places": Breakage(
         "flax_lstm/nnx.py",
         "if reverse and not keep_order:",

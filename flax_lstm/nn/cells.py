@@ -82,6 +82,16 @@ def matmul(h_in: Array, recurrent_JGH: Array, dtype: Any, per_gate: bool) -> Arr
     return jnp.einsum(axes, h_in, recurrent_JGH, preferred_element_type=dtype)
 
 
+def input_matmul(x: Array, input_DGH: Array, dtype: Any) -> Array:
+    """Wx [..., G, H] for inputs [..., D], or [..., G * D] with those of each gate side by side
+    (under dropout masks of their own)."""
+    features, gates, _ = input_DGH.shape
+    if x.shape[-1] == features:
+        return jnp.einsum("...d,dgh->...gh", x, input_DGH, preferred_element_type=dtype)
+    x_GD = x.reshape(*x.shape[:-1], gates, features)
+    return jnp.einsum("...gd,dgh->...gh", x_GD, input_DGH, preferred_element_type=dtype)
+
+
 def lstm_step(
     weights: Weights,
     state: LSTMState,
@@ -255,10 +265,11 @@ class Cell(nn.RNNCellBase):
         return jnp.promote_types(self.compute_dtype(x), jnp.float32)
 
     def project(self, weights: Weights, x: Array) -> Array:
-        """Wx + b for inputs [..., D] -> [..., G, H]. The bias is added in the dtype of the state,
+        """Wx + b for inputs [..., D] (or one for each gate, see `input_matmul`) -> [..., G, H]. The
+        bias is added in the dtype of the state,
         in which its gradient then adds up over all rows and steps."""
         dtype, wide = self.compute_dtype(x), self.state_dtype(x)
-        x = jnp.einsum("...d,dgh->...gh", x.astype(dtype), weights.input_DGH.astype(dtype))
+        x = input_matmul(x.astype(dtype), weights.input_DGH.astype(dtype), dtype)
         return (x.astype(wide) + jnp.broadcast_to(weights.bias_GH.astype(wide), x.shape)).astype(
             dtype
         )

@@ -125,6 +125,8 @@ class RNN(nn.Module):
         sequence, shared by the gates, never applied to the carried state (Gal & Ghahramani 2016).
     weight_dropout: share of the recurrent weights dropped, one mask a batch (DropConnect, Merity et
     al. 2018).
+    masks_per_gate: `dropout` and `recurrent_dropout` have a mask for each gate, [B, G, D] and
+        [B, G, J], as Keras' layers with `recurrent_dropout` draw them. With flax_lstm's cells only.
     backend: how to run it; see `flax_lstm.backends()`. All give the same result.
     time_major: inputs, resets, outputs and states are [T, B, ...]; no copy is made for `cpu`.
     return_states: a call gives three things: final state, outputs, and the state after every step,
@@ -142,6 +144,7 @@ class RNN(nn.Module):
     dropout: float = 0.0
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    masks_per_gate: bool = False
     backend: recurrence.BackendName = "auto"
     time_major: bool = False
     return_states: bool = False
@@ -206,7 +209,10 @@ class RNN(nn.Module):
     def resolve(self, x_BTD: Any, resets: bool = False) -> Any:
         """The backend for these inputs; None: the scan. Foreign cells have no other."""
         if isinstance(self.cell, Cell):
-            dropout, layer = self.recurrent_dropout > 0, "/".join(self.path)
+            dropout: recurrence.Masks = "tied" if self.recurrent_dropout > 0 else None
+            if self.masks_per_gate and (self.dropout or self.recurrent_dropout):
+                dropout = "per gate"
+            layer = "/".join(self.path)
             case = (x_BTD, dropout, resets, self.return_states)
             return recurrence.resolve(self.backend, self.cell, *case, layer=layer)
         if self.backend not in ("auto", "scan"):
@@ -222,20 +228,27 @@ class RNN(nn.Module):
     ) -> tuple[Any, Any, Any, Array | None]:
         """Weights as they are kept, state, inputs and mask of recurrent dropout; dropout applied to
         each."""
-        if self.dropout:
+        features = x_BTD.shape[-1]
+        if self.dropout and not self.masks_per_gate:
             x_BTD = nn.Dropout(self.dropout, broadcast_dims=(1,))(
                 x_BTD, deterministic=deterministic
             )
         cell, batch = self.cell, x_BTD.shape[0]
         if not isinstance(cell, Cell):
-            if self.recurrent_dropout or self.weight_dropout:
+            if self.recurrent_dropout or self.weight_dropout or self.masks_per_gate:
                 raise ArgumentError(
-                    "recurrent_dropout and weight_dropout work with flax_lstm's cells only"
+                    "recurrent_dropout, weight_dropout and masks_per_gate work with flax_lstm's "
+                    "cells only"
                 )
             begin = cell.initialize_carry(jax.random.key(0), (batch, x_BTD.shape[2]))
             return None, begin if state is None else checks.state(state, begin), x_BTD, None
 
-        weights = self.weights(x_BTD.shape[-1])
+        weights = self.weights(features)
+        if self.dropout and self.masks_per_gate and not deterministic:
+            ones = jnp.ones((batch, 1, cell.gates, features), x_BTD.dtype)
+            mask_B1GD = nn.Dropout(self.dropout, deterministic=False)(ones)
+            x_BTGD = x_BTD[:, :, None] * mask_B1GD
+            x_BTD = x_BTGD.reshape(*x_BTD.shape[:2], -1)  # see `cells.input_matmul`
         if self.weight_dropout:
             drop = nn.Dropout(self.weight_dropout)
             weights = weights._replace(
@@ -246,7 +259,8 @@ class RNN(nn.Module):
         state = zeros if state is None else checks.state(state, zeros)
         mask_BJ = None
         if self.recurrent_dropout and not deterministic:
-            ones = jnp.ones((batch, cell.outputs), dtype)
+            gates = (cell.gates,) if self.masks_per_gate else ()
+            ones = jnp.ones((batch, *gates, cell.outputs), dtype)
             mask_BJ = nn.Dropout(self.recurrent_dropout, deterministic=False)(ones)
         return weights, state, x_BTD, mask_BJ
 

@@ -22,6 +22,7 @@ from flax_lstm.nn.cells import (
     LSTMCell,
     LSTMState,
     Weights,
+    input_matmul,
     recurrent_matmul,
 )
 
@@ -60,8 +61,7 @@ class LayerNormCell(Cell):
     def project(self, weights: Weights, x: Array) -> Array:
         """LN(Wx) + b, for inputs [..., D] -> [..., G, H]."""
         dtype, wide = self.compute_dtype(x), self.state_dtype(x)
-        w_DGH = weights.input_DGH.astype(dtype)
-        z = jnp.einsum("...d,dgh->...gh", x.astype(dtype), w_DGH, preferred_element_type=wide)
+        z = input_matmul(x.astype(dtype), weights.input_DGH.astype(dtype), wide)
         gain, bias = (
             jnp.broadcast_to(w.astype(wide), z.shape)
             for w in (weights.own.input_GH, weights.bias_GH)

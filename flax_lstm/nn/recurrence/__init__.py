@@ -15,7 +15,8 @@ A backend is a module with two functions, or more:
 are valid, `mask_BJ` is recurrent dropout (None without it). Steps at or beyond a row's length leave
 its state untouched and output zero; `reverse` reads each row from its last valid step to its first,
 outputs staying in their places. `recurrent_dropout`
-tells whether there is a mask in training: a layer has one backend, in training and out of it.
+tells of the mask in training: None, "tied" [B, J], or "per gate" [B, G, J], where the inputs too
+may be [B, T, G * D] (see `cells.input_matmul`). A layer has one backend, in training and out of it.
 `reset_BT` marks steps that are the first of a sequence of their own (None: there are none, and
 `resets` says so): no state crosses the border before such a step. A step read right after a border
 begins from zeros: read forward that is the marked step itself, read backward the one before it.
@@ -42,6 +43,7 @@ from flax_lstm.nn.recurrence import cpu, cudnn, fused
 
 log = logging.getLogger(__name__)
 
+Masks = Literal[None, "tied", "per gate"]
 BackendName = Literal["auto", "cpu", "cudnn", "fused", "scan"]
 
 # In the order in which `auto` tries them.
@@ -97,7 +99,7 @@ def resolve(
     name: BackendName,
     cell: Any,
     x_BTD: Any,
-    recurrent_dropout: bool = False,
+    recurrent_dropout: Masks = None,
     resets: bool = False,
     states: bool = False,
     layer: str = "",

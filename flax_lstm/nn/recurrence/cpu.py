@@ -80,11 +80,13 @@ class How(NamedTuple):
     states: bool  # whether c after every step is a result
 
 
-def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
+def supports(cell: Any, x_BTD: Any, recurrent_dropout: Any, resets: bool = False) -> str | None:
     """None, or why not. Subclasses may have equations of their own, so only the three cells
     themselves are taken."""
     if reason := not_textbook(cell):
         return reason
+    if recurrent_dropout == "per gate":
+        return "it has one dropout mask for all gates"
     if platform() != "cpu":
         return f"the arrays are on a {platform()}, not on a CPU"
     if model_shards() > 1:

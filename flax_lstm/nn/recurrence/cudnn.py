@@ -24,7 +24,7 @@ Array = jax.Array
 NATIVE = True
 
 
-def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
+def supports(cell: Any, x_BTD: Any, recurrent_dropout: Any, resets: bool = False) -> str | None:
     """None, or why not. A subclass may have equations of its own, so only `LSTMCell` itself is
     taken."""
     if type(cell) is not LSTMCell:

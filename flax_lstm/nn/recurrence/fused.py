@@ -333,7 +333,7 @@ RULES: dict[type[Cell], Rule] = {
 }
 
 
-def supports(cell: Any, x_BTD: Any, recurrent_dropout: bool, resets: bool = False) -> str | None:
+def supports(cell: Any, x_BTD: Any, recurrent_dropout: Any, resets: bool = False) -> str | None:
     """None, or why not."""
     if not_textbook(cell) is None:
         return None
