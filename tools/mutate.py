@@ -400,8 +400,8 @@ BREAKAGES = {
     ),
     "bfloat16: gradients of all steps add up in it": Breakage(
         "flax_lstm/nn/layers.py",
-        "weights = self.weights(x_BTD.shape[-1])\n",
-        "weights = cell.cast(self.weights(x_BTD.shape[-1]), x_BTD)\n",
+        "weights = self.weights(features)\n",
+        "weights = cell.cast(self.weights(features), x_BTD)\n",
         "tests/test_bfloat16.py::test_gradients_add_up_in_float32",
     ),
     "bfloat16: gradients multiplied in float32": Breakage(
