@@ -91,7 +91,9 @@ class Chaos:
         self.whole = the_end(folder / "whole")
 
     def new(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.folder)) / "run"
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        shutil.copy(self.folder / "table.csv", folder)
+        return folder / "run"
 
     def bytes(self, number: int) -> str:
         """A bit flipped, a file cut, emptied or deleted, in the latest checkpoint or the assets."""

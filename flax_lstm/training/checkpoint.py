@@ -32,7 +32,7 @@ from flax_lstm.training.steps import TrainState
 
 # Orbax reports every save and restore as a warning or info of its own; its errors reach the user as
 # ours.
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from flax_lstm.config import Config
 from flax_lstm.data.base import Batch, BatchSource, Dataset
 from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.errors import UserError, require
-from flax_lstm.machine.distributed import first_then_all, is_first
+from flax_lstm.machine.distributed import first_then_all, is_first, meet
 from flax_lstm.machine.malloc import trim_malloc
 from flax_lstm.machine.sharding import put_batch
 from flax_lstm.runs.journal import Diverged, Journal, finite
@@ -75,8 +75,7 @@ def fit(
 
     profile: trace a few steps into `workdir/profile` and print what takes longest.
     test: at the end, evaluate the best checkpoint and the baselines on the test split. Without it
-    that split is not read, the baselines are those on validation, and `result["test"]` is None: for
-    choosing settings.
+    that split stays unread, baselines are those on validation, and `result["test"]` is None.
     plots: draw the curves, and what the task has to show.
     params: a tree of arrays to begin a new run with. Those that have the path and shape of one of
     the model's are taken, and it is said which; the model's others begin as ever.
@@ -116,6 +115,7 @@ def fit(
             if plots:
                 session.draw(journal, test)
             own.write_result(result)
+            meet("finished")  # without the limit that JAX sets to waiting at its own end
     report(result, folder, console)
     return result
 
