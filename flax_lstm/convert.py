@@ -51,6 +51,7 @@ class _Direction(NamedTuple):
     recurrent_JGH: Array
     input_bias_GH: Array
     recurrent_bias_GH: Array
+    projection_HP: Array | None = None  # of PyTorch's LSTM with proj_size
 
     def to_cell(self) -> Tree:
         """Our parameters: biases are added up, except where the reset gate stands between them."""
@@ -63,6 +64,8 @@ class _Direction(NamedTuple):
         if len(bias_GH) == 3:
             cell["bias"][2] = bias_GH[2]
             cell["recurrent_bias"] = recurrent_bias_GH[2]
+        if self.projection_HP is not None:
+            cell["projection_weight"] = self.projection_HP
         return {name: np.array(array, order="C") for name, array in cell.items()}
 
     @classmethod
@@ -76,7 +79,20 @@ class _Direction(NamedTuple):
         recurrent_bias_GH = np.zeros_like(bias_GH)
         if "recurrent_bias" in cell:
             recurrent_bias_GH[2] = np.asarray(cell["recurrent_bias"])
-        return cls(np.array(cell["input"]), np.array(cell["recurrent"]), bias_GH, recurrent_bias_GH)
+        projection = cell.get("projection_weight")
+        return cls(
+            np.array(cell["input"]),
+            np.array(cell["recurrent"]),
+            bias_GH,
+            recurrent_bias_GH,
+            None if projection is None else np.array(projection),
+        )
+
+    def plain(self, library: str) -> "_Direction":
+        """Itself, where it has nothing that the library's layers lack."""
+        if self.projection_HP is not None:
+            raise UserError(f"{library} has no LSTM with a projection; PyTorch has one.")
+        return self
 
 
 Layer = Sequence[_Direction]  # one, or forward and backward
@@ -139,7 +155,9 @@ def from_torch(state_dict: Mapping[str, Any] | Iterable[tuple[str, Any]], prefix
     up, but the GRU candidate's `bias_hh` becomes our `recurrent_bias`. PyTorch hands over states as
     (h, c), stacked over layers and directions; ours are `LSTMState(c, h)`, a tuple over layers.
 
-    Raises `UserError` on `proj_size`, and on names that are not of such a module.
+    An LSTM with `proj_size` gives the parameters of `ProjectedLSTMCell`.
+
+    Raises `UserError` on names that are not of such a module.
 
         module = torch.nn.LSTM(8, 64, num_layers=2, batch_first=True)
         params = from_torch(module.state_dict())
@@ -152,11 +170,6 @@ def from_torch(state_dict: Mapping[str, Any] | Iterable[tuple[str, Any]], prefix
         for name, tensor in everything.items()
         if name.startswith(prefix)
     }
-    if any(name.startswith("weight_hr_") for name in weights):
-        raise UserError(
-            "An LSTM with proj_size (weight_hr_*) has no counterpart here; train it without "
-            "proj_size."
-        )
     layers: list[Layer] = []
     while f"weight_ih_l{len(layers)}" in weights:
         suffixes = [f"l{len(layers)}", f"l{len(layers)}_reverse"]
@@ -194,7 +207,8 @@ def _torch_array(tensor: Any) -> Array:
 def _torch_direction(weights: dict[str, Any], suffix: str) -> _Direction:
     """Takes one direction out of `weights`: matrices [G * H, D] and [G * H, J], biases [G * H]."""
     weight_ih, weight_hh = (weights.pop(f"weight_{kind}_{suffix}") for kind in ("ih", "hh"))
-    hidden = weight_hh.shape[1]
+    weight_hr = weights.pop(f"weight_hr_{suffix}", None)
+    hidden = (weight_hh if weight_hr is None else weight_hr).shape[1]
     gates = _count_gates(weight_hh.shape[0], hidden)
     none = np.zeros(gates * hidden, weight_hh.dtype)
     return _Direction(
@@ -202,6 +216,7 @@ def _torch_direction(weights: dict[str, Any], suffix: str) -> _Direction:
         weight_hh.reshape(gates, hidden, -1).transpose(2, 0, 1),
         weights.pop(f"bias_ih_{suffix}", none).reshape(gates, hidden),
         weights.pop(f"bias_hh_{suffix}", none).reshape(gates, hidden),
+        None if weight_hr is None else weight_hr.T,
     )
 
 
@@ -232,6 +247,8 @@ def to_torch(params: Mapping[str, Any], prefix: str = "") -> dict[str, Array]:
             )
             weights[f"bias_ih_l{n}{suffix}"] = d.input_bias_GH.reshape(-1)
             weights[f"bias_hh_l{n}{suffix}"] = d.recurrent_bias_GH.reshape(-1)
+            if d.projection_HP is not None:
+                weights[f"weight_hr_l{n}{suffix}"] = np.ascontiguousarray(d.projection_HP.T)
     return {prefix + name: array for name, array in weights.items()}
 
 
@@ -309,6 +326,7 @@ def to_keras(params: Mapping[str, Any]) -> list[list[Array]]:
 
 
 def _to_keras_direction(d: _Direction) -> list[Array]:
+    d = d.plain("Keras")
     gates, hidden = d.input_bias_GH.shape
     order = KERAS_GRU if gates == 3 else slice(None)
     kernels = [w[:, order].reshape(-1, gates * hidden) for w in (d.input_DGH, d.recurrent_JGH)]
@@ -398,6 +416,7 @@ def to_flax(params: Mapping[str, Any]) -> list[Tree]:
 
 
 def _to_flax_cell(d: _Direction) -> Tree:
+    d = d.plain("Flax")
     gates = GATES[len(d.input_bias_GH)]
     sides = {"i": d.input_DGH, "h": d.recurrent_JGH}
     cell: Tree = {

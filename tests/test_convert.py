@@ -177,6 +177,34 @@ def test_parameters_that_require_gradients_and_bfloat16(dtype: Any) -> None:
     assert_same(convert.from_torch(named_parameters), params)
 
 
+def projected() -> Any:
+    """Two layers of H units with 2 outputs."""
+    rng = np.random.default_rng(0)
+    sizes = {"input": (4, H), "recurrent": (2, 4, H), "bias": (4, H), "projection_weight": (H, 2)}
+    return {
+        f"layers_{n}": {
+            "cell": {
+                name: rng.normal(size=(inputs, *size) if name == "input" else size)
+                for name, size in sizes.items()
+            }
+        }
+        for n, inputs in enumerate((D, 2))
+    }
+
+
+def test_an_lstm_with_a_projection_goes_to_torch_and_back() -> None:
+    weights = convert.to_torch(projected())
+    shapes = {name: w.shape for name, w in weights.items() if name.endswith("l1")}
+    assert shapes == {
+        "weight_ih_l1": (4 * H, 2),
+        "weight_hh_l1": (4 * H, 2),
+        "weight_hr_l1": (2, H),
+        "bias_ih_l1": (4 * H,),
+        "bias_hh_l1": (4 * H,),
+    }
+    assert_same(convert.from_torch(weights), projected())
+
+
 def torch_weights(**changes: Any) -> Any:
     return convert.to_torch(random_params("lstm", False)) | changes
 
@@ -184,7 +212,8 @@ def torch_weights(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     "refused, says",
     [
-        (lambda: convert.from_torch(torch_weights(weight_hr_l0=np.zeros((2, H)))), "proj_size"),
+        (lambda: convert.to_keras(projected()), "Keras has no LSTM with a projection"),
+        (lambda: convert.to_flax(projected()), "Flax has no LSTM with a projection"),
         (
             lambda: convert.from_torch({f"lstm.{k}": w for k, w in torch_weights().items()}),
             r"under these prefixes: 'lstm\.'; pass one as prefix",

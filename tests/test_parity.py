@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax_lstm import convert
 from flax_lstm.nn.cells import CELLS, LSTMState
 from flax_lstm.nn.layers import RNN, Bidirectional, Stack
+from flax_lstm.nn.variants import ProjectedLSTMCell
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -188,6 +189,38 @@ def test_live_torch(cell: str, bidirectional: bool) -> None:
     params = random_params(cell, 2, bidirectional)
     module.load_state_dict({name: torch.tensor(w) for name, w in convert.to_torch(params).items()})
     np.testing.assert_allclose(ours(cell, params, 2, bidirectional), theirs(), atol=1e-5)
+
+
+@each_case
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_live_torch_with_a_projection(bidirectional: bool) -> None:
+    """Outputs, final states and the gradient of the projection."""
+    torch = pytest.importorskip("torch")
+    module = torch.nn.LSTM(
+        D, H, num_layers=2, proj_size=2, batch_first=True, bidirectional=bidirectional
+    )
+    x, (h, c) = module(torch.tensor(inputs))
+    torch.sin(x).sum().backward()
+
+    def rnn() -> RNN:
+        return RNN(ProjectedLSTMCell(H, projection=2))
+
+    stack = Stack([Bidirectional(rnn(), rnn()) if bidirectional else rnn() for _ in range(2)])
+
+    def loss(params: Any) -> Any:
+        final, y_BTH = stack.apply({"params": params}, inputs)
+        return jnp.sum(jnp.sin(y_BTH)), (final, y_BTH)
+
+    params = convert.from_torch(module.named_parameters())
+    gradient, (final, y_BTH) = jax.grad(loss, has_aux=True)(params)
+    np.testing.assert_allclose(y_BTH, x.detach().numpy(), atol=1e-6)
+    parts = final if not bidirectional else [part for pair in final for part in pair]
+    for n, part in enumerate(parts):
+        np.testing.assert_allclose(part.h_BH, h[n].detach().numpy(), atol=1e-6)
+        np.testing.assert_allclose(part.c_BH, c[n].detach().numpy(), atol=1e-6)
+    theirs = module.weight_hr_l0.grad.numpy().T
+    layer = gradient["layers_0"]["forward"] if bidirectional else gradient["layers_0"]
+    np.testing.assert_allclose(layer["cell"]["projection_weight"], theirs, atol=1e-5)
 
 
 @each_cell

@@ -96,6 +96,12 @@ BREAKAGES = {
         "return jnp.sum(dh_BGJ * mask_BGJ[:, :1], 1)",
         "tests/test_keras_masks.py::test_a_layer_draws_the_same_masks_whatever_runs_it",
     ),
+    "layer norm of each gate by itself": Breakage(
+        "flax_lstm/nn/variants.py",
+        "return normalise(rh_BGH, 2) * weights.own.recurrent_GH[None]",
+        "return normalise(rh_BGH, 1) * weights.own.recurrent_GH[None]",
+        "tests/test_variants.py::test_the_equations_in_numpy",
+    ),
     "nnx: outputs of a reversed layer stay in their places": Breakage(
         "flax_lstm/nnx.py",
         "if reverse and not keep_order:",
