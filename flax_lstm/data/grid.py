@@ -133,6 +133,9 @@ def regular(
     """
     if missing == "drop" or len(times) < 3:
         return Regular(times, values_RD, np.arange(len(times)), 0, "")
+    steps = np.diff(times.as_unit("ns").asi8)
+    if frequency.seconds <= 7 * DAY and (steps == round(frequency.seconds * 1e9)).all():
+        return Regular(times, values_RD, np.arange(len(times)), 0, "")
     grid = pd.date_range(times[0], times[-1], freq=frequency.name)
     places = grid.get_indexer(times)
     if (places < 0).any():
