@@ -64,6 +64,10 @@ def test_extend(tmp_path, monkeypatch, quick_compile):
     )
 
 
+def test_convert(quick_compile):
+    run_in_order(ROOT / "docs" / "convert.md", "convert_document")
+
+
 def test_extend_as_the_config_file_it_says_it_is(tmp_path, monkeypatch, capsys, quick_compile):
     """The same blocks, short of the last that trains, in a file: flags reach the own classes, and
     the run reloads."""
