@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
 
+import flax_lstm
 from flax_lstm.nn.cells import CELLS
 from flax_lstm.nn.layers import RNN
-from flax_lstm.nn.recurrence import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -32,22 +33,16 @@ def layer(name: str, backend: str) -> tuple[Function, Any]:
     """A number (weights, x) -> loss, and random weights and inputs."""
     rnn = RNN(CELLS[name](H), backend=backend)
     rng = np.random.default_rng(0)
-    resets = (
-        RESETS
-        if backend == "scan"
-        or not BACKENDS[backend].supports(rnn.cell, jnp.zeros((B, T, D)), False, True)
-        else None
-    )
     x_BTD = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
     shapes = jax.eval_shape(rnn.init, jax.random.key(0), x_BTD)
     variables = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), shapes)
 
     def loss(variables: Any, x_BTD: Any) -> Any:
-        state, y_BTH = rnn.apply(variables, x_BTD, LENGTHS, reset_BT=resets)
+        state, y_BTH = rnn.apply(variables, x_BTD, LENGTHS, reset_BT=RESETS)
         ends = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(state))
         return jnp.sum(jnp.sin(y_BTH)) + ends
 
-    return loss, (variables, x_BTD), resets is not None
+    return loss, (variables, x_BTD)
 
 
 def like(tree: Any, seed: int) -> Any:
@@ -149,20 +144,13 @@ TRANSFORMATIONS: dict[str, Function] = {
 NOT_JITTED = ("pmap", "checkify")
 
 
-@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("backend", ["cpu", "fused"])
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 def test_equals_that_of_the_scan(transformation: str, backend: str) -> None:
-    check(transformation, backend, "lstm")
-
-
-def check(transformation: str, backend: str, name: str) -> None:
-    run = TRANSFORMATIONS[transformation]
     found = {}
     for one in (backend, "scan"):
-        loss, arguments, _ = layer(name, one)
-        if one == "scan" and backend == "fused":  # until it has resets
-            loss = layer(name, one)[0]
-        whole = partial(run, loss)
+        loss, arguments = layer("lstm", one)
+        whole = partial(TRANSFORMATIONS[transformation], loss)
         found[one] = (whole if transformation in NOT_JITTED else jax.jit(whole))(*arguments)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4 * max(1, np.abs(b).max())),
@@ -218,3 +206,28 @@ def table() -> str:
 def test_the_table_of_the_docs_is_what_is_run_here() -> None:
     docs = Path(__file__).parent.parent / "docs" / "backends.md"
     assert table() in docs.read_text(), f"docs/backends.md lacks:\n{table()}"
+
+
+def test_portable_programs_are_for_any_batch_and_any_time() -> None:
+    """Exported with symbolic sizes, whatever backend the layer names; its gradient too."""
+    rnn = RNN(CELLS["gru"](H), backend="cpu")
+    variables = rnn.init(jax.random.key(0), jnp.zeros((B, T, D)))
+
+    def loss(x_BTD: Any, lengths_B: Any) -> Any:
+        return jnp.sum(rnn.apply(variables, x_BTD, lengths_B)[1] ** 2)
+
+    batch, time = jax.export.symbolic_shape("batch, time")
+    x = jax.ShapeDtypeStruct((batch, time, D), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    with flax_lstm.portable():
+        exported = jax.export.export(jax.jit(jax.value_and_grad(loss)))(x, lengths)
+    assert "@flax_lstm" not in exported.mlir_module()
+    for rows, steps in ((2, 5), (3, 1)):
+        rng = np.random.default_rng(rows)
+        x_BTD = jnp.asarray(rng.normal(size=(rows, steps, D)), jnp.float32)
+        lengths_B = jnp.asarray(rng.integers(0, steps + 1, rows), jnp.int32)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6),
+            exported.call(x_BTD, lengths_B),
+            jax.value_and_grad(loss)(x_BTD, lengths_B),
+        )

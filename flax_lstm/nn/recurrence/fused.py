@@ -38,8 +38,8 @@ more than `KEEP` bytes on a device, time is cut into about sqrt(T) chunks: only 
 them are kept, and the backward pass runs each chunk once more (Chen et al. 2016, "Training deep
 nets with sublinear memory cost").
 
-The derivative is a `jax.custom_vjp`: reverse mode only. For forward mode (`jax.jvp`,
-`jax.linearize`, `jax.hessian`) take the backend "scan".
+`primitives.py` makes it take every transformation; derivatives beyond those of `jax.grad` are taken
+of the forward pass as JAX sees it.
 """
 
 import math
@@ -50,6 +50,7 @@ from typing import Any, ClassVar, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import InconclusiveDimensionOperation
 
 from flax_lstm.errors import ArgumentError
 from flax_lstm.machine.sharding import current_mesh, model_shards, platform
@@ -65,6 +66,7 @@ from flax_lstm.nn.cells import (
     not_textbook,
     recurrent_matmul,
 )
+from flax_lstm.nn.recurrence.primitives import Derivable, alike
 from flax_lstm.nn.recurrence.rows import fresh, where_rows, without_padding
 
 Array = jax.Array
@@ -371,7 +373,7 @@ def run(
     # Of a derived rule about three arrays for each gate.
     arrays = (3 if rule.again else 1) * cell.gates + 2
     kept = time * batch * units * arrays * cell.state_dtype(x_BTD).itemsize
-    if kept <= KEEP * (jax.device_count() if current_mesh() is None else 1):
+    if fits(kept, KEEP * (jax.device_count() if current_mesh() is None else 1)):
         return run_chunk(rule, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, fresh_BT)
     # In the dtype of the state, so that the gradients of all chunks add up in it.
     wide_weights = jax.tree.map(lambda w: w.astype(cell.state_dtype(x_BTD)), weights)
@@ -395,6 +397,15 @@ def run(
     chunks = (cut(x_BTD), None if fresh_BT is None else cut(fresh_BT), starts)
     state, y_chunks = jax.lax.scan(chunk, state, chunks, reverse=reverse)
     return state, jnp.swapaxes(y_chunks, 0, 1).reshape(batch, -1, y_chunks.shape[-1])[:, :time]
+
+
+def fits(bytes_kept: Any, limit: int) -> bool:
+    """Whether so many bytes are within a limit; a number that is not known yet, in a program
+    exported for any batch and time, is taken to be."""
+    try:
+        return bool(bytes_kept <= limit)
+    except InconclusiveDimensionOperation:
+        return True
 
 
 def run_chunk(
@@ -438,7 +449,7 @@ def run_chunk(
     )
     y_TBH = h_TBH.astype(x_TBGH.dtype)
     if lengths_B is not None:
-        valid_TB = jnp.arange(len(y_TBH))[:, None] < lengths_B[None]
+        valid_TB = jnp.arange(y_TBH.shape[0])[:, None] < lengths_B[None]
         y_TBH = jnp.where(valid_TB[:, :, None], y_TBH, 0)
     ends = [final[order.index(n)] for n in range(len(leaves))]
     return jax.tree.unflatten(structure, ends), jnp.swapaxes(y_TBH, 0, 1)
@@ -469,20 +480,8 @@ def merge(x_TB: Array) -> Array:
     return x_TB.reshape(-1, *x_TB.shape[2:]) if whole else x_TB
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def recur(
-    rule: Rule | Derived,
-    reverse: bool,
-    x_TBGH: Array,
-    recurrent_JGH: Array,
-    rest: Weights,
-    state: State,
-    mask_BJ: Array | None,
-    lengths_B: Array | None,
-    fresh_TB: Array | None,
-) -> tuple[State, Array]:
+def recur_define(rule: Rule | Derived, reverse: bool, *arrays: Any) -> tuple[State, Array]:
     """The final state, and h after each step (held where a row has ended)."""
-    arrays = (x_TBGH, recurrent_JGH, rest, state, mask_BJ, lengths_B, fresh_TB)
     return recur_forward(rule, reverse, *arrays)[0]
 
 
@@ -506,19 +505,18 @@ def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, rest, state, mask_BJ, le
             new = keep_where(t < lengths_B, new, state)
         return (new, entering(new[-1])), together((*kept, *state))
 
-    inputs = (x_TBGH, jnp.arange(len(x_TBGH)), fresh_TB)
+    inputs = (x_TBGH, jnp.arange(x_TBGH.shape[0]), fresh_TB)
     (final, _), kept_T = jax.lax.scan(step, (state, entering(state[-1])), inputs, reverse=reverse)
     # What is kept is the state before a step: a step that also read the one after could not write
     # it in place.
     before, last = each(kept_T)[-1], final[-1][None]
     h_TBH = jnp.concatenate([last, before])[:-1] if reverse else jnp.concatenate([before, last])[1:]
-    x_again = x_TBGH if rule.again else None
-    saved = (x_again, recurrent_JGH, rest, mask_BJ, lengths_B, fresh_TB, kept_T)
-    return (final, h_TBH), saved
+    return (final, h_TBH), kept_T
 
 
-def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-untyped-def]
-    x_TBGH, recurrent_JGH, rest, mask_BJ, lengths_B, fresh_TB, kept_T = residuals
+def recur_backward(rule, reverse, arrays, results, kept_T, gradients):  # type: ignore[no-untyped-def]
+    x_TBGH, recurrent_JGH, rest, _, mask_BJ, lengths_B, fresh_TB = arrays
+    x_TBGH = x_TBGH if rule.again else None
     d_final, dh_TBH = gradients
     dtype, state_dtype, shape = recurrent_JGH.dtype, dh_TBH.dtype, recurrent_JGH.shape
     through_matmul = transposed_matmul(recurrent_JGH, mask_BJ, state_dtype)
@@ -551,12 +549,14 @@ def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-unty
         return (d_before, da, fresh_B, sums), written
 
     large = rule.is_large(rest)
-    inputs = (jnp.arange(len(dh_TBH)), kept_T, dh_TBH, x_TBGH, fresh_TB)
+    inputs = (jnp.arange(dh_TBH.shape[0]), kept_T, dh_TBH, x_TBGH, fresh_TB)
     nothing = jnp.zeros((dh_TBH.shape[1], shape[1] * shape[2]), dtype)
     small = part(rest, large)[0] if rule.again else []
     sums = jax.tree.map(lambda w: jnp.zeros(w.shape, state_dtype), small)
     begin = (d_final, nothing, None if fresh_TB is None else fresh_TB[0], sums)
     ends: Any
+    leaves, structure = jax.tree.flatten(begin)
+    begin = jax.tree.unflatten(structure, alike(leaves, (dh_TBH,)))
     ends, (written_T, d_T) = jax.lax.scan(step, begin, inputs, reverse=not reverse)
     sums = ends[3]
     da_T, dx_T = each(written_T)[0], each(written_T)[-1]
@@ -573,7 +573,13 @@ def recur_backward(rule, reverse, residuals, gradients):  # type: ignore[no-unty
     return dx_TBGH, d_recurrent, d_rest, through(*ends[:3]), d_mask, None, None
 
 
-recur.defvjp(recur_forward, recur_backward)
+def recur_rows(rule: Rule | Derived, reverse: bool) -> Any:
+    """Where the rows of a batch are in arrays, results and what is kept; on a GPU that is one
+    array of another form, and an ensemble's matmuls are better batched."""
+    return None if on_gpu() else ((1, -1, -1, 0, 0, 0, 1), (0, 1), 1)
+
+
+recur = Derivable(recur_define, recur_forward, recur_backward, statics=2, rows=recur_rows)
 
 
 def per_gate(mask_BJ: Array | None) -> TypeGuard[Array]:

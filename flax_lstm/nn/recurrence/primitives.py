@@ -99,11 +99,13 @@ class Derivable:
 
     def __call__(self, *arguments: Any) -> Any:
         static, arrays = arguments[: self.statics], arguments[self.statics :]
-        leaves, tree = jax.tree.flatten(arrays)
+        given, tree = jax.tree.flatten(arrays)
+        leaves = alike(given)
+        arrays = jax.tree.unflatten(tree, leaves)
         results, saved = jax.eval_shape(partial(self.forward, *static), *arrays)
         outputs = (jax.tree.structure(results), jax.tree.structure(saved))
         call = Call(self, static, tree, *outputs, split_here())
-        found = forward_p.bind(*alike(leaves), call=call, levels=(), save=False)
+        found = forward_p.bind(*leaves, call=call, levels=(), save=False)
         return jax.tree.unflatten(call.results, found)
 
 
@@ -209,9 +211,10 @@ class Call(NamedTuple):
 
     def rows(self, save: bool) -> tuple[list[int], list[int]] | None:
         """The axis over rows of each array, and of each result."""
-        if self.of.rows is None:
+        found = self.of.rows(*self.static) if self.of.rows else None
+        if found is None:
             return None
-        inputs, results, saved = self.of.rows(*self.static)
+        inputs, results, saved = found
         outputs = spread(results, self.results) + (spread(saved, self.saved) if save else [])
         return spread(inputs, self.arrays), outputs
 
