@@ -105,7 +105,7 @@ class Derivable:
         results, saved = jax.eval_shape(partial(self.forward, *static), *arrays)
         outputs = (jax.tree.structure(results), jax.tree.structure(saved))
         call = Call(self, static, tree, *outputs, split_here())
-        found = forward_p.bind(*leaves, call=call, levels=(), save=False)
+        found = bind(forward_p, *leaves, call=call, levels=(), save=False)
         return jax.tree.unflatten(call.results, found)
 
 
@@ -249,22 +249,39 @@ def backward(*operands: Array, call: Call, levels: Levels) -> Leaves:
     return alike(nest(call.pull_fast, levels)(*operands), operands)
 
 
-def define(
-    primitive: Primitive, function: Callable[..., Leaves], like: Callable[..., Any], *names: str
-) -> None:
-    """A primitive of several results that is run as the function says. `like(call, avals)` are
-    those of the results, where they are known without tracing."""
-    primitive.multiple_results = True
-    eager = jax.jit(primitive.bind, static_argnames=("call", "levels", *names))
-    primitive.def_impl(eager)
+def bind(primitive: Primitive, *operands: Array, **static: Any) -> Any:
+    """The primitive with what it runs as one of its parameters, for all that look into a program:
+    counts of operations, for example."""
+    jaxpr = None
+    if primitive is not tangent_p:
+        run = partial(RUN[primitive], **static)
+        jaxpr = jax.make_jaxpr(run)(*map(jax.typeof, operands))
+    return primitive.bind(*operands, jaxpr=jaxpr, **static)
 
-    def shapes(*avals: Any, **static: Any) -> list[Any]:
+
+RUN: dict[Primitive, Callable[..., Leaves]] = {
+    forward_p: forward,
+    tangent_p: tangent,
+    backward_p: backward,
+}
+
+
+def define(primitive: Primitive, like: Callable[..., Any], *names: str) -> None:
+    """A primitive of several results, run as `RUN` says. `like(call, avals)` are those of the
+    results, where they are known without tracing."""
+    primitive.multiple_results = True
+    function = RUN[primitive]
+    eager = jax.jit(partial(bind, primitive), static_argnames=("call", "levels", *names))
+    primitive.def_impl(lambda *operands, jaxpr, **static: eager(*operands, **static))
+
+    def shapes(*avals: Any, jaxpr: Any, **static: Any) -> list[Any]:
         known = None if static["levels"] else like(static["call"], avals)
-        return known or list(jax.make_jaxpr(partial(function, **static))(*avals).out_avals)
+        jaxpr = jaxpr or jax.make_jaxpr(partial(function, **static))(*avals)
+        return known or list(jaxpr.out_avals)
 
     primitive.def_abstract_eval(shapes)
 
-    def lower(context: Any, *operands: Any, **static: Any) -> Any:
+    def lower(context: Any, *operands: Any, jaxpr: Any, **static: Any) -> Any:
         with lowering(context.module_context.axis_context):
             return mlir.lower_fun(function, multiple_results=True)(context, *operands, **static)
 
@@ -279,15 +296,15 @@ def like_floats(call: Call, avals: Any) -> Any:
     return list(filter(is_float, avals[: call.arrays.num_leaves]))
 
 
-define(forward_p, forward, lambda call, avals: None, "save")
-define(tangent_p, tangent, like_results)
-define(backward_p, backward, like_floats)
+define(forward_p, lambda call, avals: None, "save")
+define(tangent_p, like_results)
+define(backward_p, like_floats)
 
 
 def forward_jvp(
-    leaves: Any, tangents: Any, *, call: Call, levels: Levels, save: bool
+    leaves: Any, tangents: Any, *, jaxpr: Any, call: Call, levels: Levels, save: bool
 ) -> tuple[Any, Any]:
-    everything = forward_p.bind(*leaves, call=call, levels=levels, save=True)
+    everything = bind(forward_p, *leaves, call=call, levels=levels, save=True)
     count = call.results.num_leaves
     floats = [
         ad.instantiate_zeros(t) for t, leaf in zip(tangents, leaves, strict=True) if is_float(leaf)
@@ -298,7 +315,7 @@ def forward_jvp(
         for level in levels
     )
     operands = alike([*leaves, *everything, *floats])
-    moved = tangent_p.bind(*operands, call=call, levels=inner)
+    moved = bind(tangent_p, *operands, call=call, levels=inner)
     if not save:
         return everything[:count], moved
     nothing = [ad.Zero(jax.typeof(s).to_tangent_aval()) for s in everything[count:]]
@@ -309,13 +326,17 @@ def pick(axes: Any, leaves: Any) -> list[Any]:
     return [axis for axis, leaf in zip(axes, leaves, strict=True) if is_float(leaf)]
 
 
-def tangent_jvp(operands: Any, dots: Any, *, call: Call, levels: Levels) -> tuple[Any, Any]:
-    moved = tangent_p.bind(*operands, call=call, levels=levels)
+def tangent_jvp(
+    operands: Any, dots: Any, *, jaxpr: Any, call: Call, levels: Levels
+) -> tuple[Any, Any]:
+    moved = bind(tangent_p, *operands, call=call, levels=levels)
     return moved, derivative(nest(call.push, levels), operands, dots)
 
 
-def backward_jvp(operands: Any, dots: Any, *, call: Call, levels: Levels) -> tuple[Any, Any]:
-    gradients = backward_p.bind(*operands, call=call, levels=levels)
+def backward_jvp(
+    operands: Any, dots: Any, *, jaxpr: Any, call: Call, levels: Levels
+) -> tuple[Any, Any]:
+    gradients = bind(backward_p, *operands, call=call, levels=levels)
     return gradients, derivative(nest(call.pull, levels), operands, dots)
 
 
@@ -335,7 +356,7 @@ def derivative(function: Callable[..., Leaves], operands: Any, dots: Any) -> Lea
 def transpose(to: Primitive) -> Callable[..., Any]:
     """The rule of a primitive that is linear in its last operands, and whose transpose is `to`."""
 
-    def rule(cotangents: Any, *operands: Any, call: Call, levels: Levels) -> list[Any]:
+    def rule(cotangents: Any, *operands: Any, jaxpr: Any, call: Call, levels: Levels) -> list[Any]:
         linear = [ad.is_undefined_primal(operand) for operand in operands]
         count = (
             call.results.num_leaves
@@ -345,7 +366,7 @@ def transpose(to: Primitive) -> Callable[..., Any]:
         constant = operands[: len(operands) - count]
         turned = tuple(level.transposed(count) for level in levels)
         given = alike([*constant, *map(ad.instantiate_zeros, cotangents)])
-        found = to.bind(*given, call=call, levels=turned)
+        found = bind(to, *given, call=call, levels=turned)
         every = [*[None] * len(constant), *found]
         return [x if wanted else None for x, wanted in zip(every, linear, strict=True)]
 
@@ -364,17 +385,17 @@ def to_front(operands: Any, axes: Any) -> tuple[list[Any], tuple[Any, ...], int]
 
 
 def forward_batch(
-    operands: Any, axes: Any, *, call: Call, levels: Levels, save: bool
+    operands: Any, axes: Any, *, jaxpr: Any, call: Call, levels: Levels, save: bool
 ) -> tuple[Any, Any]:
     moved, front, size = to_front(operands, axes)
     rows = None if levels else call.rows(save)
     if rows is not None and all(r >= 0 or a is None for r, a in zip(rows[0], front, strict=True)):
         folded = [fold(x, a, r, size) for x, a, r in zip(moved, front, rows[0], strict=True)]
-        results = forward_p.bind(*folded, call=call, levels=(), save=save)
+        results = bind(forward_p, *folded, call=call, levels=(), save=save)
         return [unfold(x, r, size) for x, r in zip(results, rows[1], strict=True)], rows[1]
     count = call.size(save)
     level = Level(front, (False,) * count)
-    results = forward_p.bind(*moved, call=call, levels=(*levels, level), save=save)
+    results = bind(forward_p, *moved, call=call, levels=(*levels, level), save=save)
     return results, [0] * count
 
 
@@ -392,13 +413,15 @@ def unfold(x: Array, rows: int, size: int) -> Array:
 
 
 def batch(primitive: Primitive) -> Callable[..., Any]:
-    def rule(operands: Any, axes: Any, *, call: Call, levels: Levels) -> tuple[Any, Any]:
+    def rule(
+        operands: Any, axes: Any, *, jaxpr: Any, call: Call, levels: Levels
+    ) -> tuple[Any, Any]:
         moved, front, _ = to_front(operands, axes)
         inputs = call.arrays.num_leaves
         floats = sum(map(is_float, operands[:inputs]))
         count = call.results.num_leaves if primitive is tangent_p else floats
         level = Level(front, (False,) * count)
-        results = primitive.bind(*moved, call=call, levels=(*levels, level))
+        results = bind(primitive, *moved, call=call, levels=(*levels, level))
         return results, [0] * count
 
     return rule
