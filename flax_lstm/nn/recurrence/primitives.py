@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.extend.core import ClosedJaxpr, Primitive
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 from flax_lstm.machine.sharding import lowering
 
@@ -276,7 +276,8 @@ def define(primitive: Primitive, like: Callable[..., Any], *names: str) -> None:
 
     def shapes(*avals: Any, jaxpr: Any, **static: Any) -> list[Any]:
         known = None if static["levels"] else like(static["call"], avals)
-        jaxpr = jaxpr or jax.make_jaxpr(partial(function, **static))(*avals)
+        if known is None and primitive is not forward_p:
+            jaxpr = jax.make_jaxpr(partial(function, **static))(*avals)
         return known or list(jaxpr.out_avals)
 
     primitive.def_abstract_eval(shapes)
@@ -427,6 +428,17 @@ def batch(primitive: Primitive) -> Callable[..., Any]:
     return rule
 
 
+def backward_dce(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+    """What is shown to run is without gradients that nobody asks for, as what is compiled is."""
+    if not any(used):
+        return [False] * len(equation.invars), None
+    closed = equation.params["jaxpr"]
+    inner, _ = partial_eval.dce_jaxpr(closed.jaxpr, list(used), instantiate=True)
+    shown = {"jaxpr": ClosedJaxpr(inner, closed.consts)}
+    return [True] * len(equation.invars), equation.replace(params=equation.params | shown)
+
+
+partial_eval.dce_rules[backward_p] = backward_dce
 ad.primitive_jvps[forward_p] = forward_jvp
 ad.primitive_jvps[tangent_p] = tangent_jvp
 ad.primitive_jvps[backward_p] = backward_jvp
