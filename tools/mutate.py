@@ -594,7 +594,7 @@ BREAKAGES = {
         "flax_lstm/inference.py",
         "reset=np.zeros(1, bool))",
         "reset=np.ones(1, bool))",
-        "tests/test_generation.py::test_the_likeliest_words_are_those_of_the_whole_text_at_once",
+        "tests/test_generation.py::test_word_by_word_is_the_whole_text_at_once",
     ),
     "contributions of the word before": Breakage(
         "flax_lstm/tasks/explanation.py",
