@@ -632,9 +632,10 @@ def outer_products(
 def of_mask(recurrent_JGH: Array, h_TBJ: Array, da_T: Array, mask_BJ: Array) -> Array:
     """The gradient of a mask, in its shape."""
     da_TBGH = da_T.reshape(*da_T.shape[:2], *recurrent_JGH.shape[1:])
-    axes = "tbgh,jgh,tbj->bgj" if per_gate(mask_BJ) else "tbgh,jgh,tbj->bj"
-    h_TBJ, recurrent_JGH = h_TBJ.astype(mask_BJ.dtype), recurrent_JGH.astype(mask_BJ.dtype)
-    return jnp.einsum(axes, da_TBGH.astype(mask_BJ.dtype), recurrent_JGH, h_TBJ)
+    axes = "tbgh,jgh->tbgj" if per_gate(mask_BJ) else "tbgh,jgh->tbj"
+    dh = jnp.einsum(axes, da_TBGH, recurrent_JGH, preferred_element_type=h_TBJ.dtype)
+    h = h_TBJ[:, :, None] if per_gate(mask_BJ) else h_TBJ
+    return jnp.sum(h * dh, 0).astype(mask_BJ.dtype)
 
 
 def keep_where(valid_B: Array, new: State, old: State) -> State:
