@@ -5,8 +5,8 @@ GIFT-Eval: `mase`, and its CRPS, which is `wql` here.
     python train.py --config m4_hourly --data.path m4_hourly.parquet
 
 The last 48 hours of each series test, the 48 before validate. Test mase 0.820, wql 0.0237, coverage
-0.82 of 0.8 (seeds 0 and 1); the seasonal naive has a mase of 1.193. Three minutes on a fraction of two
-busy cores. A last run, once settings are chosen, may train on what validated:
+0.82 of 0.8 (seeds 0 and 1); the seasonal naive has a mase of 1.193. Three minutes on a fraction of
+two busy cores. A last run, once settings are chosen, may train on what validated:
 --data.train-on-validation True --task.calibrate False.
 """
 

@@ -7,8 +7,9 @@ every numeric column is forecast. The frequency is found in the times, and with 
 look-back and the horizon where they are not given (--data.season, --data.lookback, --data.horizon).
 Missing times and values are an error until --data.missing says what to do with them. Columns known
 in advance: --data.future; holidays: --data.holidays DE. Many series in one table: panel_table. The
-report names the errors of naive forecasts, which are hard to beat where a series is close to
-periodic or to a random walk.
+report names the errors of naive forecasts, which are hard to beat where a series is close to a
+random walk. On the embedded hourly load (--data.path electricity): test mae 0.0775, seasonal naive
+0.0968 (docs/results.md).
 """
 
 from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig
@@ -20,7 +21,7 @@ def get_config() -> Config:
         name="series_table",
         data=SeriesTable(path="series.csv"),
         task=Forecasting(objective="mae"),
-        model=SegmentModel(cell="gru", hidden_size=128, window="last", cycle=True, dropout=0.2),
+        model=SegmentModel(cell="gru", hidden_size=128, window="seasonal", dropout=0.2),
         train=TrainConfig(
             steps=2000,
             batch_size=64,

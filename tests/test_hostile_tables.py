@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from flax_lstm.data import SeriesTable
+from flax_lstm.data.grid import Frequency
 from flax_lstm.errors import UserError
 
 ROWS = 400
@@ -105,8 +106,13 @@ def test_a_mark_of_absence_is_noticed(tmp_path, caplog):
 def test_defaults_follow_from_the_frequency(tmp_path):
     info = load(tmp_path, hourly(), {}).info
     assert (info.season, info.lookback, info.horizon) == (24, 120, 24) or info.lookback <= 168
-    for step, season in (("D", 7), ("B", 5), ("W", 52), ("MS", 12), ("h", 24), ("15min", 96)):
+    for step, season in (("D", 7), ("B", 5), ("W", 52), ("MS", 12), ("h", 24)):
         folder = tmp_path / step
         folder.mkdir()
         times = pd.date_range("1990-01-01", periods=ROWS, freq=step)
         assert load(folder, hourly(times=times), {}).info.season == season
+    assert Frequency("15min", 900.0).defaults == (96, 672, 96)
+    # Too short for two seasons of 52 weeks: none is taken.
+    (tmp_path / "short").mkdir()
+    weeks = pd.date_range("2022-01-02", periods=120, freq="W")
+    assert load(tmp_path / "short", hourly(WAVE[:120], weeks), {}).info.season == 1

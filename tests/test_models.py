@@ -352,5 +352,5 @@ def test_a_seasonal_window_adds_to_the_last_season():
     variables, found = segment_forecast(settings, x, known_from([0] * 4), form)
     close(found[..., 0, 0], x[:, [0, 1, 2, 3, 0, 1], 0], atol=1e-2)
     assert variables["params"]["profile"]["kernel"].shape == (4, 4)
-    with pytest.raises(UserError, match="needs a season and a look-back of two"):
+    with pytest.raises(UserError, match="needs a look-back of two seasons"):
         settings.forecaster(SeriesForm(7, 6, season=4))

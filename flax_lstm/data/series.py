@@ -465,8 +465,9 @@ def settle(table: Any, frequency: Frequency, train: int, others: int) -> tuple[i
     natural = frequency.defaults
     horizon = table.horizon or max(min(natural.horizon, others, max(train // 4, 1)), 1)
     room = max((train - horizon) // 2, 1)
-    season = table.season or (natural.season if natural.season < train else 1)
-    return season, table.lookback or min(natural.lookback, room), horizon
+    lookback = table.lookback or min(natural.lookback, room)
+    season = table.season or (natural.season if 2 * natural.season <= lookback else 1)
+    return season, lookback, horizon
 
 
 def say(

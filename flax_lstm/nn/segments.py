@@ -289,9 +289,10 @@ class SegmentModel:
             "shorter segment",
         )
         require(
-            self.window != "seasonal" or 1 < form.season <= form.lookback // 2,
-            f"model.window seasonal needs a season and a look-back of two: data.season "
-            f"{form.season}, data.lookback {form.lookback}",
+            self.window != "seasonal" or form.season <= form.lookback // 2,
+            f"model.window seasonal needs a look-back of two seasons: data.season {form.season}, "
+            f"data.lookback {form.lookback}; take a longer look-back, --data.season 1 (relative to "
+            "the last value), or --model.window last",
         )
         dtype = DTYPES[self.dtype]
         return SegmentForecaster(
