@@ -538,7 +538,7 @@ def test_arguments_of_evaluate(home, capsys):
 
 
 BAD_PREDICTIONS = {
-    "neither": ("", ["give either --text TEXT, or --input FILE and --output FILE"]),
+    "neither": ("", ["give either --text TEXT", "or --input FILE and --output FILE"]),
     "both": ("--text x --input {home}/data.csv --output {out}.csv", ["give either"]),
     "no output": ("--input {home}/data.csv", ["give either"]),
     "a text for a series": ("--text x", ["not a run on texts", "--input"]),

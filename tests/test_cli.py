@@ -308,7 +308,7 @@ def test_help_lists_every_knob(capsys):
     ):
         assert flag in shown
     assert (
-        "units, and the size" in shown and "{lstm,gru,rnn}" in shown
+        "units, and the size" in shown and "{lstm,gru,rnn" in shown
     )  # the comment behind the field, and the choices
 
 
@@ -381,8 +381,8 @@ def test_every_flag_of_every_config_has_help_and_fits_80_columns(monkeypatch, ca
         ("--batch_size", "--train.batch-size"),
         ("--hidden-size", "--model.hidden-size"),
         ("--epochs", "--train.steps"),
-        ("--model.hiden-size", "model.hidden-size"),
-        ("--data.lookbak", "data.lookback"),
+        ("--model.hiden-size", "--model.hidden-size"),
+        ("--data.lookbak", "--data.lookback"),
     ],
 )
 def test_a_flag_by_another_name_is_answered_with_the_right_one(capsys, flag, meant):

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from flax_lstm.commands.grammar import parse
+from flax_lstm.commands.grammar import Folder, parse
 from flax_lstm.commands.tables import check_output, write_table
 from flax_lstm.errors import require
 
@@ -20,7 +18,7 @@ model is better than the best rule (Diebold & Mariano 1995). Draws DIR/plots/bac
 
 @dataclass(frozen=True)
 class Options:
-    workdir: tyro.conf.Positional[Path]  # the folder of a run
+    workdir: Folder  # the folder of a run
     windows: int = 0  # origins of each series, the latest; 0: all
     step: int = 0  # steps between origins; 0: one horizon
     refit: bool = False  # train anew for every origin, on what was known by then

@@ -4,12 +4,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import tyro
-
-from flax_lstm.commands.grammar import parse
+from flax_lstm.commands.grammar import Folder, parse
 
 ABOUT = """Lists the checkpoints of a run.
 
@@ -18,7 +15,7 @@ With --verify, exit status 2 where a byte is not as it was saved."""
 
 @dataclass(frozen=True)
 class Options:
-    workdir: tyro.conf.Positional[Path]  # the folder of a run
+    workdir: Folder  # the folder of a run
     verify: bool = False  # compare every byte with the hash that was saved
     json: bool = False  # one JSON object on standard output
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from flax_lstm.commands.grammar import parse
+from flax_lstm.commands.grammar import Folder, parse
 
 ABOUT = """Prints the figures of a saved run.
 
@@ -20,7 +18,7 @@ and its worst errors: printed, and written to DIR/evaluation as JSON and as a pi
 
 @dataclass(frozen=True)
 class Options:
-    workdir: tyro.conf.Positional[Path]  # the folder of a run
+    workdir: Folder  # the folder of a run
     split: Literal["train", "validation", "test"] = "test"  # which part of the data
     input: Path | None = None  # new labelled data instead, with the columns of the training data
     checkpoint: str = "best"  # best, latest or a step

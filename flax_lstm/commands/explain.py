@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from flax_lstm.commands.grammar import parse
+from flax_lstm.commands.grammar import Folder, parse
 from flax_lstm.errors import require
 
 ABOUT = """Says which words the answer of a text classifier rests on."""
@@ -18,7 +16,7 @@ ABOUT = """Says which words the answer of a text classifier rests on."""
 
 @dataclass(frozen=True)
 class Options:
-    workdir: tyro.conf.Positional[Path]  # the folder of a run
+    workdir: Folder  # the folder of a run
     text: str  # the text that is classified
     label: str | None = None  # the class that is explained; default: the answer
     # leave-one-out: what is lost without the word; gradients: integrated along its embedding

@@ -9,6 +9,7 @@ has paragraphs of less than 80 letters.
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -17,6 +18,9 @@ from flax_lstm.config import Config, load_config, read_sections, sections
 from flax_lstm.errors import UserError, nearest
 
 Options = TypeVar("Options")
+
+# The folder of a run, the first word after a command's name.
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 # What other tools call some fields.
 USUAL = {
@@ -85,7 +89,10 @@ def check_flags(arguments: Sequence[str], *kinds: type) -> None:
             continue
         section = name.split(".")[0]
         there = [flag for flag in known if flag.startswith(f"{section}.")]
-        hint = nearest(name, known) or f" Flags of {section}: {', '.join(there) or 'none'}."
+        hint = (
+            nearest(f"--{name}", [f"--{flag}" for flag in known])
+            or f" Flags of {section}: {', '.join(there) or 'none'}."
+        )
         raise UserError(f"--{name}: this config has no such flag.{hint} --help lists all flags")
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from flax_lstm.commands.grammar import parse
+from flax_lstm.commands.grammar import Folder, parse
 from flax_lstm.commands.tables import check_output, write_table
 from flax_lstm.errors import listing, require
 
@@ -25,7 +23,7 @@ A text that a language model continues: --prompt TEXT"""
 
 @dataclass(frozen=True)
 class Options:
-    workdir: tyro.conf.Positional[Path]  # the folder of a run
+    workdir: Folder  # the folder of a run
     text: str | None = None  # one text to classify
     input: Path | None = None  # a table of inputs
     output: Path | None = None  # where to write: .csv, .tsv, .jsonl or .parquet

@@ -288,9 +288,8 @@ class RecurrentLayers:
     dropout: float = 0.0  # on the input of every layer, one mask a sequence
     recurrent_dropout: float = 0.0  # on the recurrent input of every layer, one mask a sequence
     weight_dropout: float = 0.0  # on the recurrent weights (DropConnect)
-    masks_per_gate: bool = (
-        False  # dropout and recurrent-dropout draw a mask for each gate, as Keras
-    )
+    # dropout and recurrent-dropout draw a mask for each gate, as Keras
+    masks_per_gate: bool = False
     dense: int = 0  # width of a ReLU layer before the head; 0: none
     head_dropout: float = 0.0  # dropout before the head
     dtype: DTypeName = "float32"  # what is computed in; weights and state stay float32

@@ -210,7 +210,7 @@ class Forecasting(Task):
         means["mse_original"] = means["mse_original"] * reference
         means["smape"] = 100 * means["smape"]
         order = ("loss", *(name for name in means if name != "loss"))
-        figures = {name: float(np.nanmean(means[name])) for name in order}
+        figures = {name: mean_of_known(means[name]) for name in order}
         return {**figures, "observed": float(np.sum(sums["mse"].weight))}
 
     def baselines(self, info: Windows) -> dict[str, Baseline]:
@@ -324,6 +324,12 @@ def _stretch(ratio: np.ndarray, level: float, above: bool) -> float:
         return 1.0
     share = min(np.ceil((len(ratio) + 1) * (level if above else 1 - level)) / len(ratio), 1.0)
     return max(float(np.quantile(ratio, share)), 0.0)
+
+
+def mean_of_known(values: Any) -> float:
+    """The mean of those that are numbers; NaN where none is."""
+    known = np.asarray(values)[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def counted(batch: Batch) -> Array:
