@@ -609,9 +609,13 @@ def files(tmp_path):
     pd.DataFrame({"time": hours, **waves}).to_csv(tmp_path / "series.csv", index=False)
     rows = [{"text": f"film number {n}", "label": "ab"[n % 2]} for n in range(100)]
     pd.DataFrame(rows).to_csv(tmp_path / "texts.csv", index=False)
+    long = pd.DataFrame({"unique_id": np.repeat(["a", "b"], 1000), "ds": np.tile(hours[:1000], 2)})
+    long.assign(y=np.tile(waves["c0"][:1000], 2)).to_csv(tmp_path / "panel.csv", index=False)
+    panel = [f"--data.path={tmp_path}/panel.csv"]
     series, texts = f"--data.path={tmp_path}/series.csv", f"--data.path={tmp_path}/texts.csv"
     split = ["--data.split", "0.7", "0.1", "0.2"]
-    return {"etth1": [series, *split], "series_table": [series], "text_table": [texts]}
+    own = {"series_table": [series], "text_table": [texts], "panel_table": panel}
+    return {**own, "etth1": [series, *split], "m4_hourly": panel}
 
 
 @needs_libtpu
