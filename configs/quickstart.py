@@ -17,7 +17,7 @@ def get_config() -> Config:
         name="quickstart",
         data=SeriesTable(path="electricity", lookback=168, horizon=24, season=24),
         task=Forecasting(objective="mae"),
-        model=SegmentModel(cell="lstm", hidden_size=96, segment=24, dropout=0.1),
+        model=SegmentModel(cell="lstm", hidden_size=96, window="seasonal", dropout=0.1),
         train=TrainConfig(
             steps=2000,
             batch_size=64,

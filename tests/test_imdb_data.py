@@ -219,7 +219,7 @@ def test_download_and_prepare(server, tmp_path, monkeypatch, capfd):
 def test_reviews(prepared):
     files = Imdb(data_dir=str(prepared))
     train = files.reviews("train")
-    assert sorted(zip(*train, strict=True)) == sorted(
+    assert sorted(zip(train.texts, train.labels, strict=True)) == sorted(
         [(f"film {i} is  a joy", "pos") for i in range(40)]
         + [(f"film {i} is a bore", "neg") for i in range(40)]
         + [("play 4 secretword is a joy", "pos")]

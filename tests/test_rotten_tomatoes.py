@@ -62,7 +62,7 @@ def test_fetched_once_and_only_reviews(index, tmp_path):
     assert all(
         (label == "fresh") == text.endswith("of 0")
         for r in splits.values()
-        for text, label in zip(*r, strict=True)
+        for text, label in zip(r.texts, r.labels, strict=True)
     )
 
 

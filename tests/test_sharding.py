@@ -226,7 +226,7 @@ def test_a_time_loop_gathers_once_and_reduces_once(backend, folder):
 def test_a_time_loop_exchanges_nothing_unless_hidden_units_are_split(folder):
     outside, inside = loops(
         compiled(
-            config_of("language", folder, (2, 4, 1), {"bidirectional": True}), folder
+            config_of("classification", folder, (2, 4, 1), {"bidirectional": True}), folder
         ).as_text()
     )
     assert outside and not inside
@@ -357,9 +357,9 @@ def test_a_backend_that_the_compiler_cannot_split_runs_on_each_device(folder, mo
     """One that insists on its rows of the batch, and refuses split hidden units."""
     seen = []
 
-    def run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse):
+    def run(cell, weights, x_BTD, *others):
         seen.append((x_BTD.shape[0], weights.recurrent_JGH.shape))
-        return fused.run(cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse)
+        return fused.run(cell, weights, x_BTD, *others)
 
     opaque = SimpleNamespace(
         run=run, supports=lambda *_: "hidden units are split" if model_shards() > 1 else None
