@@ -4,7 +4,8 @@ fine-tuned with a head on the last, largest and mean outputs (Howard & Ruder 201
     python train.py --config imdb_lm
     python train.py --config imdb_finetune --init-from runs/imdb_lm
 
-The widths are those of `imdb_lm`; its vocabulary is taken over.
+The widths are those of `imdb_lm`; its vocabulary is taken over. Test accuracy 0.902 (seed 0), the
+linear model 0.905: docs/results.md.
 """
 
 from flax_lstm import Classification, Config, TextModel, TrainConfig
