@@ -53,7 +53,7 @@ def load_malloc() -> ModuleType:
     the others."""
     package = importlib.util.find_spec("flax_lstm")
     assert package is not None and package.origin is not None
-    path = Path(package.origin).with_name("malloc.py")
+    path = Path(package.origin).with_name("machine") / "malloc.py"
     spec = importlib.util.spec_from_file_location("malloc", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
