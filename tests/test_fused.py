@@ -321,11 +321,3 @@ def test_vmap_and_empty_time():
         1e-5,
     )
     assert jax.grad(loss)(x_BTD[:, :0]).shape == (B, 0, D)
-
-
-def test_forward_mode_is_refused():
-    cell, weights, x_BTD, _, state, _ = example("lstm")
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(
-            lambda x: fused.run(cell, weights, x, None, state, None, False)[1], (x_BTD,), (x_BTD,)
-        )
