@@ -261,3 +261,63 @@ def test_a_number_for_every_step_is_judged_step_by_step(tmp_path):
 def test_a_step_without_a_target_is_refused():
     with pytest.raises(UserError, match=r"sequence 1 has 2 steps and 1 target"):
         Sequences(per_step=True).holding(([[1.0, 2.0]], [["a"]]))
+
+
+X = [[1.0, 2.0]] * 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "x", "y", "message"),
+    [
+        ({"target": "numbers"}, X, ["a"] * 20, "not all numbers"),
+        ({"target": "numbers"}, X, [1.0] * 19 + ["b"], "not all numbers"),
+        ({}, X, [1.0] * 19 + [float("inf")], "not finite, or beyond 1e30"),
+        ({}, X, [1.0] * 19 + [1e300], "not finite, or beyond 1e30"),
+        ({}, X, [1.0] * 19 + [float("nan")], "not finite, or beyond 1e30"),
+        ({}, 5, [1], "sequences are a list or an array"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))  # the odd one lands in another split
+def test_targets_that_cannot_be_used_are_refused(settings, x, y, message, seed, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Sequences(split_seed=seed, **settings).holding((x, y)).load(tmp_path)
+
+
+def test_ragged_numbers_as_targets_are_refused():
+    with pytest.raises(UserError, match="targets of several lengths"):
+        Sequences(target="numbers").holding((X, [[1.0], [1.0, 2.0]] * 10))
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 nonsense")
+    with pytest.raises(UserError, match="cannot read"):
+        Sequences(path=str(tmp_path / "x.npz")).load(tmp_path)
+
+
+@pytest.mark.parametrize("inputs", [5, None])
+def test_what_is_no_text_is_refused(inputs):
+    with pytest.raises(UserError, match="predict takes a text, several, or a table"):
+        TextTable().table(inputs)
+    with pytest.raises(UserError, match="no text"):
+        TextTable().table([])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            pd.DataFrame([["a", "b"]], columns=["text", "text"]),
+            "more than one column is named text",
+        ),
+        ({"text": ["a", "b"], "label": ["x"]}, "no table can be made"),
+    ],
+)
+def test_columns_that_make_no_table_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        TextTable().holding(given)
+
+
+def test_a_fingerprint_is_of_values_and_not_of_their_addresses():
+    one = np.array([str(n) + "x" for n in range(3)], dtype=object)
+    other = np.array([f"{n}x" for n in range(3)], dtype=object)
+    assert fingerprint([one]) == fingerprint([other]) != fingerprint([one[::-1]])

@@ -67,7 +67,10 @@ def as_frame(table: Any) -> pd.DataFrame:
     """A DataFrame whose columns have strings as names; an index with a name, or of times, is a
     column like others. Raises UserError for anything else."""
     if isinstance(table, dict):
-        table = pd.DataFrame(table)
+        try:
+            table = pd.DataFrame(table)
+        except ValueError as error:
+            raise UserError(f"data: no table can be made of these columns: {error}") from None
     if not isinstance(table, pd.DataFrame):
         kind = type(table).__name__
         once = "; it can be read once, and a run that resumes reads its data again"
@@ -79,7 +82,10 @@ def as_frame(table: Any) -> pd.DataFrame:
     ):
         table = table.rename_axis(index=[str(name or "time") for name in table.index.names])
         table = table.reset_index()
-    return table.reset_index(drop=True).rename(columns=str)
+    table = table.reset_index(drop=True).rename(columns=str)
+    repeated = table.columns[table.columns.duplicated()]
+    require(not len(repeated), f"data: more than one column is named {', '.join(repeated)}")
+    return table
 
 
 def fingerprint(data: Any) -> str:
@@ -94,5 +100,7 @@ def fingerprint(data: Any) -> str:
     else:
         for array in data:
             digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
+            # An array of objects holds their addresses, which differ from one process to another.
+            plain = np.array([repr(x) for x in array]) if array.dtype == object else array
+            digest.update(np.ascontiguousarray(plain).tobytes())
     return digest.hexdigest()[:16]

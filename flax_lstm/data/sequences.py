@@ -5,6 +5,7 @@ Axes: N sequences, T time steps, D features, B rows of a batch.
 """
 
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -85,7 +86,7 @@ class SequencesInfo:
     def _targets(self, y: Sequence[Any], split: str) -> np.ndarray:
         """Places in the labels, or numbers (rows, outputs)."""
         if self.labels is None:
-            return np.array([np.ravel(one) for one in y], np.float32).reshape(len(y), -1)
+            return numbers(y, split).astype(np.float32)
         index = {label: n for n, label in enumerate(self.labels)}
         names = [label_name(one) for one in y]
         if unknown := sorted({name for name in names if name not in index}):
@@ -211,7 +212,10 @@ class Sequences(InMemory):
         if self.per_step:
             targets = list(np.concatenate([np.asarray(list(one)) for one in aligned(x, targets)]))
         steps = np.concatenate(x) if x else np.zeros((0, 1))
-        return steps, np.array([len(one) for one in x]), np.asarray(targets)
+        try:
+            return steps, np.array([len(one) for one in x]), np.asarray(targets)
+        except ValueError:
+            raise UserError("data: targets of several lengths; give as many numbers each") from None
 
     def examples(self) -> Examples:
         """The sequences and targets in the file, or in memory."""
@@ -261,8 +265,7 @@ class Sequences(InMemory):
         labels = counts = outputs = mean = None
         every = [y for one in train.y for y in one] if self.per_step else train.y
         if self._are_numbers(every):
-            targets = np.array([np.ravel(y) for y in every], np.float64)
-            require(bool(np.isfinite(targets).all()), f"{self.path}: a target is not finite")
+            targets = numbers(every, "train")
             outputs, mean = targets.shape[1], float(targets.mean())
         else:
             found = Counter(label_name(y) for y in every)
@@ -318,7 +321,7 @@ def read_arrays(path: Path, x_column: str, y_column: str) -> Examples:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"cannot read {path} as .npz of plain arrays: {error} (lists of arrays are saved "
                 "padded, with an array `lengths`)"
@@ -340,6 +343,23 @@ def read_arrays(path: Path, x_column: str, y_column: str) -> Examples:
     return Examples(x, None if y is None else list(y))
 
 
+def numbers(y: Sequence[Any], split: str) -> np.ndarray:
+    """Targets as numbers (rows, outputs), float64. Raises UserError for what is none, not finite or
+    beyond 1e30, and for rows of several lengths."""
+    try:
+        found = np.array([np.ravel(one) for one in y], np.float64)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"the targets of the {split} split are not all numbers, of one length each; for labels "
+            "there is --data.target labels"
+        ) from None
+    require(
+        bool((np.abs(found) < 1e30).all()),
+        f"a target of the {split} split is not finite, or beyond 1e30",
+    )
+    return found.reshape(len(found), -1)
+
+
 def aligned(x: Sequence[np.ndarray], y: Sequence[Any]) -> list[Any]:
     """Targets of steps, cut to the lengths of their sequences where both were padded. Raises
     UserError for one that has fewer."""
@@ -355,6 +375,7 @@ def aligned(x: Sequence[np.ndarray], y: Sequence[Any]) -> list[Any]:
 def sequences(values: Any, where: str) -> list[np.ndarray]:
     """Sequences (T, D) float64, all of one D and finite. Raises UserError that names the one at
     fault, counted from 1."""
+    require(np.iterable(values), f"{where}: sequences are a list or an array [N, T, D]")
     if hasattr(values, "__next__"):
         raise UserError(
             f"{where}: a generator can be read once, and a run that resumes reads its data again; "

@@ -295,10 +295,13 @@ class TextData(Corpus):
         """New texts: one, several, or a table with the training table's text column."""
         if isinstance(inputs, str):
             inputs = [inputs]
+        kind = type(inputs).__name__
+        require(np.iterable(inputs), f"predict takes a text, several, or a table, not a {kind}")
         if isinstance(inputs, pd.DataFrame):
             frame = inputs
         else:
             frame = pd.DataFrame({self.text_column: pd.Series(list(inputs), dtype=object)})
+        require(len(frame) > 0, "predict was given no text")
         text_values(frame, self.text_column, "the input")
         return frame
 
