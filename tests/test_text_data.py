@@ -502,3 +502,19 @@ def test_weights_that_are_none_are_said(tmp_path, wrong):
     said = "is empty in 1 row" if wrong is None else "in row 2, not a"
     with pytest.raises(UserError, match=said):
         TextTable(path, weight_column="weight")._texts(Path(path))
+
+
+def test_fewer_training_rows_are_a_part_of_more(tmp_path):
+    path = write(table(), tmp_path / "t.csv")
+    drawn = {n: load(tmp_path / str(n), path=path, train_rows=n) for n in (0, 20, 60)}
+    rows = {n: read_back(dataset, "train") for n, dataset in drawn.items()}
+    assert len(rows[20]) == 20 and len(rows[60]) == 60 and len(rows[0]) > 100
+    assert {*rows[20]} < {*rows[60]} < {*rows[0]}
+    assert drawn[20].info.labels == ("bad", "good") and sum(drawn[20].info.class_counts) == 20
+    for split in ("validation", "test"):
+        assert drawn[20].read(split) == drawn[0].read(split)
+    assert drawn[20].read("train").texts == [
+        text for text in drawn[0].read("train").texts if text in drawn[20].read("train").texts
+    ]
+    with pytest.raises(UserError, match=r"data\.train-rows is 500: there are"):
+        load(tmp_path / "500", path=path, train_rows=500)

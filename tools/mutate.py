@@ -42,6 +42,30 @@ BREAKAGES = {
         "gate_fn(i) * state.c_BH + gate_fn(f) * activation_fn(g)",
         "tests/test_cells.py::test_cell_is_the_textbook_step_by_step",
     ),
+    "an adversary moves to where the loss is smaller": Breakage(
+        "flax_lstm/tasks/adversary.py",
+        "return self.size * unit(jax.grad(total)(start_BTD))",
+        "return -self.size * unit(jax.grad(total)(start_BTD))",
+        "tests/test_adversary.py::test_an_adversarial_step_is_that_of_both_losses_in_float64",
+    ),
+    "an answer's change is sought where it is least": Breakage(
+        "flax_lstm/tasks/adversary.py",
+        "start_BTD = self.probe *",
+        "start_BTD = 0 *",
+        "tests/test_adversary.py::test_a_virtual_step_moves_along_the_only_direction_there_is",
+    ),
+    "moves count in deviations of padding, too": Breakage(
+        "flax_lstm/nn/models.py",
+        "mean_D = jnp.sum(x_BTD * valid_BT1, axis=(0, 1)) / count",
+        "mean_D = jnp.sum(x_BTD, axis=(0, 1)) / count",
+        "tests/test_adversary.py::test_moves_count_in_deviations_of_the_valid_steps",
+    ),
+    "few rows are the first ones": Breakage(
+        "flax_lstm/data/text.py",
+        "return train.take(np.sort(places[: self.train_rows]))",
+        "return train.take(np.sort(places[self.train_rows : 2 * self.train_rows]))",
+        "tests/test_text_data.py::test_fewer_training_rows_are_a_part_of_more",
+    ),
     "a cell knows one batch axis": Breakage(
         "flax_lstm/nn/cells.py",
         "*batch, features = inputs.shape",

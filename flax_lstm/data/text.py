@@ -211,6 +211,8 @@ class TextData(Corpus):
     max_length: int = 400  # tokens kept of a longer text
     keep: Literal["first", "last"] = "last"  # which end of a longer text is kept
     balanced: bool = False  # training rows weigh so that all classes weigh the same together
+    # training rows that are used, drawn steadily, fewer being a part of more; 0: all
+    train_rows: int = 0
 
     classes: ClassVar[
         tuple[str, ...]
@@ -222,6 +224,10 @@ class TextData(Corpus):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.max_length > 0, f"data.max-length is {self.max_length}: give at least 1 token")
+        require(
+            self.train_rows >= 0,
+            f"data.train-rows is {self.train_rows}: give 0 (all) or a number of rows",
+        )
 
     @abstractmethod
     def splits(self) -> dict[str, Texts]:
@@ -230,6 +236,7 @@ class TextData(Corpus):
     def load(self, assets: Path) -> TextDataset:
         splits = self.splits()
         check_sizes({name: len(split.texts) for name, split in splits.items()})
+        splits["train"] = self._drawn(splits["train"])
         if saved := (assets / "info.json").exists():
             info = TextInfo.load(assets)
         else:
@@ -241,6 +248,18 @@ class TextData(Corpus):
             info = dataclasses.replace(info, boundaries=choose_boundaries(lengths, self.max_length))
             info.save(assets)
         return TextDataset(info, rows, splits)
+
+    def _drawn(self, train: Texts) -> Texts:
+        """As many of the training rows as are to be used, in the order in which they were read."""
+        if not self.train_rows:
+            return train
+        found = len(train.texts)
+        require(
+            self.train_rows <= found,
+            f"data.train-rows is {self.train_rows}: there are {found} training rows",
+        )
+        places = np.argsort([_hash(text, self.split_seed) for text in train.texts], kind="stable")
+        return train.take(np.sort(places[: self.train_rows]))
 
     def _weighed(self, info: TextInfo, train: Rows, given: Sequence[float] | None) -> Rows:
         """The training rows with their weights, those given and those that balance the classes;

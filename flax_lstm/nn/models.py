@@ -163,9 +163,12 @@ class SequenceModel(nn.Module):
         if lengths_B is None:
             lengths_B = jnp.full(inputs.shape[0], inputs.shape[1], jnp.int32)
         x_BTD = inputs if self.embed is None else self.embed(inputs)
+        move_BTD = self.move(x_BTD, lengths_B)
         x_BTD = nn.Dropout(self.embed_dropout, broadcast_dims=(2,))(
             x_BTD, deterministic=deterministic
         )
+        if move_BTD is not None:
+            x_BTD = x_BTD + move_BTD
         before = state
         state, y = self.recurrent(x_BTD, lengths_B, before, deterministic=deterministic)
         if self.pool is not None:
@@ -192,6 +195,22 @@ class SequenceModel(nn.Module):
         outputs = "vocabulary" if self.pool is None else None
         y = dense(self.outputs, "hidden", outputs, dtype=self.dtype, name="head")(y)
         return state, y.astype(jnp.promote_types(y.dtype, jnp.float32))
+
+    def move(self, x_BTD: Array, lengths_B: Array) -> Array | None:
+        """What the variable `inputs` of the collection `moves`, [B, T, D], adds to the inputs of
+        the recurrent layers: it counts in standard deviations of each feature over the valid steps
+        of the batch. None without such a variable; asked for as mutable, it is made, of zeros."""
+        if not self.is_initializing() and self.is_mutable_collection("moves"):
+            self.put_variable("moves", "inputs", jnp.zeros_like(x_BTD))
+        if not self.has_variable("moves", "inputs"):
+            return None
+        valid_BT1 = valid_steps(x_BTD, lengths_B)
+        dtype, x_BTD = x_BTD.dtype, jax.lax.stop_gradient(x_BTD.astype(jnp.float32))
+        count = jnp.maximum(jnp.sum(valid_BT1), 1)
+        mean_D = jnp.sum(x_BTD * valid_BT1, axis=(0, 1)) / count
+        from_mean_BTD = (x_BTD - mean_D[None, None]) * valid_BT1
+        deviation_D = jnp.sqrt(jnp.sum(from_mean_BTD**2, axis=(0, 1)) / count)
+        return deviation_D[None, None].astype(dtype) * self.get_variable("moves", "inputs")
 
     def streamed(self, y: Array, state: Any, lengths_B: Array) -> Array:
         """The pooled outputs of a call that goes on from another."""

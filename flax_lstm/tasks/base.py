@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from flax_lstm.data.base import Batch, SeriesForm, Stepwise, Tokens
 from flax_lstm.errors import UserError
+from flax_lstm.tasks.adversary import Adversary
 from flax_lstm.tasks.metrics import Mean
 
 Array = jax.Array
@@ -82,6 +83,10 @@ class Task(Protocol):
     def loss(self, outputs: Array, batch: Batch) -> Mean:
         """What is minimised, as a total and the weight to divide it by."""
         ...
+
+    def adversaries(self) -> tuple[Adversary, ...]:
+        """What moves the inputs of a training step the worst way, and adds its cost to the loss."""
+        return ()
 
     def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
         """Sums over the batch from which `figures` come; traced by JAX."""

@@ -58,6 +58,7 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
             seed=config.seed,
             accumulate=train.accumulate,
             ema=train.ema,
+            adversaries=task.adversaries(),
         )
     names = {*layers.values()}
     return Assembly(mesh, steps, names.pop() if len(names) == 1 else "auto")

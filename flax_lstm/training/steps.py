@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from flax_lstm.data.base import Batch
+from flax_lstm.errors import require
 from flax_lstm.machine.sharding import (
     batch_sharding,
     batch_shards,
@@ -25,6 +26,7 @@ from flax_lstm.machine.sharding import (
     replicated,
     shard_like_params,
 )
+from flax_lstm.tasks.adversary import MOVES, Adversary
 from flax_lstm.tasks.metrics import Mean
 from flax_lstm.training.optim import Schedule, plateau_scale
 
@@ -61,15 +63,21 @@ class Steps(NamedTuple):
 
 
 def apply(
-    module: nn.Module, params: Any, carry: Any, batch: Batch, key: Array | None = None
+    module: nn.Module,
+    params: Any,
+    carry: Any,
+    batch: Batch,
+    key: Array | None = None,
+    move: Any = None,
 ) -> tuple[Any, Array]:
-    """The module's carry and outputs for a batch; with a key, dropout is on."""
+    """The module's carry and outputs for a batch; with a key, dropout is on; `move` is added to the
+    inputs, see `flax_lstm.tasks.adversary`."""
     if (reset := batch.reset) is not None:
         carry = jax.tree.map(
             lambda s: jnp.where(reset.reshape(-1, *(1,) * (s.ndim - 1)), 0, s), carry
         )
     result: Any = module.apply(
-        {"params": params},
+        {"params": params} if move is None else {"params": params, MOVES: {"inputs": move}},
         batch.inputs,
         batch.lengths,
         carry,
@@ -104,8 +112,12 @@ class Recipe(NamedTuple):
     loss: Callable[[Array, Batch], Mean]
     optimizer: optax.GradientTransformationExtraArgs
     schedule: Schedule
-    accumulate: int = 1  # parts a batch is computed in, one after the other
-    ema: float = 0.0  # decay of the averaged parameters; 0: there are none
+    # parts a batch is computed in; their gradients are added: the update is that of the whole batch
+    accumulate: int = 1
+    # decay of the averaged parameters, which follow faster in the first steps, by (1 + step) /
+    # (10 + step); 0: there are none
+    ema: float = 0.0
+    adversaries: tuple[Adversary, ...] = ()  # each adds its cost to the loss
 
 
 def gradients(
@@ -117,13 +129,20 @@ def gradients(
     that of the whole batch. Each part's gradient lies as the parameters are `stored`.
     """
 
-    def total(params: Any, carry: Any, part: Batch, key: Array) -> tuple[Array, tuple[Array, Any]]:
-        carry, outputs = apply(recipe.module, params, carry, part, key)
+    def total(
+        params: Any, carry: Any, part: Batch, key: Array, moves: list[Array]
+    ) -> tuple[Array, tuple[Array, Any]]:
+        after, outputs = apply(recipe.module, params, carry, part, key)
         mean = recipe.loss(outputs, part)
-        return mean.total, (mean.weight, carry)
+        loss = mean.total
+        for adversary, move in zip(recipe.adversaries, moves, strict=True):
+            _, moved = apply(recipe.module, params, carry, part, key, move)
+            loss += adversary.cost(outputs, moved, part).total
+        return loss, (mean.weight, after)
 
     def sums(carry: Any, part: Batch, key: Array) -> tuple[tuple[Array, Array, Any], Any]:
-        result, grads = jax.value_and_grad(total, has_aux=True)(params, carry, part, key)
+        moves = worst_moves(recipe, params, carry, part, key)
+        result, grads = jax.value_and_grad(total, has_aux=True)(params, carry, part, key, moves)
         loss, (weight, carry) = result
         return (loss, weight, jax.lax.with_sharding_constraint(grads, stored)), carry
 
@@ -142,6 +161,33 @@ def gradients(
         (loss, weight, grads), carries = jax.lax.scan(add, zeros, parts)
         carry = join(carries)
     return loss / weight, jax.tree.map(lambda g: g / weight, grads), carry
+
+
+def worst_moves(recipe: Recipe, params: Any, carry: Any, batch: Batch, key: Array) -> list[Array]:
+    """Where each adversary moves the inputs to. The same dropout acts there as on the inputs."""
+    if not recipe.adversaries:
+        return []
+
+    def made() -> Any:
+        """The variables that the module makes where its inputs can be moved."""
+        inputs = batch.inputs, batch.lengths, carry, batch.covariates
+        return recipe.module.apply({"params": params}, *inputs, mutable=[MOVES])[1]
+
+    shape = jax.eval_shape(made).get(MOVES)
+    require(
+        shape is not None,
+        "task.adversarial and task.virtual need a SequenceModel, whose inputs can be moved",
+    )
+
+    def outputs_at(move: Array) -> Array:
+        return apply(recipe.module, params, carry, batch, key, move)[1]
+
+    zeros_BTD = jnp.zeros(shape["inputs"].shape, shape["inputs"].dtype)
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(recipe.adversaries))
+    return [
+        adversary.move(outputs_at, zeros_BTD, batch, k)
+        for adversary, k in zip(recipe.adversaries, keys, strict=True)
+    ]
 
 
 def train_step(
@@ -181,17 +227,15 @@ def make_steps(
     seed: int = 0,
     accumulate: int = 1,
     ema: float = 0.0,
+    adversaries: tuple[Adversary, ...] = (),
 ) -> Steps:
     """The jitted steps of a run, placed on the devices of a mesh: for readers who split a model.
 
     sample: a batch of the size and form of training; a `reset` in it means that the recurrent state
     is carried over.
-    accumulate: parts a batch is computed in; gradients are added, so that the update equals that of
-    the whole batch.
-    ema: decay of the averaged parameters; they follow faster in the first steps, by (1 + step) /
-    (10 + step).
+    accumulate, ema, adversaries: see `Recipe`.
     """
-    recipe = Recipe(module, loss, optimizer, schedule, accumulate, ema)
+    recipe = Recipe(module, loss, optimizer, schedule, accumulate, ema, adversaries)
     root = jax.random.key(seed)
     init = partial(first_state, recipe, sample, root)
     place, everywhere = batch_sharding(mesh), replicated(mesh)
