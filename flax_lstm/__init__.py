@@ -12,7 +12,7 @@ from flax_lstm.lazy import lazily
 if TYPE_CHECKING:
     from flax_lstm.config import Config, MeshConfig, TrainConfig, load_config
     from flax_lstm.errors import ArgumentError, UserError
-    from flax_lstm.inference import Run, load
+    from flax_lstm.inference import Ensemble, Run, load
     from flax_lstm.nn.cells import GRUCell, LSTMCell, SimpleRNNCell
     from flax_lstm.nn.layers import RNN, Bidirectional, ScannedRNN, Stack
     from flax_lstm.nn.models import (
@@ -38,6 +38,7 @@ __all__ = [
     "Bidirectional",
     "Classification",
     "Config",
+    "Ensemble",
     "Forecasting",
     "GRUCell",
     "LSTMCell",
@@ -73,7 +74,7 @@ __getattr__, __dir__ = lazily(
         "config": ("Config", "MeshConfig", "TrainConfig", "load_config"),
         "convert": (),
         "errors": ("ArgumentError", "UserError"),
-        "inference": ("Run", "load"),
+        "inference": ("Ensemble", "Run", "load"),
         "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
         "nn.layers": ("RNN", "Bidirectional", "ScannedRNN", "Stack"),
         "nn.models": (

@@ -102,8 +102,12 @@ class Run:
         figures = evaluate(parts.steps, params, self.config.task, dataset.info, batches, parts.mesh)
         return {**figures, "split": split, "step": step, "examples": dataset.size(split)}
 
+    def data_sha256(self) -> str | None:
+        """The fingerprint of the data of the training; None where they were no files."""
+        return self._folder.data_sha256()
+
     def _warn_of_other_data(self) -> None:
-        before, found = self._folder.data_sha256(), None
+        before, found = self.data_sha256(), None
         with suppress(OSError):  # what cannot be read is named when the data are
             found = content_sha256(self.config.data.files())
         if before and found and before != found:
@@ -134,20 +138,27 @@ class Run:
         if not (isinstance(task, Examiner) and isinstance(dataset, TextDataset)):
             return self.evaluate(split, checkpoint, data, file), {}
         split = self._split(split, file)
-        forward = self.forward(checkpoint)
-        measure = jax.jit(
-            lambda outputs, batch: self.config.task.measure(outputs, batch, dataset.info)
-        )
-        sums, rows = [], []
-        for batch in dataset.evaluation(split, self.config.train.batch_size):
+        forward, rows = self.forward(checkpoint), []
+
+        def kept(batch: Batch) -> np.ndarray:
             rows.append(forward(batch))
-            sums.append(measure(rows[-1], batch))
+            return rows[-1]
+
+        figures = self._measured(dataset, split, kept)
         size = dataset.size(split)
         places = {"split": split, "step": self.step(checkpoint), "examples": size}
-        figures = self.config.task.figures(add_up(sums), dataset.info)
         outputs = np.concatenate(rows)[:size]
         held_out = None if split == "validation" else self._held_out(forward, data)
         return {**figures, **places}, task.examine(dataset, split, outputs, held_out)
+
+    def _measured(
+        self, dataset: Dataset, split: str, forward: Callable[[Batch], np.ndarray]
+    ) -> dict[str, float]:
+        """The task's figures of what `forward` gives for a split."""
+        task, info = self.config.task, dataset.info
+        measure = jax.jit(lambda outputs, batch: task.measure(outputs, batch, info))
+        batches = dataset.evaluation(split, self.config.train.batch_size)
+        return task.figures(add_up(measure(forward(b), b) for b in batches), info)
 
     def _held_out(self, forward: Callable[[Batch], np.ndarray], data: Any) -> Outputs | None:
         """Of the validation split, where it is to be had."""
@@ -246,10 +257,88 @@ class Run:
         return self.config.task.predict(table, self.info, self.forward(checkpoint), batch_size)
 
 
-def load(workdir: str | Path) -> Run:
+class Ensemble(Run):
+    """Several runs on the same data as one model: the mean of what they say.
+
+    Classes by their mean probability, numbers and quantiles by their mean, each run calibrated as
+    it was at its end. `step` is a list, of one step a run. Raises UserError for runs on different
+    data, for different tasks, and for language models.
+    """
+
+    def __init__(self, workdir: Path, members: Sequence[Run]):
+        first = members[0]
+        vars(self).update(vars(first))
+        self.workdir, self.members = workdir, tuple(members)
+        plain = [read_config(Workdir(run.workdir).config) for run in members]
+        self.config = replace(first.config, task=plain[0].task)
+        for run, config in zip(members, plain, strict=True):
+            same_data = run.data_sha256() == first.data_sha256()
+            differ = {
+                "data": config.data != plain[0].data or not same_data,
+                "task": config.task != plain[0].task,
+            }
+            require(
+                not any(differ.values()),
+                f"{first.workdir} and {run.workdir} differ in their "
+                f"{' and '.join(name for name in differ if differ[name])}: only runs on the same "
+                "data and for the same task are averaged",
+            )
+        require(
+            not isinstance(self.info, LanguageInfo),
+            f"{first.workdir} is a language model: these are not averaged; name one folder",
+        )
+
+    def step(self, checkpoint: str | int = "best") -> Any:
+        return [run.step(checkpoint) for run in self.members]
+
+    def params(self, checkpoint: str | int = "best") -> Any:
+        raise UserError(f"{self.workdir}: several runs have no weights in common; load one of them")
+
+    def __repr__(self) -> str:
+        return f"Ensemble({', '.join(map(repr, self.members))})"
+
+    def evaluate(
+        self,
+        split: str = "test",
+        checkpoint: str | int = "best",
+        data: Any = None,
+        file: str | Path | None = None,
+    ) -> dict[str, Any]:
+        split, dataset = self._split(split, file), self.dataset(data, file)
+        figures = self._measured(dataset, split, self.forward(checkpoint))
+        step, size = self.step(checkpoint), dataset.size(split)
+        return {**figures, "split": split, "step": step, "examples": size}
+
+    def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
+        forwards = [(run.config.task, run.forward(checkpoint)) for run in self.members]
+        pooled = self.config.task.pooled
+        return lambda batch: pooled([task.final(f(batch)) for task, f in forwards])
+
+
+def load(workdir: str | Path, *others: str | Path) -> Run:
     """The trained model in a work directory, ready to `evaluate` and `predict`. Its config is read
-    as data, not run."""
-    workdir = Path(workdir)
+    as data, not run.
+
+    Of several folders, or of a folder that `--seeds` filled, the runs are averaged: an `Ensemble`.
+    """
+    folders = [seed for folder in (workdir, *others) for seed in seeds_of(Path(folder))]
+    runs = [_load(folder) for folder in folders]
+    return Ensemble(Path(workdir), runs) if len(runs) > 1 else runs[0]
+
+
+def seeds_of(folder: Path) -> list[Path]:
+    """The runs in a folder that `--seeds` filled, by seed; else the folder itself."""
+    found = {
+        int(number): path
+        for path in folder.glob("seed-*")
+        if (number := path.name.removeprefix("seed-")).isdigit() and Workdir(path).config.exists()
+    }
+    if Workdir(folder).config.exists() or not found:
+        return [folder]
+    return [found[number] for number in sorted(found)]
+
+
+def _load(workdir: Path) -> Run:
     path = Workdir(workdir).config
     require(
         path.exists(),

@@ -201,7 +201,7 @@ def test_evaluate_judges_new_labelled_data(folder, capsys):
         small_runs.adding_run().data.labelled(folder / "new.csv", folder)
 
 
-def test_predict_keeps_the_users_columns(folder, capsys):
+def test_predict_keeps_the_users_columns(folder, capsys, caplog):
     table = pd.DataFrame(
         {"text": ["a fine", "", "dull b"], "label": ["x", "y", "z"], "n": [1, 2, 3]}
     )
@@ -212,10 +212,10 @@ def test_predict_keeps_the_users_columns(folder, capsys):
     np.testing.assert_allclose(shares.sum(1), 1)
     np.testing.assert_allclose(shares.max(1), found["probability"])
     assert found["predicted"].tolist() == np.array(["bad", "good"])[shares.argmax(1)].tolist()
-    assert found.attrs["empty"] == [1]
+    assert "nothing to read in 1 row(s), 2" in caplog.text
     again = run.predict(found)
     assert again["predicted_input"].tolist() == found["predicted"].tolist()
     assert main(["predict", str(folder / "run"), "--text", " "]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out).keys() == {"label", "probability", "probabilities"}
-    assert "no words in the text of 1 row(s), 1" in told.err
+    assert "nothing to read in 1 row(s), 1" in told.err

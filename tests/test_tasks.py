@@ -207,6 +207,17 @@ def test_intervals_are_calibrated_on_validation(tmp_path):
     assert replace(task, calibrate=False).settle(Noise(0), forward, tmp_path).stretch == ()
 
 
+def test_the_loss_of_a_calibrated_task_is_that_of_its_quantiles():
+    """They are stretched once: the crps is twice the mean pinball loss."""
+    task = Forecasting(objective="quantile", stretch=(0.5, 1.0, 2.0))
+    generator = np.random.default_rng(0)
+    targets, outputs = generator.normal(size=(4, 2, 1)), generator.normal(size=(4, 2, 1, 3))
+    units = np.tile(np.float32([[0], [1], [1]]), (4, 1, 1))
+    batch = Batch(targets, targets, None, np.ones_like(targets), units=units)
+    figures = task.measure(jax.numpy.asarray(outputs), batch, None)
+    assert float(figures["crps"].value[0]) == pytest.approx(2 * float(figures["loss"].value))
+
+
 @pytest.mark.parametrize("quantiles", [(), (0.0, 0.5), (0.5, 1.0), (0.9, 0.1), (0.5, 0.5)])
 def test_quantiles_must_make_sense(quantiles):
     with pytest.raises(UserError, match=r"task.quantiles"):

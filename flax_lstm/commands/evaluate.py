@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flax_lstm.commands.grammar import Folder, parse
+from flax_lstm.commands.grammar import Folders, named, parse
 
 ABOUT = """Prints the figures of a saved run.
 
 For a classifier of texts also what it gets right and wrong, by class and by length, how sure it is,
-and its worst errors: printed, and written to DIR/evaluation as JSON and as a picture."""
+and its worst errors: printed, and written to DIR/evaluation as JSON and as a picture.
+
+Of several folders, or one that --seeds filled, the mean of the models is judged."""
 
 
 @dataclass(frozen=True)
 class Options:
-    workdir: Folder  # the folder of a run
+    workdir: Folders  # the folder of a run; of several the mean is judged
     split: Literal["train", "validation", "test"] = "test"  # which part of the data
     input: Path | None = None  # new labelled data instead, with the columns of the training data
     checkpoint: str = "best"  # best, latest or a step
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm evaluate") -> int:
     from flax_lstm.runs.journal import finite
     from flax_lstm.tasks.base import Examiner
 
-    run = load(options.workdir)
+    run = load(*named(options.workdir))
     figures, found = run.examine(options.split, options.checkpoint, file=options.input)
     names = ("split", "step", "examples")
     numbers = {name: value for name, value in figures.items() if name not in names}
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm evaluate") -> int:
     task = run.config.task
     if found and isinstance(task, Examiner):
         name = f"input.{options.input.stem}" if options.input is not None else options.split
-        keep(options.workdir, whole, name, task.plot)
+        if len(options.workdir) == 1:
+            keep(run.workdir, whole, name, task.plot)
     if options.json:
         print(json.dumps(whole))
         return 0

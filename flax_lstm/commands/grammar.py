@@ -15,12 +15,13 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from flax_lstm.config import Config, load_config, read_sections, sections
-from flax_lstm.errors import UserError, nearest
+from flax_lstm.errors import UserError, nearest, require
 
 Options = TypeVar("Options")
 
 # The folder of a run, the first word after a command's name.
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 # What other tools call some fields.
 USUAL = {
@@ -39,6 +40,12 @@ USUAL = {
     "dataset": "config",
     "file": "data.path",
 }
+
+
+def named(folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The folders, of which there has to be one."""
+    require(len(folders) > 0, "name the folder of a run: DIR")
+    return folders
 
 
 def parse(kind: type[Options], arguments: Sequence[str], prog: str, about: str) -> Options:

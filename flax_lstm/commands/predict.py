@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax_lstm.commands.grammar import Folder, parse
+from flax_lstm.commands.grammar import Folders, named, parse
 from flax_lstm.commands.tables import check_output, write_table
-from flax_lstm.errors import listing, require
+from flax_lstm.errors import require
 
 ABOUT = """Predictions of a saved run.
 
@@ -18,12 +18,14 @@ One text, printed as JSON: --text TEXT
 
 A table with the columns of the training data: --input FILE --output FILE
 
-A text that a language model continues: --prompt TEXT"""
+A text that a language model continues: --prompt TEXT
+
+Of several folders, or one that --seeds filled, the mean of the models is predicted."""
 
 
 @dataclass(frozen=True)
 class Options:
-    workdir: Folder  # the folder of a run
+    workdir: Folders  # the folder of a run; of several the mean is predicted
     text: str | None = None  # one text to classify
     input: Path | None = None  # a table of inputs
     output: Path | None = None  # where to write: .csv, .tsv, .jsonl or .parquet
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
         check_output(options.output, options.overwrite)
     from flax_lstm.inference import load
 
-    run = load(options.workdir)
+    run = load(*named(options.workdir))
     if options.prompt is not None:
         drawn = (options.temperature, options.top_p, options.seed)
         print(run.generate(options.prompt, options.tokens, *drawn, options.checkpoint))
@@ -57,7 +59,6 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
     else:
         assert options.output is not None and options.input is not None
         result = run.predict(run.config.data.read(options.input), options.checkpoint)
-        warn_of_empty(result.attrs.get("empty", []))
         write_table(result, options.output)
         print(f"{len(result)} rows in {options.output}", file=sys.stderr)
     return 0
@@ -73,19 +74,11 @@ def classify(run: Any, text: str, checkpoint: str) -> dict[str, Any]:
         f"--text: {run.workdir} is not a run on texts; give --input and --output",
     )
     result = run.predict(pd.DataFrame({column: [text]}), checkpoint)
-    warn_of_empty(result.attrs["empty"])
+    row = result.iloc[0]
     return {
-        "label": str(result["predicted"].iloc[0]),
-        "probability": result["probability"].iloc[0].item(),
-        "probabilities": result.attrs["probabilities"][0],
+        "label": str(row["predicted"]),
+        "probability": row["probability"].item(),
+        "probabilities": {
+            str(label): row[f"probability_{label}"].item() for label in run.info.labels
+        },
     }
-
-
-def warn_of_empty(rows: Sequence[int]) -> None:
-    """Says which texts have no words, counted from 1."""
-    if rows:
-        print(
-            f"warning: no words in the text of {len(rows)} row(s), "
-            f"{listing([n + 1 for n in rows])}: the answer is a guess",
-            file=sys.stderr,
-        )

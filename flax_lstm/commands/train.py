@@ -3,16 +3,23 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flax_lstm.commands.grammar import parse_with_config
-from flax_lstm.errors import UserError
+from flax_lstm.config import Config
+from flax_lstm.errors import UserError, require
+
+MOST_SEEDS = 1000
 
 ABOUT = """Trains a config. Again: resumes its run, or prints the result of a finished one.
 
 A flag with a dot overrides that field of the config.
+
+Several seeds (--seeds 3) train one after the other, each in its DIR/seed-N.
 
 Processes are found by what SLURM, Open MPI, Kubernetes or a TPU pod sets."""
 
@@ -21,6 +28,7 @@ Processes are found by what SLURM, Open MPI, Kubernetes or a TPU pod sets."""
 class Options:
     config: str = "quickstart"  # a file, or the name of a shipped config
     workdir: Path | None = None  # folder of the run; default: runs/NAME
+    seeds: int = 1  # train so many, from the config's seed on; each a run in a folder of its own
     # a run to begin with: weights that fit by name and shape, vocabulary
     init_from: Path | None = None
     no_test: bool = False  # leave the test split unread at the end, for choosing settings
@@ -56,15 +64,18 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm train") -> int:
     )
     try:
         origin = load(options.init_from) if options.init_from is not None else None
-        fit(
-            config,
-            options.workdir,
+        train = partial(
+            fit,
             profile=options.profile,
             test=not options.no_test,
             plots=not options.no_report,
             init_from=origin,
             resume_with=options.resume_with,
         )
+        if options.seeds == 1:
+            train(config, options.workdir)
+        else:
+            train_seeds(train, config, options.workdir, options.seeds)
     except Stopped as stopped:
         if distributed.is_first():
             print(stopped, file=sys.stderr)
@@ -76,6 +87,30 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm train") -> int:
             distributed.leave(error)
         raise
     return 0
+
+
+def train_seeds(
+    train: Callable[[Config, Path], dict[str, Any]],
+    config: Config,
+    workdir: Path | None,
+    seeds: int,
+) -> None:
+    """Trains so many seeds, each in a folder of its own, and says the mean of their figures."""
+    from rich.console import Console
+
+    from flax_lstm.machine.distributed import is_first
+    from flax_lstm.runs.report import report_seeds
+
+    require(1 < seeds <= MOST_SEEDS, f"--seeds {seeds}: choose a number from 1 to {MOST_SEEDS}")
+    folder = workdir or Path("runs") / config.name
+    require(
+        not (folder / "config.py").exists(),
+        f"--workdir {folder}: holds a run of one seed; name another folder for --seeds {seeds}",
+    )
+    numbers = range(config.seed, config.seed + seeds)
+    results = [train(replace(config, seed=n), folder / f"seed-{n}") for n in numbers]
+    if is_first():
+        report_seeds(results, folder, Console(stderr=True))
 
 
 def tune(arguments: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,6 +81,26 @@ def report(result: dict[str, Any], folder: Workdir, console: Console) -> None:
     )
     if told := beaten(result):
         console.print(told, soft_wrap=True, highlight=False)
+
+
+def report_seeds(results: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
+    """Prints each figure's mean and standard deviation (n - 1) over seeds."""
+    split = "test" if results[0]["test"] else "validation"
+    table = Table(title=f"{results[0]['name']}: {split}, {len(results)} seeds")
+    for heading in ("", "mean", "deviation", "least", "most"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in distinct(results[0][split]):
+        values = np.array([result[split][name] for result in results], np.float64)
+        shown = (values.mean(), values.std(ddof=1), values.min(), values.max())
+        table.add_row(name, *("-" if np.isnan(value) else f"{value:.4g}" for value in shown))
+    console.print(table)
+    seeds = [result["seed"] for result in results]
+    console.print(
+        f"In {folder.absolute()}: {', '.join(f'seed-{n}' for n in seeds)}. "
+        f"flax-lstm evaluate {folder} judges the mean of the models, predict gives it.",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def beaten(result: dict[str, Any]) -> str:

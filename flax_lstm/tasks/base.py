@@ -9,7 +9,7 @@ as a NumPy array.
 Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q quantiles.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -113,6 +113,14 @@ class Task(Protocol):
         """Figures on a split of simpler models that are fitted on the training split, to be shown
         beside the baselines; kept in the folder, so that they are fitted once."""
         return {}
+
+    def final(self, outputs: np.ndarray) -> np.ndarray:
+        """The module's outputs as figures and predictions take them; done twice is as once."""
+        return outputs
+
+    def pooled(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The `final` outputs of several models for one batch as those of one."""
+        return np.mean(outputs, axis=0)
 
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int

@@ -5,7 +5,9 @@ Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q 
 """
 
 import json
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
+import scipy.special
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, Labelled
 from flax_lstm.data.text import TextDataset
-from flax_lstm.errors import require
+from flax_lstm.errors import listing, require
 from flax_lstm.tasks.adversary import PROBE, Adversary, divergence
 from flax_lstm.tasks.base import (
     Array,
@@ -38,6 +41,8 @@ from flax_lstm.tasks.examination import Answers, examine, fit_temperature
 from flax_lstm.tasks.linear import linear_log_probabilities
 from flax_lstm.tasks.metrics import Mean, area_under_curve, confusion, macro_f1, score_histogram
 from flax_lstm.tasks.plots import plot_examination
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,11 @@ class Classification(Task):
             )
         }
 
+    def pooled(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """Logarithms of the mean probabilities."""
+        log_shares = scipy.special.log_softmax(np.asarray(outputs, np.float64), axis=-1)
+        return scipy.special.logsumexp(log_shares, axis=0) - np.log(len(outputs))
+
     def rivals(self, dataset: Any, split: str, folder: Path) -> dict[str, dict[str, float]]:
         """`linear`, for texts: see `flax_lstm.tasks.linear`."""
         kept = folder / f"linear.{split}.json"
@@ -162,8 +172,7 @@ class Classification(Task):
     ) -> pd.DataFrame:
         """The table with columns `predicted`, `probability` and, for every label, its
         `probability_LABEL`; its own of these names become `predicted_input` and so on.
-        `attrs["probabilities"]` has, for each row, the probability of every label; `attrs["empty"]`
-        the rows (from 0) without any step or word, for which the answer is a guess."""
+        A warning names the rows without any step or word, for which the answer is a guess."""
         batches = [*info.batches(info.inputs(table), batch_size)]
         parts = [forward(batch) for batch in batches]
         if has_target_per_step(info):
@@ -180,10 +189,12 @@ class Classification(Task):
         }
         result = table.rename(columns={name: f"{name}_input" for name in new})
         result = pd.concat([result, pd.DataFrame(new, index=table.index)], axis=1)
-        result.attrs["empty"] = np.flatnonzero(lengths == 0).tolist()
-        result.attrs["probabilities"] = [
-            dict(zip(info.labels, row.tolist(), strict=True)) for row in shares
-        ]
+        if len(empty := np.flatnonzero(lengths == 0)):
+            logger.warning(
+                "warning: nothing to read in %d row(s), %s: the answer is a guess",
+                len(empty),
+                listing((empty + 1).tolist()),
+            )
         return result
 
     def _predict_steps(

@@ -103,6 +103,9 @@ class Forecasting(Task):
         factors = jnp.asarray(self.stretch).reshape((1,) * (outputs.ndim - 1) + (-1,))
         return jnp.sort(point + (outputs - point) * factors, axis=-1)
 
+    def final(self, outputs: np.ndarray) -> np.ndarray:
+        return np.asarray(self.ordered(jnp.asarray(outputs)))
+
     def settle(self, dataset: Any, forward: Forward, folder: Path) -> "Forecasting":
         """The task with its quantiles calibrated on the validation windows, as `settled` will find
         it in the folder; the same task where there is nothing to calibrate.
@@ -159,6 +162,7 @@ class Forecasting(Task):
         return jnp.maximum(levels * error, (levels - 1) * error)
 
     def measure(self, outputs: Array, batch: Batch, info: Windows) -> Sums:
+        loss = self.loss(outputs, batch)
         outputs = self.ordered(outputs)
         actual, forecast = batch.targets, outputs[..., self.point]
         weights = counted(batch)
@@ -189,7 +193,7 @@ class Forecasting(Task):
         if self.levels:
             total = jnp.sum(jnp.abs(actual + mean) * unit * weights, axis=(0, 1))
             sums["wql"] = Mean(jnp.sum(values["crps"] * unit * weights, axis=(0, 1)), total)
-        return {**sums, "loss": self.loss(outputs, batch)}
+        return {**sums, "loss": loss}
 
     def figures(self, sums: Sums, info: Windows) -> dict[str, float]:
         """Means over all targets that were measured, of each channel and then over channels; how

@@ -101,7 +101,7 @@ def fit(
         config = first_then_all(lambda: open_run(folder, wanted, resume_with))
         result = first_then_all(lambda: folder.finished(config.train.steps))
         if result:
-            console.print(f"{folder}: this run is finished.")
+            console.print(f"{folder}: this run is finished.", soft_wrap=True)
         else:
             if init_from is not None:
                 # Its ids before the data are encoded, its weights once there are steps.
