@@ -6,6 +6,7 @@ run.
     python benchmarks/run.py --json figures.json                    # everything: hours
     python benchmarks/run.py --workloads anchors --peers 'ours-*' torch-fused linen --malloc tuned
 
+The machine's own peak is measured first; every figure stands beside the least time that it allows.
 Every implementation has a process of its own, and one of them works at a time, in turns. Each must
 first give the same loss from the same weights. Prints a table in Markdown; docs/benchmarks.md
 explains it.
@@ -66,6 +67,7 @@ PEERS = {
     "keras-jax": Peer("keras_", {"backend": "jax"}),
     "linen": Peer("linen"),
     "nnx": Peer("nnx_"),
+    "ours-nnx": Peer("nnx_", {"ours": True}),
     "haiku": Peer("haiku_"),
 }
 FLOORS = {f"floor-{library}": Peer("floor", {"library": library}) for library in ("torch", "numpy")}
@@ -86,7 +88,7 @@ class Entrant:
 
     def __init__(self, name: str, peer: Peer, tuned: bool, work: Work):
         self.name, self.peer, self.tuned = name, peer, tuned
-        self.is_floor, self.is_ours = name in FLOORS, peer.module == "ours"
+        self.is_floor, self.is_ours = name in FLOORS, name.startswith("ours-")
         self.trouble: dict[str, str] = {}  # "missing", "unsupported" or "failed", and why
         self.report: dict[str, Any] = {}
         self.rounds: list[float] = []  # median milliseconds of each turn
@@ -172,8 +174,10 @@ def check_losses(work: Work, entrants: list[Entrant]) -> None:
             )
 
 
-def rows_of(name: str, work: Work, entrants: list[Entrant]) -> list[dict[str, Any]]:
-    """One row an entrant: figures, and ratios to the best of the others."""
+def rows_of(
+    name: str, work: Work, entrants: list[Entrant], limit_ms: float
+) -> list[dict[str, Any]]:
+    """One row an entrant: figures, and ratios to the best of the others and to the limit."""
     timed = [entrant for entrant in entrants if entrant.rounds and not entrant.trouble]
     peers = [entrant for entrant in timed if not entrant.is_ours and not entrant.is_floor]
     best = min(peers, key=lambda e: e.milliseconds, default=None)
@@ -216,6 +220,7 @@ def rows_of(name: str, work: Work, entrants: list[Entrant]) -> list[dict[str, An
             "losses": report["losses"],
             **{k: ratios.get(k) for k in others},
             "over_floor": floor and ms / floor.milliseconds,
+            "over_limit": ms / limit_ms,
         }
 
     return [row(entrant) for entrant in entrants]
@@ -237,6 +242,7 @@ COLUMNS = {
     "x best default": lambda r: figure(r["times_best_default_peer"]),
     "x nn.RNN": lambda r: figure(r["times_linen"]),
     "/ floor": lambda r: figure(r["over_floor"]),
+    "/ limit": lambda r: figure(r["over_limit"]),
 }
 
 
@@ -305,7 +311,7 @@ def chosen(patterns: list[str], names: Iterable[str], parser: argparse.ArgumentP
     return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -326,65 +332,91 @@ def main() -> None:
         "--list", action="store_true", help="print the names of workloads and implementations"
     )
     options = parser.parse_args()
-    os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="2")
-    peers = all_peers()
-    if options.list:
-        print(
-            f"workloads: {' '.join(WORKLOADS)}\ngroups: {' '.join(GROUPS)}\nimplementations: "
-            f"{' '.join(peers)}"
-        )
-        return
+    options.known = all_peers()
     asked = [name for pattern in options.workloads for name in GROUPS.get(pattern, [pattern])]
-    names = chosen(options.peers, peers, parser)
+    options.workloads = chosen(asked, WORKLOADS, parser)
+    options.peers = chosen(options.peers, options.known, parser)
+    return options
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def contest(name: str, work: Work, options: argparse.Namespace, limit_ms: float) -> list[Any]:
+    """The rows of one workload."""
+    log(name)
+    entrants = []
+    try:
+        for peer in options.peers:
+            # A floor allocates nothing.
+            for malloc in options.malloc if peer not in FLOORS else ["default"]:
+                entrants.append(Entrant(peer, options.known[peer], malloc == "tuned", work))
+        compete(work, entrants, options.rounds, options.seconds, log)
+    finally:
+        for entrant in entrants:
+            entrant.stop()
+    return rows_of(name, work, entrants, limit_ms)
+
+
+def own_core_type(instructions: list[str]) -> None:
+    """NumPy's OpenBLAS chooses its kernels by the processor, or by a variable that may be left from
+    elsewhere; not every release knows every processor that has AVX-512, so it is told."""
+    for ours, theirs in {"avx512": "SkylakeX", "avx2": "Haswell"}.items():
+        if ours in instructions:
+            os.environ["OPENBLAS_CORETYPE"] = theirs
+            return
+    os.environ.pop("OPENBLAS_CORETYPE", None)
+
+
+def report(about: dict[str, Any], peak: str, rows: list[dict[str, Any]]) -> None:
+    place, load = about["machine"], about["load_average"]
+    named = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    print(
+        f"{about['date']}, {place['cores']} cores of {place['cpu']}, Python {place['python']}, "
+        f"{named}; load {load['start'][0]:.1f} before, {load['end'][0]:.1f} after; "
+        f"{about['rounds']} rounds"
+    )
+    print("".join(f"\n{note}" for note in about["notes"]))
+    print(peak, table(rows), absences(rows), sep="\n\n")
+
+
+def main() -> None:
+    os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="2")
+    options = parse()
+    if options.list:
+        print(f"workloads: {' '.join(WORKLOADS)}\ngroups: {' '.join(GROUPS)}")
+        print(f"implementations: {' '.join(options.known)}")
+        return
+    from limit import Machine  # here, as in `all_peers`
+
     began, load = datetime.datetime.now(datetime.UTC), os.getloadavg()
-
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    rows, notes = [], []
-    for workload in chosen(asked, WORKLOADS, parser):
-        log(workload)
-        work = make_work(WORKLOADS[workload], options.seed)
+    peak = Machine.measured()
+    own_core_type(list(peak.flops))
+    rows, notes, limits = [], [], {}
+    for name in options.workloads:
+        work = make_work(WORKLOADS[name], options.seed)
         notes += [work.note] * bool(work.note and work.note not in notes)
-        entrants = []
-        try:
-            for name in names:
-                for malloc in (
-                    options.malloc if name not in FLOORS else ["default"]
-                ):  # a floor allocates nothing
-                    entrants.append(Entrant(name, peers[name], malloc == "tuned", work))
-            compete(work, entrants, options.rounds, options.seconds, log)
-        finally:
-            for entrant in entrants:
-                entrant.stop()
-        rows += rows_of(workload, work, entrants)
+        limits[name] = peak.milliseconds(work)
+        rows += contest(name, work, options, limits[name])
     about = {
         "date": began.isoformat(timespec="seconds"),
         "minutes": round((datetime.datetime.now(datetime.UTC) - began).total_seconds() / 60, 1),
         "machine": machine(),
+        "peak": asdict(peak),
+        "limit_ms": limits,
         "load_average": {"start": load, "end": os.getloadavg()},
         "versions": versions(),
         "seed": options.seed,
         "rounds": options.rounds,
         "seconds": options.seconds,
         "notes": notes,
+        "workloads": {name: asdict(WORKLOADS[name]) for name in options.workloads},
+        "rows": rows,
     }
-    shapes = {row["workload"]: asdict(WORKLOADS[row["workload"]]) for row in rows}
     if options.json:
-        options.json.write_text(
-            json.dumps({**about, "workloads": shapes, "rows": rows}, indent=1) + "\n"
-        )
-    place = about["machine"]
-    print(
-        f"{about['date']}, {place['cores']} cores of {place['cpu']}, Python {place['python']}, ",
-        end="",
-    )
-    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()), end="; ")
-    print(
-        f"load {load[0]:.1f} before, {about['load_average']['end'][0]:.1f} after; "
-        f"{options.rounds} rounds"
-    )
-    print("".join(f"\n{note}" for note in notes), f"\n{table(rows)}\n\n{absences(rows)}", sep="")
+        options.json.write_text(json.dumps(about, indent=1) + "\n")
+    report(about, peak.table(), rows)
 
 
 if __name__ == "__main__":

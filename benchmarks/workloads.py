@@ -21,6 +21,9 @@ class Unsupported(Exception):
     """Raised by an implementation for a workload that it does not have, with the reason."""
 
 
+GATES = {"lstm": 4, "gru": 3, "layernorm_lstm": 4}
+
+
 @dataclass(frozen=True)
 class Workload:
     """Shapes of model and batch. Embedding, recurrent layers, last output, dense; cross-entropy;
@@ -29,7 +32,7 @@ class Workload:
     hidden: tuple[int, ...] = (128,)  # units of each layer
     batch: int = 32
     time: int = 200
-    cell: Literal["lstm", "gru"] = "lstm"
+    cell: Literal["lstm", "gru", "layernorm_lstm"] = "lstm"
     bidirectional: bool = False
     # Not full: those of IMDB, up to MAX_LENGTH
     lengths: Literal["full", "padded", "bucketed"] = "full"
@@ -37,10 +40,22 @@ class Workload:
     vocabulary: int = 20_000  # 0: real inputs without embedding, and the squared error
     features: int = 128  # D
     outputs: int = 2
+    resets: float = 0.0  # share of the steps that begin from zeros
 
     @property
     def ragged(self) -> bool:
         return self.lengths != "full"
+
+    @property
+    def gates(self) -> int:
+        return GATES[self.cell]
+
+    def textbook_only(self) -> None:
+        """Raises Unsupported where this is no plain LSTM or GRU."""
+        if self.resets:
+            raise Unsupported("its layers know no resets within a row")
+        if self.cell not in ("lstm", "gru"):
+            raise Unsupported(f"it has no {self.cell}")
 
 
 FORECASTER = {"hidden": (50, 50), "time": 60, "vocabulary": 0, "features": 1, "outputs": 1}
@@ -61,6 +76,10 @@ WORKLOADS = {
     **{f"b{batch}": Workload(batch=batch) for batch in (1, 4, 8, 64, 256)},
     "t16000": Workload(hidden=(256,), batch=8, time=16_000, features=256),
     "latency": Workload(batch=1, train=False),
+    "layernorm": Workload(cell="layernorm_lstm"),
+    "gru-resets": Workload(  # as a recurrent agent is trained
+        cell="gru", batch=64, time=128, vocabulary=0, outputs=1, resets=0.01
+    ),
     "tiny": Workload(hidden=(8,), batch=4, time=6, vocabulary=50, features=8),
 }
 GROUPS = {
@@ -73,11 +92,12 @@ class Batch(NamedTuple):
     inputs: np.ndarray  # [B, T] int32 tokens, or [B, T, D] float32
     targets: np.ndarray  # [B] int32, or [B, outputs] float32
     lengths: np.ndarray  # [B] int32
+    resets: np.ndarray | None = None  # [B, T] bool: steps that begin from zeros
 
 
 class Weights(NamedTuple):
     """The same numbers as each library wants them. The recurrent layers one by one, the lowest
-    first."""
+    first. The three libraries have the textbook's cells alone."""
 
     embedding: np.ndarray | None  # [vocabulary, D]
     head: tuple[np.ndarray, np.ndarray]  # kernel, bias
@@ -125,18 +145,22 @@ def make_weights(workload: Workload, rng: np.random.Generator) -> Weights:
     def uniform(scale: float, *shape: int) -> np.ndarray:
         return rng.uniform(-scale, scale, shape).astype(np.float32)
 
-    gates = {"lstm": 4, "gru": 3}[workload.cell]
-    features, layers = workload.features, []
+    gates, features, layers = workload.gates, workload.features, []
     for hidden in workload.hidden:
         cells = []
         for _ in range(1 + workload.bidirectional):
             bias_GH = uniform(0.2, gates, hidden)
-            if workload.cell == "lstm":
+            if gates == 4:
                 bias_GH[1] += 1  # the forget gate, as libraries begin
             cell = {"input": uniform(features**-0.5, features, gates, hidden), "bias": bias_GH}
             cell["recurrent"] = uniform(hidden**-0.5, hidden, gates, hidden)
             if workload.cell == "gru":
                 cell["recurrent_bias"] = np.zeros(hidden, np.float32)
+            if workload.cell == "layernorm_lstm":
+                # Of a size that forgets: larger gains amplify every rounding from step to step.
+                for name in ("input_gain", "recurrent_gain"):
+                    cell[name] = 0.3 + uniform(0.1, gates, hidden)
+                cell |= {"c_gain": 0.3 + uniform(0.1, hidden), "c_bias": uniform(0.2, hidden)}
             cells.append({"cell": cell})
         layers.append(
             dict(zip(("forward", "backward"), cells, strict=True))
@@ -146,13 +170,14 @@ def make_weights(workload: Workload, rng: np.random.Generator) -> Weights:
         features = hidden * len(cells)
     stack = {f"layers_{n}": layer for n, layer in enumerate(layers)}
     embedding = rng.normal(size=(workload.vocabulary, workload.features)).astype(np.float32)
+    textbook = workload.cell in ("lstm", "gru")
     return Weights(
         embedding=embedding if workload.vocabulary else None,
         head=(uniform(1.0, features, workload.outputs), uniform(0.2, workload.outputs)),
         stack=stack,
-        torch=[convert.to_torch({"layers_0": layer}) for layer in layers],
-        keras=convert.to_keras(stack),
-        flax=convert.to_flax(stack),
+        torch=[convert.to_torch({"layers_0": layer}) for layer in layers if textbook],
+        keras=convert.to_keras(stack) if textbook else [],
+        flax=convert.to_flax(stack) if textbook else [],
     )
 
 
@@ -161,9 +186,9 @@ def make_batch(workload: Workload, lengths_B: np.ndarray, rng: np.random.Generat
     batch, lengths_B = len(lengths_B), np.minimum(lengths_B, time).astype(np.int32)
     if not workload.vocabulary:
         inputs_BTD = rng.normal(size=(batch, time, workload.features)).astype(np.float32)
-        return Batch(
-            inputs_BTD, rng.normal(size=(batch, workload.outputs)).astype(np.float32), lengths_B
-        )
+        targets_BO = rng.normal(size=(batch, workload.outputs)).astype(np.float32)
+        resets_BT = rng.random((batch, time)) < workload.resets if workload.resets else None
+        return Batch(inputs_BTD, targets_BO, lengths_B, resets_BT)
     inputs_BT = rng.integers(1, workload.vocabulary, (batch, time)).astype(np.int32)
     inputs_BT[np.arange(time) >= lengths_B[:, None]] = 0  # padding, as Keras' mask_zero wants it
     return Batch(inputs_BT, rng.integers(0, workload.outputs, batch).astype(np.int32), lengths_B)
@@ -210,21 +235,37 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
+def normalise(x: np.ndarray, axes: tuple[int, ...], gain: np.ndarray | None) -> np.ndarray:
+    """Mean 0 and variance 1 over these axes, times the gain; without one, x as it is."""
+    if gain is None:
+        return x
+    centred = x - x.mean(axes, keepdims=True)
+    return centred / np.sqrt(np.square(centred).mean(axes, keepdims=True) + 1e-5) * gain
+
+
 def last_output(
-    cell: dict[str, np.ndarray], x_BTD: np.ndarray, lengths_B: np.ndarray
+    cell: dict[str, np.ndarray],
+    x_BTD: np.ndarray,
+    lengths_B: np.ndarray,
+    resets_BT: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Outputs [B, T, H] and that of each row's last valid step [B, H], in NumPy."""
     gates = cell["bias"].shape[0]
-    xs_BTGH = np.einsum("btd,dgh->btgh", x_BTD, cell["input"], optimize=True) + cell["bias"]
+    xs_BTGH = np.einsum("btd,dgh->btgh", x_BTD, cell["input"], optimize=True)
+    xs_BTGH = normalise(xs_BTGH, (-2, -1), cell.get("input_gain")) + cell["bias"]
     recurrent_JK = cell["recurrent"].reshape(len(cell["recurrent"]), -1)
     h_BH = c_BH = np.zeros((len(x_BTD), cell["bias"].shape[1]))
     outputs = []
     for t in range(x_BTD.shape[1]):
+        if resets_BT is not None:
+            h_BH, c_BH = (np.where(resets_BT[:, t, None], 0, s_BH) for s_BH in (h_BH, c_BH))
         rh_BGH = (h_BH @ recurrent_JK).reshape(len(h_BH), gates, -1)
+        rh_BGH = normalise(rh_BGH, (-2, -1), cell.get("recurrent_gain"))
         if gates == 4:
             i, f, g, o = np.moveaxis(xs_BTGH[:, t] + rh_BGH, 1, 0)
             new_c = sigmoid(f) * c_BH + sigmoid(i) * np.tanh(g)
-            new_h = sigmoid(o) * np.tanh(new_c)
+            shown = normalise(new_c, (-1,), cell.get("c_gain")) + cell.get("c_bias", 0)
+            new_h = sigmoid(o) * np.tanh(shown)
         else:
             r, z = np.moveaxis(sigmoid(xs_BTGH[:, t, :2] + rh_BGH[:, :2]), 1, 0)
             n = np.tanh(xs_BTGH[:, t, 2] + r * (rh_BGH[:, 2] + cell["recurrent_bias"]))
@@ -254,7 +295,7 @@ def reference_loss(work: Work) -> float:
     )
     for layer in weights.stack.values():
         if "cell" in layer:
-            x_BTD, last_BH = last_output(layer["cell"], x_BTD, batch.lengths)
+            x_BTD, last_BH = last_output(layer["cell"], x_BTD, batch.lengths, batch.resets)
             continue
         order_BT = (batch.lengths[:, None] - 1 - np.arange(x_BTD.shape[1])) % x_BTD.shape[
             1

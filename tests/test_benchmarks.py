@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from commands import ROOT
 
 FIGURES = (
@@ -54,6 +55,10 @@ def test_tiny_workload_with_one_peer_missing(tmp_path):
         for loss, other in zip(row["losses"], rows["linen"]["losses"], strict=True):
             assert math.isclose(loss, other, rel_tol=1e-4), name
         assert f"| tiny | {name} |" in run.stdout
+    for row in (floor, *rows.values()):
+        assert math.isclose(row["over_limit"], row["ms"] / figures["limit_ms"]["tiny"])
+        assert row["over_limit"] > 1, row
+    assert "Memory, GB/s read and written" in run.stdout
     assert floor["over_floor"] == 1 and floor["times_linen"] is None
     assert rows["linen"]["losses"][-1] < rows["linen"]["losses"][0]  # it learns
     assert rows["linen"]["times_linen"] == rows["linen"]["times_best_peer"] == 1
@@ -85,6 +90,50 @@ def test_other_losses_are_not_timed(monkeypatch):
         True,
         True,
     ]
+
+
+def test_operations_are_those_of_the_products_written_out(monkeypatch):
+    """Of the floor, which multiplies what every implementation has to: full rows in two layers,
+    real inputs, both directions, and outputs alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from limit import operations
+    from peers import floor
+    from workloads import Workload, make_work
+
+    counted = 0
+
+    def product(a, b, out):
+        nonlocal counted
+        counted += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+    monkeypatch.setattr(floor.np, "matmul", product)
+    for workload in (
+        Workload(hidden=(8, 5), batch=4, time=6, vocabulary=50, features=7),
+        Workload(hidden=(8,), batch=4, time=6, vocabulary=0, features=7, cell="gru"),
+        Workload(hidden=(8, 3), batch=4, time=6, vocabulary=9, features=7, bidirectional=True),
+        Workload(hidden=(8,), batch=4, time=6, vocabulary=9, features=7, train=False),
+    ):
+        work, counted = make_work(workload, seed=0), 0
+        floor.make(work, "numpy")(0)
+        assert operations(work) == counted, workload
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_resets_and_layer_normalisation_have_a_reference(monkeypatch):
+    """The first loss of ours, and of Flax's scan, is NumPy's."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from peers import linen, ours
+    from workloads import Workload, make_work, reference_loss
+
+    small = {"hidden": (8,), "batch": 4, "time": 6, "features": 8}
+    for workload in (
+        Workload(cell="layernorm_lstm", vocabulary=50, **small),
+        Workload(cell="gru", vocabulary=0, outputs=1, resets=0.3, **small),
+    ):
+        work = make_work(workload, seed=0)
+        expected = reference_loss(work)
+        for step in (ours.make(work, "auto"), linen.make(work)):
+            assert math.isclose(step(0), expected, rel_tol=1e-4), workload
 
 
 def test_weak_scaling_over_three_devices():

@@ -530,6 +530,12 @@ BREAKAGES = {
         "",
         "tests/test_resets.py::test_every_backend_resets_as_the_scan",
     ),
+    "benchmark: the limit forgets a product": Breakage(
+        "benchmarks/limit.py",
+        "products += [inputs, recurrent, recurrent]",
+        "products += [inputs, recurrent]",
+        "tests/test_benchmarks.py::test_operations_are_those_of_the_products_written_out",
+    ),
     "native kernel: shapes are not checked": Breakage(
         "flax_lstm/nn/recurrence/native/binding.cc",
         "if (problem_.empty() && found != wanted",

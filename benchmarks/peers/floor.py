@@ -31,7 +31,7 @@ def make(work: Work, library: str) -> Callable[[int], None]:
     def directions(time: int, batch: int) -> list[Callable[[], None]]:
         made, features = [], w.features
         for number, hidden in enumerate(w.hidden):
-            columns = hidden * {"lstm": 4, "gru": 3}[w.cell]
+            columns = hidden * w.gates
             input_grad = bool(number or w.vocabulary)  # real inputs need none
             made += [
                 direction(time, batch, features, hidden, columns, input_grad)

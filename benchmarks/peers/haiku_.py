@@ -15,6 +15,7 @@ from peers.optax_step import make_step
 
 def make(work: Work) -> Callable[[int], Any]:
     w, weights = work.workload, work.weights
+    w.textbook_only()
     if w.cell == "gru":
         raise Unsupported("Haiku's GRU is another one: it resets before the matmul")
 

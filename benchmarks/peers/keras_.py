@@ -36,6 +36,7 @@ def make(work: Work, backend: str) -> Callable[[int], Any]:
     os.environ["KERAS_BACKEND"] = backend
     import keras
 
+    work.workload.textbook_only()
     model, optimizer = build(work), keras.optimizers.Adam(1e-3, epsilon=1e-8)
     optimizer.build(model.trainable_variables)
 

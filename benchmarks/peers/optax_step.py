@@ -12,10 +12,9 @@ import optax
 from workloads import Work
 
 
-def make_step(
-    work: Work, params: Any, apply: Callable[[Any, Any, Any], jax.Array]
-) -> Callable[[int], Any]:
-    """apply: (params, inputs, lengths) -> outputs; lengths None where every row is full."""
+def make_step(work: Work, params: Any, apply: Callable[..., jax.Array]) -> Callable[[int], Any]:
+    """apply: (params, inputs, lengths) -> outputs; lengths None where every row is full. With
+    resets: (params, inputs, lengths, resets)."""
     workload = work.workload
     params = jax.tree.map(jnp.asarray, params)
     placed = [
@@ -25,7 +24,8 @@ def make_step(
     optimizer = optax.adam(1e-3)
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        outputs = apply(params, batch.inputs, batch.lengths)
+        resets = [] if batch.resets is None else [batch.resets]
+        outputs = apply(params, batch.inputs, batch.lengths, *resets)
         if workload.vocabulary:
             return optax.softmax_cross_entropy_with_integer_labels(outputs, batch.targets).mean()
         return jnp.mean(jnp.square(outputs - batch.targets))

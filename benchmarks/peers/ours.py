@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flax_lstm: the training step of `flax_lstm.training.steps`, as `train.py` runs it."""
+"""flax_lstm: the training step of `flax_lstm.training.steps`, as `train.py` runs it; with resets
+`RNN` in a step of one's own, as an agent's."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -8,17 +9,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from workloads import Work
 
-from flax_lstm import Classification, RecurrentModel, SequenceRegression, TextModel
+from flax_lstm import RNN, Classification, GRUCell, RecurrentModel, SequenceRegression, TextModel
 from flax_lstm.data.base import Batch
 from flax_lstm.machine.malloc import trim_malloc
 from flax_lstm.machine.sharding import make_mesh, put_batch
 from flax_lstm.training.optim import learning_rate, make_optimizer
 from flax_lstm.training.steps import TrainState, make_steps
+from peers.optax_step import make_step
+
+
+class Agent(nn.Module):
+    """A GRU that begins from zeros where it is told to, and a dense layer on its last output."""
+
+    rnn: RNN
+    outputs: int
+
+    @nn.compact
+    def __call__(self, x_BTD: Any, lengths_B: Any, resets_BT: Any) -> Any:
+        _, y_BTH = self.rnn(x_BTD, lengths_B, reset_BT=resets_BT)
+        return nn.Dense(self.outputs, name="head")(y_BTH[:, -1])
+
+
+def make_agent(work: Work, backend: str) -> Callable[[int], Any]:
+    w, (kernel, bias) = work.workload, work.weights.head
+    agent = Agent(RNN(GRUCell(w.hidden[0]), backend=backend), w.outputs)
+    params = {"rnn": work.weights.stack["layers_0"], "head": {"kernel": kernel, "bias": bias}}
+    return make_step(work, params, lambda params, *inputs: agent.apply({"params": params}, *inputs))
 
 
 def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
+    if work.workload.resets:
+        return make_agent(work, backend)
     w, weights, mesh = work.workload, work.weights, make_mesh(1)
     settings: Any = {
         "cell": w.cell,
@@ -33,7 +57,8 @@ def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
     else:
         info = SimpleNamespace(outputs=w.outputs)
         model, task = RecurrentModel(**settings), SequenceRegression()
-    batches = [Batch(*batch, np.ones(w.batch, np.float32)) for batch in work.batches]
+    ones = np.ones(w.batch, np.float32)
+    batches = [Batch(b.inputs, b.targets, b.lengths, ones) for b in work.batches]
     schedule = learning_rate("constant", 1e-3, 0, 1)
     optimizer = make_optimizer("adamw", schedule, weight_decay=0.0, clip=0.0)
     steps = make_steps(

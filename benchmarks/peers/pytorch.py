@@ -85,6 +85,7 @@ def last(y_TBH: torch.Tensor, lengths_B: torch.Tensor | None) -> torch.Tensor:
 
 def make(work: Work, fused: bool = False, packed: bool = False) -> Callable[[int], Any]:
     w = work.workload
+    w.textbook_only()
     if packed and not w.ragged:
         raise Unsupported("every row is full: nothing to pack")
     model = Model(work, packed)

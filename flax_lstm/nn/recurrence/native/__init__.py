@@ -6,7 +6,8 @@ Compiling at first use, not at installation, keeps the wheel one for all platfor
 for a compiler who does not have one; it matches the XLA headers of the jaxlib that is there. The
 library is named by a hash of sources, flags, compiler and jaxlib, written under a temporary name
 and then renamed, so that processes that begin together each find it whole. $FLAX_LSTM_CPU names the
-instruction set (avx512, avx2, neon or portable) instead of the best one that the processor has.
+instruction set (avx512bf16, avx512, avx2, neon or portable) instead of the best one that the
+processor has.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -31,11 +33,13 @@ SOURCES = [Path(__file__).with_name(name) for name in ("binding.cc", "kernel.h")
 # For each instruction set: what /proc/cpuinfo calls what it needs, and how to compile. LANES are
 # the floats of a vector, TILE the rows of a tile: TILE * 2 sums, 2 weights and an input or two must
 # fit the registers.
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16", "-DTILE=12"]
 VARIANTS = {
-    "avx512": (
-        ("avx512f", "avx512dq", "avx512vl", "fma"),
-        ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16", "-DTILE=12"],
+    "avx512bf16": (
+        ("avx512f", "avx512dq", "avx512vl", "fma", "avx512_bf16"),
+        [*AVX512, "-mavx512bf16"],
     ),
+    "avx512": (("avx512f", "avx512dq", "avx512vl", "fma"), AVX512),
     "avx2": (("avx2", "fma"), ["-mavx2", "-mfma", "-DLANES=8", "-DTILE=6"]),
     "neon": (("asimd",), ["-DLANES=4", "-DTILE=12"]),
     "portable": ((), ["-DLANES=4", "-DTILE=6"]),
@@ -57,13 +61,18 @@ def processor_flags() -> set[str]:
     return set(lines[0].split(":", 1)[1].split()) if lines else set()
 
 
+def possible() -> list[str]:
+    """The instruction sets that this processor has, the best one first."""
+    has = processor_flags()
+    return [name for name, (needs, _) in VARIANTS.items() if has.issuperset(needs)]
+
+
 def variant() -> str:
     """The instruction set to compile for. Raises Unavailable for one that this processor lacks."""
-    has = processor_flags()
-    possible = [name for name, (needs, _) in VARIANTS.items() if has.issuperset(needs)]
-    wanted = os.environ.get("FLAX_LSTM_CPU", possible[0])
-    if wanted not in possible:
-        raise Unavailable(f"FLAX_LSTM_CPU={wanted}: this processor has {', '.join(possible)}")
+    names = possible()
+    wanted = os.environ.get("FLAX_LSTM_CPU", names[0])
+    if wanted not in names:
+        raise Unavailable(f"FLAX_LSTM_CPU={wanted}: this processor has {', '.join(names)}")
     return wanted
 
 
@@ -75,21 +84,26 @@ def compiler() -> str:
     raise Unavailable("no C++ compiler (g++ or clang++) was found")
 
 
-def build() -> Path:
-    """The compiled library, from the cache where it is there already. Raises Unavailable."""
+def build(
+    sources: Sequence[Path] = SOURCES, instructions: str | None = None, name: str = "recurrence"
+) -> Path:
+    """The compiled library, from the cache where it is there already. Raises Unavailable.
+
+    sources: what is compiled, and what that includes. instructions: None: those of `variant()`.
+    """
     command = [
         compiler(),
         *FLAGS,
-        *VARIANTS[variant()][1],
+        *VARIANTS[instructions or variant()][1],
         "-I",
         jax.ffi.include_dir(),
-        str(SOURCES[0]),
+        str(sources[0]),
     ]
     version = subprocess.run(
         [command[0], "--version"], capture_output=True, text=True, check=False
     ).stdout
     parts = [
-        *(source.read_bytes() for source in SOURCES),
+        *(source.read_bytes() for source in sources),
         " ".join([*command, version, jaxlib.version.__version__]).encode(),
     ]
     try:
@@ -98,10 +112,10 @@ def build() -> Path:
         raise Unavailable(
             f"the kernel could not be compiled into {error.filename} ({error.strerror})"
         ) from error
-    library = folder / f"recurrence-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    library = folder / f"{name}-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if intact(library):
         return library
-    log.info("compiling the recurrent kernel for this processor (once, some seconds)")
+    log.info("compiling the %s kernel for this processor (once, some seconds)", name)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as draft:
             made = Path(draft, library.name)
