@@ -48,6 +48,8 @@ class TrainConfig:
     layer_decay: float = 1.0
     # steps after which one more layer below the head learns, the embedding last; 0: all at once
     unfreeze_every: int = 0
+    # parts of the model that keep the weights they begin with, such as embed with word vectors
+    frozen: tuple[str, ...] = ()
     ema: float = 0.0  # decay of the averaged weights that are evaluated; 0: none
     patience: int = 0  # evaluations without a new best before training stops; 0: never
     log_every: int = 50  # steps between rows of the log

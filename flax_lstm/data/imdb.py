@@ -46,7 +46,9 @@ class ImdbFiles(Corpus):
 
     def absolute(self) -> Self:
         return dataclasses.replace(
-            self, data_dir=absolute_path(self.data_dir), archive=absolute_path(self.archive)
+            super().absolute(),
+            data_dir=absolute_path(self.data_dir),
+            archive=absolute_path(self.archive),
         )
 
     def reviews(self, split: str) -> Texts:

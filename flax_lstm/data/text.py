@@ -27,6 +27,7 @@ from flax_lstm.data.tables import (
     text_values,
     weight_values,
 )
+from flax_lstm.data.vectors import WordVectors, read_vectors
 from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
 from flax_lstm.errors import UserError, listing, nearest, require
 
@@ -132,10 +133,21 @@ class TextInfo(VocabularyInfo):
 class TextDataset:
     """Encoded splits "train", "validation", "test", and what was fitted on the first."""
 
-    def __init__(self, info: TextInfo, splits: Mapping[str, Rows], read: Mapping[str, Texts]):
+    def __init__(
+        self,
+        info: TextInfo,
+        splits: Mapping[str, Rows],
+        read: Mapping[str, Texts],
+        vectors: Path | None = None,
+    ):
         self.info = info
         self._splits = splits
         self._read = read
+        self._vectors = vectors
+
+    def word_vectors(self) -> WordVectors | None:
+        """What the embedding of a new run begins with."""
+        return None if self._vectors is None else read_vectors(self._vectors, self.info.vocabulary)
 
     def read(self, split: str) -> Texts:
         """The texts and labels of a split, as they were read."""
@@ -211,6 +223,8 @@ class TextData(Corpus):
     max_length: int = 400  # tokens kept of a longer text
     keep: Literal["first", "last"] = "last"  # which end of a longer text is kept
     balanced: bool = False  # training rows weigh so that all classes weigh the same together
+    # File of word vectors that the embedding begins with (.vec, .txt, or either as .gz)
+    vectors: str = ""
     # training rows that are used, drawn steadily, fewer being a part of more; 0: all
     train_rows: int = 0
 
@@ -228,6 +242,13 @@ class TextData(Corpus):
             self.train_rows >= 0,
             f"data.train-rows is {self.train_rows}: give 0 (all) or a number of rows",
         )
+        require(
+            not self.vectors or self.tokenizer == "word",
+            "data.vectors are of words: they do not go with --data.tokenizer bpe",
+        )
+
+    def absolute(self) -> Self:
+        return dataclasses.replace(super().absolute(), vectors=absolute_path(self.vectors))
 
     @abstractmethod
     def splits(self) -> dict[str, Texts]:
@@ -247,7 +268,8 @@ class TextData(Corpus):
             lengths = [len(ids) for ids in rows["train"].tokens]
             info = dataclasses.replace(info, boundaries=choose_boundaries(lengths, self.max_length))
             info.save(assets)
-        return TextDataset(info, rows, splits)
+        vectors = Path(self.vectors).expanduser() if self.vectors else None
+        return TextDataset(info, rows, splits, vectors)
 
     def _drawn(self, train: Texts) -> Texts:
         """As many of the training rows as are to be used, in the order in which they were read."""
@@ -362,7 +384,9 @@ class TableFiles(Corpus, InMemory):
 
     def absolute(self) -> Self:
         return dataclasses.replace(
-            self, path=absolute_path(self.path), test_path=absolute_path(self.test_path)
+            super().absolute(),
+            path=absolute_path(self.path),
+            test_path=absolute_path(self.test_path),
         )
 
     def table_splits(self, read: Callable[[Path], Texts]) -> dict[str, Texts]:

@@ -102,6 +102,11 @@ class Vocabulary:
         """Number of ids; at most the size asked for."""
         return self._tokenizer.get_vocab_size()
 
+    def id_of(self, word: str) -> int | None:
+        """The id of a word, however it is written; None where it is unknown, or several tokens."""
+        word = self._tokenizer.normalizer.normalize_str(_valid(word))
+        return self._tokenizer.token_to_id(word)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array of ids per text, of its natural length (0 for a text without tokens)."""
         ids: list[np.ndarray] = []

@@ -45,6 +45,7 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
         train.epsilon,
         train.layer_decay,
         train.unfreeze_every,
+        train.frozen,
     )
     with noting() as layers:
         steps = make_steps(

@@ -36,6 +36,7 @@ from flax_lstm.training.profiling import STEPS, Profiler
 from flax_lstm.training.progress import Progress
 from flax_lstm.training.signals import Signals, Stopped
 from flax_lstm.training.steps import TrainState
+from flax_lstm.training.vectors import with_vectors
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,9 @@ class Session:
             if params is not None:
                 self.state, told = initial_params(self.state, params)
                 self.console.print(told)
+            words = getattr(self.dataset, "word_vectors", lambda: None)()
+            if words is not None:
+                self.state = with_vectors(self.state, words)
         else:
             self.state, self.progress = self.checkpoints.restore(self.latest, self.steps.abstract)
             self.console.print(f"resuming from step {self.latest} of {self.folder}")

@@ -2,7 +2,7 @@
 """Optimisers and learning-rate schedules, all from optax."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +84,25 @@ def by_level(decay: float, unfreeze_every: int) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: Updates(jnp.zeros((), jnp.int32)), update)
 
 
+def keeping(parts: Sequence[str]) -> optax.GradientTransformation:
+    """No update for the weights of these parts of the model. Raises UserError, at the first state,
+    for a part that it does not have."""
+
+    def init(params: Any) -> optax.EmptyState:
+        for part in parts:
+            require(
+                part in params,
+                f"train.frozen {part}: the model has no such part; its parts: {listing(params)}",
+            )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        zeros = {part: jax.tree.map(jnp.zeros_like, updates[part]) for part in parts}
+        return {**updates, **zeros}, state
+
+    return optax.GradientTransformation(init, update)
+
+
 def adamw(schedule: Schedule, weight_decay: float, epsilon: float) -> Parts:
     """Loshchilov & Hutter 2019. `epsilon` is added to the root of the mean squared gradient: it
     keeps gradients much smaller than itself from being scaled up, such as those of words far from
@@ -121,17 +140,23 @@ def make_optimizer(
     epsilon: float = 1e-8,
     layer_decay: float = 1.0,
     unfreeze_every: int = 0,
+    frozen: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """One of `OPTIMIZERS`, after clipping by the global norm. With `plateau_steps`, the step is
     halved whenever the mean loss over that many steps has not improved three times running.
-    `epsilon` is AdamW's. For `layer_decay` and `unfreeze_every` see `by_level`."""
+    `epsilon` is AdamW's. For `layer_decay` and `unfreeze_every` see `by_level`, for `frozen`
+    `keeping`."""
     require(name in OPTIMIZERS, f"train.optimizer {name}: choose one of {listing(OPTIMIZERS)}")
-    parts: Parts = []
+    # Before all others, so that the norm is that of the weights that learn, and after them, for
+    # weight decay needs no gradient.
+    kept: Parts = [keeping(frozen)] if frozen else []
+    parts: Parts = [*kept]
     if clip:
         parts.append(optax.clip_by_global_norm(clip))
     parts += OPTIMIZERS[name](schedule, weight_decay, epsilon)
     if layer_decay != 1 or unfreeze_every:
         parts.append(by_level(layer_decay, unfreeze_every))
+    parts += kept
     if plateau_steps:
         parts.append(
             optax.contrib.reduce_on_plateau(factor=0.5, patience=3, accumulation_size=plateau_steps)
