@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import small_runs
 
 from flax_lstm import MeshConfig, UserError, fit
+from flax_lstm.machine import distributed
 from flax_lstm.machine.distributed import (
     await_coordinator,
     bind_address,
@@ -191,6 +193,37 @@ def test_process_0_listens_where_the_coordinator_is_named_and_nowhere_else():
     ).replace("::1]", "")
     assert bind_address("192.0.2.1:8476") == "[::]:8476"  # of no machine: translated on its way
     assert bind_address("no-such-host.invalid:8476") == "[::]:8476"
+
+
+def test_local_processes_meet_where_no_other_user_comes(monkeypatch):
+    """At a socket in a folder that is its user's alone, and gone afterwards."""
+    seen = []
+
+    def started(command, processes):
+        address = command[command.index("--coordinator") + 1]
+        folder = Path(address.removeprefix("unix:")).parent
+        seen.append((address, processes, folder, stat.S_IMODE(folder.stat().st_mode)))
+        return []
+
+    monkeypatch.setattr(distributed, "start_all", started)
+    monkeypatch.setattr(distributed, "await_all", lambda children: 7)
+    assert run_locally(2, ["--config", "quickstart"]) == 7
+    ((address, processes, folder, mode),) = seen
+    assert address.startswith("unix:/") and len(address) < 100
+    assert processes == 2 and mode == 0o700 and not folder.exists()
+    assert find_launch({}, address, 2, 1).coordinator == bind_address(address) == address
+
+
+def test_a_socket_that_is_not_there_or_comes_late(tmp_path):
+    address = f"unix:{tmp_path}/0"
+    with pytest.raises(UserError, match="process 1 cannot reach the coordinator"):
+        await_coordinator(address, 0.3, "process 1")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "0"))
+        late = threading.Timer(0.5, server.listen)
+        late.start()
+        await_coordinator(address, 30, "process 1")
+        late.join()
 
 
 def test_first_host_of_a_list():

@@ -22,7 +22,7 @@ FIGURES = {
 
 def journal(tmp_path, out: io.StringIO) -> Journal:
     console = Console(file=out, width=200)
-    return Journal(Workdir(tmp_path), console, TrainConfig(), 0, (), 0.0)
+    return Journal(Workdir(tmp_path), console, TrainConfig(), began=0.0)
 
 
 def test_an_evaluation_fits_in_80_columns_and_shows_no_figure_twice(tmp_path):

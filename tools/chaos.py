@@ -2,15 +2,21 @@
 """Breaks runs on purpose, and counts how that ends.
 
     python tools/chaos.py --trials 20             all faults, so many times each
-    python tools/chaos.py --trials 200 --only bytes
+    python tools/chaos.py --trials 1000 --only bytes
 
 Prints a row for each fault: trials, outcomes, and how many ended as none may (a value that is
-silently wrong, a traceback, a run that cannot go on). Status 1 if any did. Files of checkpoints and
-assets are damaged fifty times as often as the rest, for that is cheap.
+silently wrong, a traceback, a run that cannot go on). Status 1 if any did. Every fault is followed
+by the same command, which must end as a run that nothing befell: the same parameters, figures and
+log. Runs are small, and forked from a process that has imported everything.
+
+Disks that are full or read-only are made by mounting and by giving up rights, for which it takes
+root; elsewhere files that cannot grow stand for them.
 """
 
 import argparse
+import ctypes
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -21,7 +27,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +38,120 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
-BAD = ("silently wrong", "traceback", "lost", "hung", "other end", "not refused")
+BAD = ("silently wrong", "traceback", "lost", "hung", "other end", "not refused", "leaks")
+FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = ["commands.train", "inference", "data", "nn.recurrence.cpu", "tasks.linear"]
+LONGEST = 900  # seconds, after which a run counts as hung
+BOUND = 120  # seconds in which processes end of which one is gone
+
+STEPS = "--train.steps 24 --train.eval-every 12 --train.checkpoint-every 5 --train.log-every 2"
+SMALL = f"{STEPS} --train.batch-size 8 --model.hidden-size 4"
+WORDS = "--data.vocabulary-size 30 --model.embed-size 4"
+KINDS = {
+    "series": "--config series_table --data.path table.csv --data.lookback 8 --data.horizon 2 "
+    "--data.season 4",
+    "texts": f"--config text_table --data.path texts.csv --data.max-length 8 {WORDS}",
+    "language": f"--config text_lm --data.path texts.csv --data.sequence-length 5 {WORDS} "
+    "--task.candidates 8",
+    "adding": "--config adding_problem --data.length 8 --data.examples 80 "
+    "--data.validation-examples 20 --data.test-examples 20",
+}
+BACKENDS = ("cpu", "fused", "scan")
 
 
-def train(folder: Path, *more: object, **process: Any) -> subprocess.Popen[str]:
-    """A small forecaster that saves often, in a process of its own."""
-    table = folder.parent / "table.csv"
-    flags = (
-        f"--config series_table --workdir {folder} --data.path {table} --data.lookback 8 "
-        "--data.horizon 2 --data.season 4 --model.hidden-size 4 --train.steps 400 "
-        "--train.batch-size 8 --train.eval-every 50 --train.checkpoint-every 7 "
-        "--train.log-every 5 --mesh.data 1 --no-report"
-    )
-    command = [sys.executable, ROOT / "train.py", *flags.split(), *map(str, more)]
-    settings = {"stderr": subprocess.PIPE, "text": True, "cwd": folder.parent, **process}
-    return subprocess.Popen(command, **settings)
+# --- a session of a run, in a process of its own
 
 
-def finish(folder: Path, *more: object, **process: Any) -> tuple[int, str]:
-    """The status and the words of a run to its end."""
-    running = train(folder, *more, **process)
-    try:
-        _, said = running.communicate(timeout=900)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        return -99, running.communicate()[1]
-    return running.returncode, said
+@dataclass(frozen=True)
+class How:
+    """What befalls a session from its beginning on."""
+
+    largest: int = 0  # bytes that a file may have; 0: any
+    die_at: int = 0  # kill -9 at this change of a file of the run; 0: never
+    powerless: bool = False  # root obeys the modes of files
+    cache: Path | None = None  # another cache folder
+
+
+def session(arguments: list[str], place: Path, said: Path, how: How) -> None:
+    """`flax-lstm train` with these arguments, in `place`, its words in a file."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    os.chdir(place)
+    if how.cache:
+        os.environ["XDG_CACHE_HOME"] = str(how.cache)
+    if how.largest:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (how.largest, resource.RLIM_INFINITY))
+    if how.powerless:
+        give_up_rights()
+    count_changes(place, how.die_at, said.with_suffix(".changes"))
+    from flax_lstm.__main__ import main
+
+    sys.exit(main(["train", *arguments]))
+
+
+def give_up_rights() -> None:
+    """capset(2) to nothing: root is a user as any other."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)())
+
+
+def count_changes(place: Path, die_at: int, count: Path) -> None:
+    """Counts the calls that make, change or remove a file below `place`; at the given one, kills
+    this process before it is made. What Orbax writes by C++ is not seen."""
+    changes = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod")
+    file = open(count, "wb", buffering=0)  # noqa: SIM115  # as long as the process
+    seen = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        writes = event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if not (writes or event in changes) or str(place) not in str(arguments[0]):
+            return
+        seen += 1
+        if seen == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.pwrite(file.fileno(), str(seen).encode(), 0)
+
+    sys.addaudithook(watch)
+
+
+class Session:
+    """A session that has been started."""
+
+    number = 0
+
+    def __init__(self, folder: Path, arguments: str, how: How = How()):  # frozen
+        Session.number += 1
+        self.said = folder.parent / f"said{Session.number}"
+        given = f"{arguments} --workdir {folder.name} --no-report".split()
+        self.process = FORKS.Process(
+            target=session, args=(given, folder.parent, self.said, how), daemon=False
+        )
+        self.process.start()
+        self.began = time.monotonic()
+
+    @property
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    def ended(self, seconds: float = LONGEST) -> tuple[int, str]:
+        """Its status and words, when it has ended; -99 where it does not in time."""
+        self.process.join(seconds)
+        if self.running:
+            self.process.kill()
+            self.process.join()
+            return -99, self.words()
+        return self.process.exitcode or 0, self.words()
+
+    def words(self) -> str:
+        return self.said.read_text() if self.said.exists() else ""
+
+    def changes(self) -> int:
+        """How many files it has changed."""
+        return int(self.said.with_suffix(".changes").read_text() or 0)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid or 0, number)
 
 
 def the_end(folder: Path) -> Any:
@@ -67,185 +164,506 @@ def the_end(folder: Path) -> Any:
 
 
 def compared(folder: Path, whole: Any, code: int, said: str) -> str:
+    if code == 0 and "Traceback" not in said and the_end(folder) == whole:
+        return "the same end to the last bit"
+    print(f"--- {folder}: status {code}\n{said[-3000:]}", file=sys.stderr, flush=True)
     if "Traceback" in said:
         return "traceback"
-    if code == -99:
-        return "hung"
-    if code:
-        return "lost"
-    return "the same end to the last bit" if the_end(folder) == whole else "other end"
+    return "hung" if code == -99 else "lost" if code else "other end"
+
+
+# --- damage to files, many times in one process
+
+
+def damaged(whole: Path, place: Path, seed: int) -> str:
+    """A bit flipped, a file cut, emptied or deleted, in the latest checkpoint or the assets of a
+    copy of a run: whether it is refused at use, and passed over at resume."""
+    from flax_lstm import UserError, load
+    from flax_lstm.training.checkpoint import Checkpoints
+
+    generator = np.random.default_rng(seed)
+    run = place / f"bytes{seed}"
+    shutil.copytree(whole, run)
+    *_, before, latest = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
+    places = (run / "checkpoints" / str(latest), run / "assets")
+    files = [p for part in places for p in sorted(part.rglob("*")) if p.is_file()]
+    path = files[int(generator.integers(len(files)))]
+    kind = hurt(path, generator)
+    try:
+        load(run).params("latest")
+        if path.parent.name == "assets" and path.name == "manifest.json" and kind == "deleted":
+            return "harmless: the manifest of the assets alone is gone"
+        return "silently wrong"
+    except UserError as error:
+        if path.name not in str(error):
+            return "not refused"
+    if path.is_relative_to(places[1]):
+        return "refused, naming the file"
+    with Checkpoints(run / "checkpoints", lambda told: None) as checkpoints:
+        used = checkpoints.newest_intact()
+    aside = (run / "checkpoints" / f"{latest}.damaged").is_dir()
+    shutil.rmtree(run)
+    same = used == before and aside
+    return "refused, naming the file; set aside at resume" if same else "lost"
+
+
+def hurt(path: Path, generator: np.random.Generator) -> str:
+    content, kind = path.read_bytes(), int(generator.integers(8))
+    at = int(generator.integers(len(content) or 1))
+    if kind == 0:
+        path.unlink()
+        return "deleted"
+    if kind <= 2:
+        path.write_bytes(content[: at if kind == 2 else 0])
+        return "cut"
+    bit = 1 << int(generator.integers(8))
+    path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+    return "flipped"
+
+
+# --- the faults
 
 
 class Chaos:
-    """The faults. `whole` is a run that nothing befell, in `folder/whole`."""
+    """The faults. A run of each kind that nothing befell is made when it is first asked for."""
 
     def __init__(self, folder: Path, seed: int):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        FORKS.set_forkserver_preload([f"flax_lstm.{name}" for name in PRELOADED])
         self.folder = folder
         self.generator = np.random.default_rng(seed)
+        self.ends: dict[str, tuple[Path, Any, float, int]] = {}
+        self.pool = ProcessPoolExecutor(1, FORKS)
         hours = np.arange(120)
         times = pd.date_range("2024-01-01", periods=len(hours), freq="h").astype(str)
         frame = pd.DataFrame({"time": times, "load": np.sin(hours / 4), "price": np.cos(hours / 4)})
         frame.to_csv(folder / "table.csv", index=False)
-        code, said = finish(folder / "whole")
-        assert code == 0, said
-        self.whole = the_end(folder / "whole")
+        words = [["fine", "dull"][n % 2] + f" {'abcdefg'[n % 7]} {'hij'[n % 3]}" for n in range(80)]
+        texts = pd.DataFrame({"text": [f"{w} {n}" for n, w in enumerate(words)]})
+        texts.assign(label=["good", "bad"] * 40).to_csv(folder / "texts.csv", index=False)
 
     def new(self) -> Path:
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        shutil.copy(self.folder / "table.csv", folder)
-        return folder / "run"
+        """A place for a run, with its data."""
+        return self.with_data(Path(tempfile.mkdtemp(dir=self.folder)))
+
+    def with_data(self, place: Path) -> Path:
+        for table in self.folder.glob("*.csv"):
+            shutil.copy(table, place)
+        return place / "run"
+
+    def whole(self, arguments: str) -> tuple[Any, float, int]:
+        """How a run of these arguments ends, in how many seconds, with how many changes of
+        files."""
+        if arguments not in self.ends:
+            for _ in range(2):  # the second finds everything compiled
+                run = self.new()
+                alone = Session(run, arguments)
+                code, said = alone.ended()
+                assert code == 0, said
+                seconds = time.monotonic() - alone.began
+            self.ends[arguments] = run, the_end(run), seconds, alone.changes()
+        return self.ends[arguments][1:]
+
+    def again(self, run: Path, arguments: str) -> str:
+        """The same command, to its end."""
+        return compared(run, self.whole(arguments)[0], *Session(run, arguments).ended())
+
+    def moment(self, low: float, high: float) -> float:
+        return float(self.generator.uniform(low, high))
 
     def bytes(self, number: int) -> str:
-        """A bit flipped, a file cut, emptied or deleted, in the latest checkpoint or the assets."""
-        from flax_lstm import UserError, load
-
-        run = self.new().with_name(f"bytes{number}")
-        shutil.copytree(self.folder / "whole", run)
-        latest = max(int(p.name) for p in (run / "checkpoints").iterdir())
-        places = (run / "checkpoints" / str(latest), run / "assets")
-        files = [p for place in places for p in place.rglob("*") if p.is_file()]
-        path = files[int(self.generator.integers(len(files)))]
-        content, kind = path.read_bytes(), int(self.generator.integers(8))
-        at = int(self.generator.integers(len(content) or 1))
-        if kind == 0:
-            path.unlink()
-        elif kind == 1:
-            path.write_bytes(b"")
-        elif kind == 2:
-            path.write_bytes(content[:at])
-        else:
-            bit = 1 << int(self.generator.integers(8))
-            path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
-        try:
-            if path == run / "assets" / "manifest.json" and kind == 0:
-                return "nothing but the manifest gone"
-            loaded = load(run)
-            found = loaded.params("latest")
-        except UserError:
-            outcome = "refused, naming the file"
-        else:
-            true = load(self.folder / "whole").params("latest")
-            import jax
-
-            same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, true))
-            outcome = "harmless" if same and path.read_bytes() == content else "silently wrong"
-        shutil.rmtree(run)
-        return outcome
+        """A file of the latest checkpoint or the assets damaged; used, and resumed."""
+        arguments = one_process(("series", "texts", "language")[number % 3])
+        self.whole(arguments)
+        seed = int(self.generator.integers(1 << 31))
+        run, place = self.ends[arguments][0], self.folder
+        return self.pool.submit(damaged, run, place, seed).result(LONGEST)
 
     def damaged_and_resumed(self, number: int) -> str:
-        """A bit of the latest checkpoint flipped between two sessions."""
-        run = self.new()
-        finish(run, "--train.steps", 200, "--train.schedule-steps", 400)
-        latest = max(int(p.name) for p in (run / "checkpoints").iterdir())
-        files = [p for p in (run / "checkpoints" / str(latest)).rglob("*") if p.stat().st_size]
-        files = [path for path in files if path.is_file()]
-        path = files[int(self.generator.integers(len(files)))]
-        content = path.read_bytes()
-        at = int(self.generator.integers(len(content)))
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        code, said = finish(run, "--train.schedule-steps", 400)
+        """A file of the latest checkpoint damaged between two sessions."""
+        run, arguments = self.new(), one_process(KINDS_IN_TURN[number % len(KINDS_IN_TURN)])
+        whole, _, _ = self.whole(arguments)
+        first = Session(run, arguments)
+        while len(list((run / "checkpoints").glob("*[05]"))) < 2 and first.running:
+            time.sleep(0.01)
+        first.process.kill()
+        first.ended()
+        kept = [path for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+        if len(kept) < 2:
+            return "over before"
+        latest = max(kept, key=lambda path: int(path.name))
+        files = [path for path in sorted(latest.rglob("*")) if path.is_file()]
+        hurt(files[int(self.generator.integers(len(files)))], self.generator)
+        code, said = Session(run, arguments).ended()
         if "set aside as" not in said:
             return "silently wrong"
-        (run / "metrics.jsonl").write_text(
-            "".join(
-                line + "\n"
-                for line in (run / "metrics.jsonl").read_text().splitlines()
-                if not ('"test"' in line and '"step": 400' not in line and "200" in line)
-            )
-        )
-        if code or "Traceback" in said:
-            return compared(run, self.whole, code, said)
-        same = the_end(run)[0] == self.whole[0]
-        return "the same parameters to the last bit" if same else "other end"
+        return compared(run, whole, code, said)
 
     def kill(self, number: int) -> str:
-        """kill -9 at any moment of a session, until one comes to its end."""
+        """kill -9, up to three times a run: at any moment, or at any change of a file."""
+        kind, backend = KINDS_IN_TURN[number % 4], BACKENDS[number // 4 % 3]
+        arguments = one_process(kind, backend)
+        _, seconds, changes = self.whole(arguments)
         run, kills = self.new(), 0
-        while True:
-            running = train(run)
-            try:
-                limit = self.generator.uniform(1, 25) if kills < 3 else 900
-                _, said = running.communicate(timeout=limit)
-                break
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.communicate()
-                kills += 1
-        return compared(run, self.whole, running.returncode, said)
+        for _ in range(3):
+            at_change = bool(self.generator.integers(2))
+            at = int(self.generator.integers(1, changes)) if at_change else 0
+            running = Session(run, arguments, How(die_at=at))
+            running.process.join(None if at_change else self.moment(0, 1.5 * seconds))
+            kills += running.running or running.process.exitcode == -signal.SIGKILL
+            running.process.kill()
+            _, said = running.ended()
+            if "Traceback" in said:
+                return "traceback"
+        outcome = self.again(run, arguments)
+        return outcome if outcome in BAD else f"{outcome}, {kills} kills"
+
+    def kill_at_start(self, number: int) -> str:
+        """kill -9 of a command as it is typed, while it imports and reads."""
+        run, arguments = self.new(), one_process("series")
+        command = [sys.executable, str(ROOT / "train.py"), *arguments.split(), "--workdir", "run"]
+        running = subprocess.Popen(command, cwd=run.parent, stderr=subprocess.DEVNULL)
+        time.sleep(self.moment(0.2, 12))
+        running.kill()
+        running.wait()
+        return self.again(run, arguments)
+
+    def kill_while_compiling(self, number: int) -> str:
+        """kill -9 while the C++ kernel is compiled, in an empty cache folder."""
+        run, arguments = self.new(), one_process("series", "cpu")
+        how = How(cache=run.parent / "cache")
+        running = Session(run, arguments, how)
+        while running.running and not list(how.cache.glob("flax_lstm/*/")):  # type: ignore[union-attr]
+            time.sleep(0.01)
+        time.sleep(self.moment(0, 25))
+        running.process.kill()
+        running.ended()
+        return compared(run, self.whole(arguments)[0], *Session(run, arguments, how).ended())
 
     def two_owners(self, number: int) -> str:
         """A second run on the folder of one that trains."""
-        run = self.new()
-        first = train(run)
-        while not (run / "config.py").exists() and first.poll() is None:
-            time.sleep(0.05)
-        code, said = finish(run)
-        outcome = compared(run, self.whole, first.wait(), first.communicate()[1])
+        run, arguments = self.new(), one_process("series")
+        whole, seconds, _ = self.whole(arguments)
+        first = Session(run, arguments)
+        while not (run / "config.py").exists() and first.running:
+            time.sleep(0.001)
+        time.sleep(self.moment(0, 0.5 * seconds))
+        second = Session(run, arguments)
+        code, said = second.ended()
+        late = not first.running and code == 0
+        outcome = compared(run, whole, *first.ended())
+        if late and "is finished" in said:
+            return "over before"
         if code != 2 or "another process has it" not in said or "Traceback" in said:
             return "not refused"
-        return f"refused; the first: {outcome}" if outcome not in BAD else outcome
+        return outcome if outcome in BAD else f"refused; the first: {outcome}"
 
     def full_disk(self, number: int) -> str:
-        """No room for a checkpoint from some size of its files on, then room again."""
-        run, size = self.new(), int(self.generator.integers(200, 30_000))
+        """No room from some moment on, then room again: files that cannot grow; or a disk, or its
+        inodes, used up."""
+        arguments = one_process(KINDS_IN_TURN[number // 3 % 4])
+        whole, seconds, _ = self.whole(arguments)
+        if number % 3 == 0 or os.geteuid():
+            run = self.new()
+            how = How(largest=int(self.generator.integers(200, 20_000)))
+            _, said = Session(run, arguments, how).ended()
+            if "Traceback" in said:
+                return compared(run, whole, 1, said)
+            return self.again(run, arguments)
+        with self.disk("size=4m", "nr_inodes=2000") as place:
+            run = self.with_data(place)
+            running = Session(run, arguments)
+            running.process.join(self.moment(0, seconds))
+            filler = place / "filler"
+            filler.mkdir()
+            (use_up_inodes if number % 3 == 1 else use_up_room)(filler, self.generator)
+            code, said = running.ended()
+            if "Traceback" in said or code == -99:
+                return compared(run, whole, code, said)
+            shutil.rmtree(filler)
+            return self.again(run, arguments)
 
-        def limited() -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    @contextmanager
+    def disk(self, *options: str) -> Iterator[Path]:
+        """A small file system of its own."""
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", place], check=True
+        )
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "-l", place], check=True)
 
-        _, said = finish(run, preexec_fn=limited)
-        if "Traceback" in said:
-            return "traceback"
-        code, said = finish(run)
-        return compared(run, self.whole, code, said)
+    def read_only(self, number: int) -> str:
+        """All folders of the run read-only from some moment on, then writable again."""
+        run, arguments = self.new(), one_process(KINDS_IN_TURN[number % 4])
+        whole, seconds, _ = self.whole(arguments)
+        running = Session(run, arguments, How(powerless=True))
+        running.process.join(self.moment(0, seconds))
+        folders = [run.parent, *(path for path in run.rglob("*") if path.is_dir()), run]
+        for path in folders:
+            if path.exists():
+                path.chmod(0o555)
+        code, said = running.ended()
+        for path in folders:
+            if path.exists():
+                path.chmod(0o755)
+        if "Traceback" in said or code == -99:
+            return compared(run, whole, code, said)
+        return self.again(run, arguments)
 
     def folder_removed(self, number: int) -> str:
-        """The folder of checkpoints removed while it trains."""
-        run = self.new()
-        running = train(run)
-        while not list((run / "checkpoints").glob("[1-9]*")) and running.poll() is None:
+        """The folder of checkpoints, or all of the run, removed while it trains."""
+        run, arguments = self.new(), one_process(KINDS_IN_TURN[number // 2 % 4])
+        whole, seconds, _ = self.whole(arguments)
+        running = Session(run, arguments)
+        while not list((run / "checkpoints").glob("[1-9]*")) and running.running:
+            time.sleep(0.01)
+        running.process.join(self.moment(0, 0.6 * seconds))
+        shutil.rmtree(run / "checkpoints" if number % 2 else run, ignore_errors=True)
+        code, said = running.ended()
+        if "Traceback" in said or code == -99:
+            return compared(run, whole, code, said)
+        if number % 2 == 0 and code == 0 and not (run / "config.py").exists():
+            shutil.rmtree(run, ignore_errors=True)  # removed at its very end
+        return self.again(run, arguments)
+
+    # --- several processes
+
+    def pair(self, run: Path, address: str, process: int) -> Session:
+        more = f"--coordinator {address} --num-processes 2 --process-id {process}"
+        return Session(run, f"{two_processes()} {more}")
+
+    def both(self, run: Path) -> tuple[Any, int, str]:
+        """Two processes to their end: how they should end, the worse status, what they say."""
+        address = f"unix:{run.parent}/meet"
+        Path(run.parent / "meet").unlink(missing_ok=True)
+        ended = [session.ended() for session in [self.pair(run, address, n) for n in range(2)]]
+        return None, max((abs(code) for code, _ in ended)), "".join(said for _, said in ended)
+
+    def whole_of_two(self) -> Any:
+        if "two" not in self.ends:
+            run = self.new()
+            _, code, said = self.both(run)
+            assert code == 0, said
+            self.ends["two"] = run, the_end(run), 0.0, 0
+        return self.ends["two"][1]
+
+    def after(self, run: Path, pair: list[Session], began: float) -> str:
+        """Both end in time, and the same command goes on to the same end."""
+        whole = self.whole_of_two()
+        for process in pair:
+            code, said = process.ended(max(1, BOUND - (time.monotonic() - began)))
+            if code == -99 or "Traceback" in said:
+                return compared(run, whole, code, said)
+        _, code, said = self.both(run)
+        return compared(run, whole, code, said)
+
+    def begun(self, run: Path, address: str) -> list[Session]:
+        """Two processes that have met, at any moment of their training."""
+        pair = [self.pair(run, address, number) for number in range(2)]
+        while not (run / "checkpoints").exists() and pair[0].running:
             time.sleep(0.05)
-        time.sleep(self.generator.uniform(0, 0.5))
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        _, said = running.communicate(timeout=900)
-        if "Traceback" in said:
-            return "traceback"
-        code, said = finish(run)
-        return compared(run, self.whole, code, said)
+        pair[0].process.join(self.moment(0, 8))
+        return pair
+
+    def process_killed(self, number: int) -> str:
+        """One of two processes killed."""
+        self.whole_of_two()
+        run = self.new()
+        pair = self.begun(run, f"unix:{run.parent}/meet")
+        pair[number % 2].process.kill()
+        return self.after(run, pair, time.monotonic())
+
+    def process_stopped(self, number: int) -> str:
+        """One of two processes stopped, and woken when the other has given up."""
+        self.whole_of_two()
+        run, began = self.new(), time.monotonic()
+        pair = self.begun(run, f"unix:{run.parent}/meet")
+        if not all(process.running for process in pair):
+            return "over before"
+        began = time.monotonic()
+        pair[number % 2].signal(signal.SIGSTOP)
+        pair[1 - number % 2].process.join(BOUND)
+        if pair[1 - number % 2].running:
+            return "hung"
+        pair[number % 2].signal(signal.SIGCONT)
+        return self.after(run, pair, began)
+
+    def parent_killed(self, number: int) -> str:
+        """The process killed that has started two others."""
+        whole = self.whole_of_two()
+        run = self.new()
+        command = [sys.executable, ROOT / "train.py", *two_processes().split(), "--workdir", "run"]
+        with open(run.parent / "said", "w") as said:
+            parent = subprocess.Popen(
+                [*command, "--no-report", "--local-processes", "2"], cwd=run.parent, stderr=said
+            )
+        while not (run / "checkpoints").exists() and parent.poll() is None:
+            time.sleep(0.05)
+        children = children_of(parent.pid)
+        time.sleep(self.moment(0, 5))
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + BOUND
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            if time.monotonic() > deadline:
+                return "hung"
+            time.sleep(0.1)
+        words = (run.parent / "said").read_text()
+        if "Traceback" in words:
+            return compared(run, whole, 1, words)
+        return compared(run, *((whole, *self.both(run)[1:])))
 
     def stranger(self, number: int) -> str:
-        """Somebody who is none of two processes talks to the one that coordinates them."""
+        """Somebody on this machine sends bytes to all ports that two processes listen at."""
+        whole, run = self.whole_of_two(), self.new()
+        address = f"127.0.0.1:{free_port()}"
+        pair, came = [self.pair(run, address, number) for number in range(2)], 0
+        while any(process.running for process in pair):
+            for port in [int(address.split(":")[1]), *ports_of(pair)]:
+                try:
+                    with socket.create_connection(("127.0.0.1", port), timeout=1) as talk:
+                        talk.sendall(self.generator.bytes(64))
+                        came += 1
+                except OSError:
+                    pass
+            time.sleep(0.2)
+        ended = [process.ended() for process in pair]
+        words = "".join(said for _, said in ended)
+        outcome = compared(run, whole, max(abs(code) for code, _ in ended), words)
+        return outcome if outcome in BAD else f"trained on; {outcome}"
+
+    def twin(self, number: int) -> str:
+        """Somebody who can reach the coordinator's port joins as a process that is there already:
+        the run ends, in time, and goes on."""
+        self.whole_of_two()
         run = self.new()
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        more = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id")
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        processes = [train(run, *more, index, env=environment) for index in range(2)]
-        came = 0
-        while any(process.poll() is None for process in processes) and came < 200:
+        address = f"127.0.0.1:{free_port()}"
+        pair = self.begun(run, address)
+        began = time.monotonic()
+        program = (
+            f"import jax; jax.distributed.initialize({address!r}, 2, {number % 2}, "
+            "initialization_timeout=5)"
+        )
+        subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        outcome = self.after(run, pair, began)
+        return outcome if outcome in BAD else f"ended in time; then {outcome}"
+
+    def soak(self, number: int) -> str:
+        """A run of many steps with many saves: memory, open files and disk stay as they are."""
+        run = self.new()
+        flags = (
+            "--train.steps 200000 --train.checkpoint-every 500 --train.eval-every 5000 "
+            "--train.log-every 1000"
+        )
+        running = Session(run, f"{one_process('adding')} {flags}")
+        process, points = Path(f"/proc/{running.process.pid}"), []
+        while running.running:
             try:
-                address = (socket.gethostbyname(socket.gethostname()), port)
-                with socket.create_connection(address, timeout=1) as talk:
-                    talk.sendall(self.generator.bytes(64))
-                    came += 1
+                resident = int((process / "statm").read_text().split()[1]) * 4096 / 2**20
+                handles = len(list((process / "fd").iterdir()))
+                threads = len(list((process / "task").iterdir()))
+                kept = sum(1 for path in (run / "checkpoints").rglob("*"))
+                points.append((resident, handles, threads, kept))
             except OSError:
                 pass
-            time.sleep(0.1)
-        ended = [process.wait(timeout=900) for process in processes]
-        said = "".join(process.communicate()[1] for process in processes)
-        if ended != [0, 0] or "Traceback" in said:
-            return "traceback" if "Traceback" in said else "lost"
-        return f"trained on; {'nobody got through' if not came else 'some got through'}"
+            time.sleep(1)
+        code, said = running.ended()
+        if code or len(points) < 20:
+            return compared(run, None, code or 1, said)
+        early = np.array(points[len(points) // 4 : len(points) // 2]).mean(0)
+        late = np.array(points[-len(points) // 4 : -2]).mean(0)
+        told = ", ".join(
+            f"{name} {a:.0f} -> {b:.0f}"
+            for name, a, b in zip(
+                ("MiB", "handles", "threads", "files of checkpoints"), early, late, strict=True
+            )
+        )
+        grown = late > early * 1.05 + 2
+        return "leaks" if grown.any() and not print(told) else f"flat: {told}"
+
+
+KINDS_IN_TURN = tuple(KINDS)
+
+
+def one_process(kind: str, backend: str = "auto") -> str:
+    return f"{KINDS[kind]} {SMALL} --mesh.data 1 --model.backend {backend}"
+
+
+def two_processes() -> str:
+    return f"{KINDS['series']} {SMALL} --mesh.data 2"
+
+
+def use_up_room(folder: Path, generator: np.random.Generator) -> None:
+    """All but some pages of a file system."""
+    left = int(generator.integers(0, 40))
+    try:
+        with open(folder / "room", "wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+    except OSError:
+        os.truncate(folder / "room", max(0, (folder / "room").stat().st_size - 4096 * left))
+
+
+def use_up_inodes(folder: Path, generator: np.random.Generator) -> None:
+    """All but some inodes of a file system."""
+    made = []
+    try:
+        while True:
+            made.append(folder / str(len(made)))
+            made[-1].touch()
+    except OSError:
+        made.pop()
+    for path in made[len(made) - int(generator.integers(0, 30)) :]:
+        path.unlink()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def children_of(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task/{process}/children")
+    return [int(child) for child in found.read_text().split()] if found.exists() else []
+
+
+def ports_of(pair: list[Session]) -> list[int]:
+    """All TCP ports that the processes listen at."""
+    inodes = set()
+    for process in pair:
+        for handle in Path(f"/proc/{process.process.pid}/fd").glob("*"):
+            try:
+                inodes.add(os.readlink(handle).removeprefix("socket:[").rstrip("]"))
+            except OSError:
+                continue
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
 FAULTS: dict[str, tuple[str, Callable[[Chaos, int], str]]] = {
     "bytes": ("a file of checkpoint or assets damaged", Chaos.bytes),
-    "damaged-and-resumed": ("a bit flipped, then resumed", Chaos.damaged_and_resumed),
-    "kill": ("kill -9 at any moment, up to three times", Chaos.kill),
+    "damaged-and-resumed": ("a file of the latest checkpoint damaged", Chaos.damaged_and_resumed),
+    "kill": ("kill -9 at any moment or change of a file, three times", Chaos.kill),
+    "kill-at-start": ("kill -9 while it starts", Chaos.kill_at_start),
+    "kill-while-compiling": ("kill -9 while the kernel is compiled", Chaos.kill_while_compiling),
     "two-owners": ("a second run on the folder", Chaos.two_owners),
-    "full-disk": ("files cannot grow beyond a size", Chaos.full_disk),
-    "folder-removed": ("checkpoints removed while it trains", Chaos.folder_removed),
-    "stranger": ("a stranger talks to the coordinator", Chaos.stranger),
+    "full-disk": ("a full disk, no inodes, files that cannot grow", Chaos.full_disk),
+    "read-only": ("folders read-only", Chaos.read_only),
+    "folder-removed": ("checkpoints, or the folder, removed", Chaos.folder_removed),
+    "process-killed": ("one of two processes killed", Chaos.process_killed),
+    "process-stopped": ("one of two processes stopped", Chaos.process_stopped),
+    "parent-killed": ("who started two processes, killed", Chaos.parent_killed),
+    "stranger": ("a stranger sends bytes to every port", Chaos.stranger),
+    "twin": ("a stranger joins as one of two processes", Chaos.twin),
+    "soak": ("200,000 steps, 400 saves", Chaos.soak),
 }
 
 
@@ -255,18 +673,16 @@ def main() -> int:
     parser.add_argument("--only", choices=FAULTS, action="append", default=[])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder), options.seed)
         print("| fault | trials | outcomes |\n| --- | --- | --- |", flush=True)
         for name in options.only or FAULTS:
             title, fault = FAULTS[name]
-            trials = options.trials * (50 if name == "bytes" else 1)
-            outcomes = Counter(fault(chaos, number) for number in range(trials))
+            outcomes = Counter(fault(chaos, number) for number in range(options.trials))
             bad += sum(count for outcome, count in outcomes.items() if outcome in BAD)
             told = "; ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
-            print(f"| {title} | {trials} | {told} |", flush=True)
+            print(f"| {title} | {options.trials} | {told} |", flush=True)
     print(f"{bad} ended as none may")
     return bool(bad)
 

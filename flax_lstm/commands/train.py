@@ -48,6 +48,7 @@ class Options:
 def main(arguments: Sequence[str], prog: str = "flax-lstm train") -> int:
     """Trains, or resumes; returns the exit status."""
     tune(arguments)
+    quiet_late_answers()
     options, config = parse_with_config(Options, arguments, prog, ABOUT)
     from flax_lstm.machine import distributed
 
@@ -126,6 +127,18 @@ def tune(arguments: Sequence[str]) -> None:
         from flax_lstm.machine.cache import use_compilation_cache
 
         use_compilation_cache()
+
+
+def quiet_late_answers() -> None:
+    """TensorStore answers Orbax also when Orbax has given a save up for want of room and closed its
+    loop. Python would print a traceback for each answer; that the save failed is told anyway."""
+    show = sys.unraisablehook
+
+    def hook(late: Any) -> None:
+        if str(late.exc_value) != "Event loop is closed":
+            show(late)
+
+    sys.unraisablehook = hook
 
 
 def without(arguments: Sequence[str], flag: str) -> list[str]:

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -38,6 +39,7 @@ Environment = Mapping[str, str]
 CONNECT_SECONDS = 300  # for all processes to start and find each other
 HEARTBEAT_SECONDS = 30  # after which a silent process counts as lost, and the others end
 SHUTDOWN_SECONDS = 30  # that a process waits for the others at its end
+LOCAL = "unix:"  # begins the address of a socket of this machine, a path in the place of host:port
 PORT = 8476  # of the coordinator, where neither launcher nor user names one
 
 
@@ -46,7 +48,7 @@ class Launch(NamedTuple):
     listens."""
 
     launcher: str
-    coordinator: str  # host:port
+    coordinator: str  # host:port, or unix:path
     processes: int
     process: int
     device: int | None = None  # the one of this machine's devices that is this process's; None: all
@@ -206,6 +208,8 @@ def find_launch(
         bool(launch.coordinator),
         f"{launch.launcher} does not say where process 0 is; name it by --coordinator HOST:PORT",
     )
+    if launch.coordinator.startswith(LOCAL):
+        return launch
     alone = launch.coordinator.endswith("]")  # an address of version 6 without a port
     named = None if alone else re.fullmatch(r"(.+):(\d{1,9})", launch.coordinator.removesuffix(":"))
     if not named:
@@ -286,11 +290,10 @@ def on_tpu_machine(env: Environment) -> bool:
 
 def await_coordinator(address: str, seconds: float, who: str) -> None:
     """Returns once somebody listens at the address."""
-    host, port = address.rsplit(":", 1)
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            connect(address).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
@@ -302,10 +305,26 @@ def await_coordinator(address: str, seconds: float, who: str) -> None:
             time.sleep(0.2)
 
 
+def connect(address: str) -> socket.socket:
+    """A connection to what listens at the address. Raises OSError."""
+    if address.startswith(LOCAL):
+        local = socket.socket(socket.AF_UNIX)
+        try:
+            local.connect(address.removeprefix(LOCAL))
+        except OSError:
+            local.close()
+            raise
+        return local
+    host, port = address.rsplit(":", 1)
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+
+
 def bind_address(coordinator: str) -> str:
     """Where process 0 listens: at the address of this machine that the coordinator's name has, so
     that nobody else's network reaches it; at all where the name says no such address (it is
     translated on its way, or the machine knows itself by a loopback address alone)."""
+    if coordinator.startswith(LOCAL):
+        return coordinator
     host, port = coordinator.rsplit(":", 1)
     host = host.strip("[]")
     meant = host == "localhost" or host.startswith("127.") or host == "::1"
@@ -322,6 +341,8 @@ def bind_address(coordinator: str) -> str:
 
 def check_port(address: str, who: str) -> None:
     """That nobody else listens where process 0 is to; JAX would crash."""
+    if address.startswith(LOCAL):
+        return
     try:
         socket.create_server(("", int(address.rsplit(":", 1)[1]))).close()
     except OSError as error:
@@ -434,23 +455,28 @@ def end_with_parent(parent: int) -> None:
 def run_locally(processes: int, arguments: Sequence[str]) -> int:
     """Starts `python -m flax_lstm train` with these arguments that many times on this machine, on
     the CPU unless JAX_PLATFORMS says otherwise, and returns the status of the first that fails,
-    having ended the others."""
+    having ended the others. They meet at a socket in a folder that no other user can enter."""
     most = max(8, 4 * len(os.sched_getaffinity(0)))
     require(
         1 <= processes <= most,
         f"--local-processes {processes}: must be from 1 to {most} here, four a core",
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # The path of a socket has about a hundred letters at most.
+    short = None if len(tempfile.gettempdir()) < 60 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="flax_lstm-", dir=short) as private:
+        command = [sys.executable, "-m", "flax_lstm", "train", *arguments]
+        return await_all(start_all([*command, "--coordinator", f"{LOCAL}{private}/0"], processes))
+
+
+def start_all(command: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]:
+    """The processes, started, in their order."""
     here = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     env = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "flax_lstm", "train", *arguments, "--coordinator", address]
     children: list[subprocess.Popen[bytes]] = []
     # Before there are children, so that none is left behind. Ctrl-C reaches them from the terminal.
     signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: children[0].terminate() if children else os._exit(75))
+    signal.signal(signal.SIGTERM, lambda *_: children[0].terminate() if children else sys.exit(75))
     for index in range(processes):
         more = ["--num-processes", str(processes), "--process-id", str(index)]
         ends = partial(end_with_parent, os.getpid())
@@ -462,6 +488,11 @@ def run_locally(processes: int, arguments: Sequence[str]) -> int:
             raise UserError(
                 f"--local-processes {processes}: only {index} could be started ({error.strerror})"
             ) from error
+    return children
+
+
+def await_all(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """0 once all have ended well; else the status of the first that did not, when all are gone."""
     while (codes := [child.poll() for child in children]) and all(
         code in (None, 0) for code in codes
     ):
@@ -473,8 +504,7 @@ def run_locally(processes: int, arguments: Sequence[str]) -> int:
     if code < 0:
         print(
             f"error: process {index} was ended by signal {-code}, and so are the others now. The "
-            "same command goes on "
-            "from the last checkpoint",
+            "same command goes on from the last checkpoint",
             file=sys.stderr,
         )
         deadline = 0

@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a crash leaves the old content or the new."""
+"""Writing files so that a crash leaves the old content or the new, and a full disk a line."""
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from flax_lstm.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # whatever file it is about
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -17,7 +24,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except OSError:
+    except OSError as error:
         if draft.is_file():
             draft.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
         raise
+
+
+@contextmanager
+def written_or_told(folder: Path) -> Iterator[None]:
+    """Raises UserError where a file in the folder, or any file for want of room, cannot be
+    written."""
+    try:
+        yield
+    except OSError as error:
+        path = Path(os.fsdecode(error.filename or folder))
+        if error.errno not in FULL and not path.absolute().is_relative_to(folder.absolute()):
+            raise
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}). With this mended the same command goes "
+            "on from the last checkpoint"
+        ) from error

@@ -45,6 +45,7 @@ class Journal:
     step: the first of the session comes after it. Rows beyond it, of a session whose end was lost,
     are set aside.
     losses: of the steps since the last row of training, from the session before.
+    unwritten: rows that had found no room by then.
     began: when the run began, by `time.monotonic`, had it run without a break.
     """
 
@@ -55,9 +56,10 @@ class Journal:
         train: TrainConfig,
         step: int = 0,
         losses: Sequence[float] = (),
+        unwritten: Sequence[str] = (),
         began: float | None = None,
     ):
-        self.log = MetricsLog(folder.metrics)
+        self.log = MetricsLog(folder.metrics, unwritten)
         self.losses = [*losses]
         self.console = console
         self.sound = step  # the last whose loss and gradient are known to be finite
@@ -193,15 +195,19 @@ class Board:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one row per (step, split), steps increasing within a split."""
+    """`metrics.jsonl`: one row per (step, split), steps increasing within a split.
 
-    def __init__(self, path: Path):
+    unwritten: lines that found no room in the file, in a session before this one.
+    """
+
+    def __init__(self, path: Path, unwritten: Sequence[str] = ()):
         self.path = path
-        self._unwritten: list[str] = []  # lines that found no room yet
+        self.unwritten = [*unwritten]
 
     def rows(self) -> list[dict[str, Any]]:
         """The whole rows; a torn last line is left out."""
-        return [row for line in self._lines() if (row := _parse(line)) is not None]
+        lines = [*self._lines(), *self.unwritten]
+        return [row for line in lines if (row := _parse(line)) is not None]
 
     def _lines(self) -> list[str]:
         # Bytes that are no UTF-8 are of a damaged line, which is not parsed but kept as it is.
@@ -213,29 +219,47 @@ class MetricsLog:
         row = {"step": step, "split": split, **finite(figures), "seconds": round(seconds, 3)}
         if split == "test" and any((r["step"], r["split"]) == (step, split) for r in self.rows()):
             return
-        self._unwritten.append(json.dumps(row) + "\n")
+        self.unwritten.append(json.dumps(row) + "\n")
+        self.write()
+
+    def write(self) -> None:
+        """Writes what found no room yet."""
+        if not self.unwritten:
+            return
         before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a") as file:
-                file.writelines(self._unwritten)
+                file.writelines(self.unwritten)
         except OSError:
             with contextlib.suppress(OSError):  # half a line would be taken for damage
                 os.truncate(self.path, before)
             raise
-        self._unwritten.clear()
+        self.unwritten.clear()
 
     def rewind(self, step: int) -> None:
-        """Moves rows beyond the step, and a torn last line, to `metrics.discarded.jsonl`."""
+        """Moves rows beyond the step, and a torn last line, to `metrics.discarded.jsonl`; adds
+        those that had found no room."""
         kept: list[str] = []
         moved: list[str] = []
+        there = set()
         for line in self._lines():
             row = _parse(line)
-            (kept if row is not None and row["step"] <= step else moved).append(line + "\n")
+            if row is not None and row["step"] <= step:
+                kept.append(line + "\n")
+                there.add((row["step"], row.get("split")))
+            else:
+                moved.append(line + "\n")
+        # Some may have been written later in the session that is gone.
+        for line in self.unwritten:
+            row = json.loads(line)
+            if (row["step"], row["split"]) not in there:
+                kept.append(line)
         if moved:
             with self.path.with_name("metrics.discarded.jsonl").open("ab") as file:
                 file.write("".join(moved).encode(errors="surrogateescape"))
         if moved or kept:  # also where nothing but the end of the last line was torn off
             write_atomically(self.path, "".join(kept))
+        self.unwritten.clear()
 
 
 def _parse(line: str) -> dict[str, Any] | None:

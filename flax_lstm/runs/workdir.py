@@ -12,7 +12,7 @@ from typing import Any
 
 from flax_lstm.config import Config
 from flax_lstm.errors import UserError, listing, require
-from flax_lstm.machine.files import write_atomically
+from flax_lstm.machine.files import write_atomically, written_or_told
 from flax_lstm.machine.lock import locked
 from flax_lstm.runs.manifest import Damaged, is_sealed, seal, verify
 from flax_lstm.runs.saved_config import (
@@ -53,7 +53,8 @@ class Workdir:
         into a folder that vanishes.
 
         The first makes the folder and holds its lock, for a run has one owner. Raises UserError
-        where another has it, and where the folder cannot be had.
+        where another has it, where the folder cannot be had, and later where a file in it cannot be
+        written.
         """
         if not first:
             with tempfile.TemporaryDirectory() as scratch:
@@ -66,7 +67,8 @@ class Workdir:
                 held.enter_context(locked(self.lock, f"--workdir {self}"))
             except OSError as error:
                 raise self._not_writable(error) from error
-            yield self
+            with written_or_told(self.path):
+                yield self
 
     def _not_writable(self, error: OSError) -> UserError:
         return UserError(

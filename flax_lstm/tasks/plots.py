@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures that a run leaves behind."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,15 @@ from matplotlib.figure import Figure
 
 
 def _save(figure: Figure, path: Path) -> Path:
+    """Whole, or not at all."""
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    try:
+        path.write_bytes(picture.getvalue())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return path
 
 

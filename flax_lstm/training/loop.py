@@ -162,8 +162,8 @@ class Session:
         console.print(f"{config.name}: reading the data")
         self.dataset: Dataset = first_then_all(self._load)
         parts = around.assemble(config, self.dataset.info)
-        warn = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        self.checkpoints = Checkpoints(folder.checkpoints, warn)
+        self.tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        self.checkpoints = Checkpoints(folder.checkpoints, self.tell)
         self.latest = first_then_all(self.checkpoints.newest_intact)
         self.progress = Progress()
         if self.latest is not None:
@@ -240,7 +240,8 @@ class Session:
             f"examples, {len(self.source)} steps an epoch"
         )
         began = self.began - self.progress.seconds
-        return Journal(self.own, self.console, train, self.step, self.progress.losses, began)
+        losses, unwritten = self.progress.losses, self.progress.unwritten
+        return Journal(self.own, self.console, train, self.step, losses, unwritten, began)
 
     @property
     def stopped_early(self) -> bool:
@@ -306,6 +307,11 @@ class Session:
 
     def save(self, journal: Journal, monitor: float | None = None) -> None:
         """Begins to save a checkpoint; `monitor` is its validation figure."""
+        require(
+            self.folder.config.exists(),
+            f"{self.folder}: the folder of this run, or its config.py, was removed while it "
+            "trained; the run is gone with it",
+        )
         # So that what is not finite is never saved, and the log is whole up to here.
         journal.flush()
         self.checkpoints.prove(journal.sound)
@@ -314,6 +320,7 @@ class Session:
             sessions=self.progress.sessions + 1,
             best=self.best,
             losses=tuple(journal.losses),
+            unwritten=tuple(journal.log.unwritten),
             backend=self.backend,
             conditions=self.conditions,
             monitor=monitor,
@@ -340,6 +347,7 @@ class Session:
             baselines |= config.task.rivals(self.dataset, last, self.folder.evaluation)
         if test:
             journal.record(best, "test", figures["test"])
+        journal.log.write()  # a run is finished when its log is whole
         return {
             "task": type(config.task).__name__,
             "name": config.name,
@@ -375,11 +383,14 @@ class Session:
         return jax.device_get(self.steps.forward(self.best_params, None, batch)[1])
 
     def draw(self, journal: Journal, test: bool) -> None:
-        """The curves, and what the task has to show of the test split."""
-        self.around.plot_curves(journal.log.rows(), self.own.plots / "curves.png")
-        if test:
+        """The curves, and what the task has to show of the test split; a full disk costs these."""
 
-            def forward(batch: Batch) -> np.ndarray:
-                return np.asarray(self.steps.forward(self.best_params, None, batch)[1])
+        def forward(batch: Batch) -> np.ndarray:
+            return np.asarray(self.steps.forward(self.best_params, None, batch)[1])
 
-            self.config.task.illustrate(self.dataset, forward, self.own.plots)
+        try:
+            self.around.plot_curves(journal.log.rows(), self.own.plots / "curves.png")
+            if test:
+                self.config.task.illustrate(self.dataset, forward, self.own.plots)
+        except OSError as error:
+            self.tell(f"warning: {self.own.plots}: no plots are drawn ({error.strerror})")

@@ -26,6 +26,7 @@ class Progress:
     sessions: int = 0
     best: Best = Best()  # noqa: RUF009  # a tuple
     losses: tuple[float, ...] = ()  # since the last row of the log
+    unwritten: tuple[str, ...] = ()  # rows of the log that a full disk has not taken yet
     backend: str | None = None  # of the recurrences, see `Assembly`
     monitor: float | None = None  # the validation figure of this very step, where there is one
     # Of the session that saved it: what a run depends on to the last bit.
@@ -33,11 +34,14 @@ class Progress:
     form: int = 2  # of the checkpoint: 2 has a manifest, 1 is of version 0.1.0
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "best": [*self.best], "losses": [*self.losses]}
+        listed = {"best": [*self.best], "losses": [*self.losses], "unwritten": [*self.unwritten]}
+        return {**asdict(self), **listed}
 
     @staticmethod
     def of_json(saved: Mapping[str, Any]) -> "Progress":
         """What `as_json` gave, now or in an earlier release; other entries are passed over."""
         known = {f.name: saved[f.name] for f in fields(Progress) if f.name in saved}
         best, losses = Best(*known.pop("best", ())), tuple(known.pop("losses", ()))
-        return Progress(**{"form": 1, **known}, best=best, losses=losses)
+        unwritten = tuple(known.pop("unwritten", ()))
+        more = {"best": best, "losses": losses, "unwritten": unwritten}
+        return Progress(**{"form": 1, **known, **more})
