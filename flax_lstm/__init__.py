@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flax_lstm.config import Config, MeshConfig, TrainConfig, load_config
     from flax_lstm.errors import ArgumentError, UserError
     from flax_lstm.inference import Ensemble, Run, load
+    from flax_lstm.nn.autoregression import StepModel
     from flax_lstm.nn.cells import GRUCell, LSTMCell, SimpleRNNCell
     from flax_lstm.nn.layers import RNN, Bidirectional, ScannedRNN, Stack
     from flax_lstm.nn.models import (
@@ -57,6 +58,7 @@ __all__ = [
     "SequenceRegression",
     "SimpleRNNCell",
     "Stack",
+    "StepModel",
     "Stopped",
     "TextModel",
     "TrainConfig",
@@ -75,6 +77,7 @@ __getattr__, __dir__ = lazily(
         "convert": (),
         "errors": ("ArgumentError", "UserError"),
         "inference": ("Ensemble", "Run", "load"),
+        "nn.autoregression": ("StepModel",),
         "nn.cells": ("GRUCell", "LSTMCell", "SimpleRNNCell"),
         "nn.layers": ("RNN", "Bidirectional", "ScannedRNN", "Stack"),
         "nn.models": (

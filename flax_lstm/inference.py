@@ -175,7 +175,7 @@ class Run:
     def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
         """A function from a batch to the module's outputs."""
         params, steps = self.params(checkpoint), self._parts.steps
-        return lambda batch: np.asarray(
+        return lambda batch: jax.device_get(
             steps.forward(params, None, jax.tree.map(np.asarray, batch))[1]
         )
 
@@ -312,7 +312,7 @@ class Ensemble(Run):
     def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
         forwards = [(run.config.task, run.forward(checkpoint)) for run in self.members]
         pooled = self.config.task.pooled
-        return lambda batch: pooled([task.final(f(batch)) for task, f in forwards])
+        return lambda batch: pooled([task.final(f(batch), batch) for task, f in forwards])
 
 
 def load(workdir: str | Path, *others: str | Path) -> Run:

@@ -85,7 +85,7 @@ def test_is_read_right(tmp_path, name):
     frame, settings = READ[name]
     dataset = load(tmp_path, frame, settings)
     info, buffer = dataset.info, dataset.buffer
-    assert np.isfinite(buffer.values_RD).all() and np.isfinite(buffer.units_P3C["test"]).all()
+    assert np.isfinite(buffer.values_RD).all() and np.isfinite(buffer.units_P4C["test"]).all()
     assert min(info.std) > 0 and min(info.naive_scale) > 0
     rows = buffer.position_U[1:] - buffer.position_U[:-1]
     if settings.get("missing") != "drop":

@@ -86,8 +86,8 @@ def test_each_series_is_measured_by_its_own_seasonal_error(tmp_path):
         assert dataset.scale.std_PD[n, 0] == pytest.approx(unit)
         # MASE's denominator reaches up to the test.
         judged = np.abs(before_test[7:] - before_test[:-7]).mean()
-        assert dataset.buffer.units_P3C["test"][n, 2, 0] == pytest.approx(judged / unit, rel=1e-5)
-        assert dataset.buffer.units_P3C["validation"][n, 2, 0] == pytest.approx(1)
+        assert dataset.buffer.units_P4C["test"][n, 2, 0] == pytest.approx(judged / unit, rel=1e-5)
+        assert dataset.buffer.units_P4C["validation"][n, 2, 0] == pytest.approx(1)
 
 
 def test_what_follows_changes_nothing_in_training(tmp_path):

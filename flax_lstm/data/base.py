@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     weights: Array  # (B,), (B, T) or (B, N, C) float32: how much each row, step or value counts
     covariates: Known | None = None  # of series
     reset: Array | None = None  # (B,) bool: forget the carried recurrent state before this batch
-    units: Array | None = None  # (B, 3, C) float32, of series: see `flax_lstm.data.windows`
+    units: Array | None = None  # (B, 4, C) float32, of series: see `flax_lstm.data.windows`
 
 
 class BatchSource(Protocol):
@@ -130,6 +130,13 @@ class SeriesForm:
     per_value: int = 1  # numbers forecast for each value, such as quantiles
     season: int = 1  # steps
     categories: tuple[int, ...] = ()  # how many there are of each that a series has
+    # What the outputs are parameters of (see `flax_lstm.nn.likelihoods`); None: values themselves
+    likelihood: Any = None
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a module gives for each value."""
+        return self.per_value if self.likelihood is None else sum(self.likelihood.sizes)
 
 
 class Dataset(Protocol):

@@ -118,7 +118,7 @@ class PanelTable(InMemory):
         naive_PC = judged.naive_PC * judged.std_PD[:, : len(info.targets)]
         at_test = scale._replace(naive_PC=naive_PC / scale.std_PD[:, : len(info.targets)])
         buffer = buffer._replace(
-            units_P3C={**buffer.units_P3C, "test": at_test.units(info.reference_C)}
+            units_P4C={**buffer.units_P4C, "test": at_test.units(info.reference_C)}
         )
         windows = {
             split: scored(first_W, info.horizon, buffer.observed_RC)

@@ -98,7 +98,7 @@ class SeriesInfo(Layout):
                 static=zeros(statics) if statics else None,
                 codes=np.zeros((batch_size, codes), np.int32) if codes else None,
             ),
-            units=zeros(3, targets),
+            units=zeros(4, targets),
         )
 
     def saved_scale(self) -> Scale:
@@ -164,7 +164,7 @@ class SeriesInfo(Layout):
             if statics
             else np.zeros((len(tracks), 0), np.float32),
             codes_PG=np.stack(codes, axis=1) if codes else np.zeros((len(tracks), 0), np.int32),
-            units_P3C=dict.fromkeys(SPLITS, scale.units(self.reference_C)),
+            units_P4C=dict.fromkeys(SPLITS, scale.units(self.reference_C)),
         )
 
     def ahead(self, frame: pd.DataFrame) -> "SeriesDataset":
@@ -252,6 +252,14 @@ class SeriesDataset(WindowDataset):
         shape = (-1, *(1,) * (values.ndim - 2), count) if np.ndim(series) else (count,)
         mean, std = (x[series][..., :count].reshape(shape) for x in self.scale[:2])
         return values * std + mean
+
+    def measured(self) -> Array:
+        """The target values of all series (R, C), in the units of the data; NaN where none was."""
+        count, buffer = len(self.info.targets), self.buffer
+        rows = np.diff(buffer.begins)
+        mean_RC, std_RC = (np.repeat(x[:, :count], rows, axis=0) for x in self.scale[:2])
+        values_RC = buffer.values_RD[:, :count] * std_RC + mean_RC
+        return np.where(buffer.observed_RC, values_RC, np.nan)
 
 
 def _moments(values_RD: Array, season: int, targets: int) -> tuple[Array, Array, Array]:

@@ -29,12 +29,14 @@ class Scale(NamedTuple):
     naive_PC: Array  # mean |x[t] - x[t - season]| of the targets, scaled
 
     def units(self, reference_C: Array) -> Array:
-        """What a batch says of its targets, float32 (P, 3, C): the mean in units of the scale, the
+        """What a batch says of its targets, float32 (P, 4, C): the mean in units of the scale, the
         scale in units of `reference_C` (so that it fits into float32 whatever the units of the
-        data), and the error of the seasonal naive, scaled."""
+        data), the error of the seasonal naive, scaled, and the scale as it is, for counts (as near
+        as float32 has it)."""
         count = self.naive_PC.shape[1]
         mean_PC, std_PC = self.mean_PD[:, :count], self.std_PD[:, :count]
-        parts = (mean_PC / std_PC, std_PC / reference_C, self.naive_PC)
+        bounded_PC = np.clip(std_PC, 1e-30, 1e30)
+        parts = (mean_PC / std_PC, std_PC / reference_C, self.naive_PC, bounded_PC)
         return np.stack(parts, axis=1).astype(np.float32)
 
 
@@ -52,7 +54,7 @@ class Buffer(NamedTuple):
     future_RK: Array  # float32, known in advance by row; K may be 0
     static_PF: Array  # float32
     codes_PG: Array  # int32
-    units_P3C: Mapping[str, Array]  # see `Scale.units`, by split
+    units_P4C: Mapping[str, Array]  # see `Scale.units`, by split
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class WindowDataset:
                 static=buffer.static_PF[series_B] if buffer.static_PF.shape[1] else None,
                 codes=buffer.codes_PG[series_B] if buffer.codes_PG.shape[1] else None,
             ),
-            units=buffer.units_P3C[split][series_B],
+            units=buffer.units_P4C[split][series_B],
         )
 
     def _phase(self, first_B: Array) -> Array:

@@ -22,6 +22,7 @@ from flax_lstm.data.base import Features, SeriesForm, Tokens, Windows
 from flax_lstm.errors import ArgumentError, require
 from flax_lstm.machine.sharding import named
 from flax_lstm.nn.layers import RNN, Bidirectional, Stack
+from flax_lstm.nn.likelihoods import placed
 from flax_lstm.nn.recurrence import BackendName
 from flax_lstm.nn.variants import BY_NAME, CellName
 
@@ -291,7 +292,8 @@ class Forecaster(nn.Module):
         context_BK = jnp.concatenate(context, axis=-1) if context else None
         state, y = self.model(x_BTD, lengths_B, state, context_BK, deterministic=deterministic)
         y_BNCQ = y.reshape(batch, self.form.horizon, channels, -1)
-        return state, y_BNCQ + last_BC[:, None, :, None]
+        zero_B1C = jnp.zeros_like(last_BC[:, None])
+        return state, placed(y_BNCQ, last_BC[:, None], zero_B1C, zero_B1C + 1, self.form)
 
 
 @dataclass(frozen=True)
@@ -465,7 +467,7 @@ class RecurrentForecaster(RecurrentModel):
 
     def forecaster(self, form: SeriesForm) -> Forecaster:
         """A module that forecasts series of this form."""
-        module = self.sequence(form.horizon * form.channels * form.per_value)
+        module = self.sequence(form.horizon * form.channels * form.outputs)
         return Forecaster(module, form, self.subtract_last)
 
 

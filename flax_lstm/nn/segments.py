@@ -20,6 +20,7 @@ from flax import linen as nn
 from flax_lstm.data.base import SeriesForm, Windows
 from flax_lstm.errors import require
 from flax_lstm.nn.layers import RNN
+from flax_lstm.nn.likelihoods import placed
 from flax_lstm.nn.models import DTYPES, DTypeName, dense
 from flax_lstm.nn.recurrence import BackendName
 from flax_lstm.nn.variants import BY_NAME, CellName
@@ -166,11 +167,11 @@ class SegmentForecaster(nn.Module):
         y_RMH = nn.Dropout(self.dropout)(
             self._decode(state, query_BCMH), deterministic=deterministic
         )
-        size = self.segment * form.per_value
+        size = self.segment * form.outputs
         y = dense(size, "hidden", None, dtype=self.dtype, name="head")(y_RMH).astype(jnp.float32)
-        y_BCNQ = y.reshape(batch, channels, -1, form.per_value)[:, :, :horizon]
-        y_BNCQ = y_BCNQ.swapaxes(1, 2) + (level_BNC + cycle_BNC)[..., None]
-        return state, y_BNCQ * scale_B1C[..., None] + location_B1C[..., None]
+        y_BCNQ = y.reshape(batch, channels, -1, form.outputs)[:, :, :horizon]
+        y_BNCQ = y_BCNQ.swapaxes(1, 2)
+        return state, placed(y_BNCQ, level_BNC + cycle_BNC, location_B1C, scale_B1C, form)
 
     def _decode(self, state: Any, query_BCMH: Array) -> Array:
         """[R, M, H]: one step of the cell from the final state for every segment of the horizon.

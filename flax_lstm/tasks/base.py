@@ -80,6 +80,9 @@ class Task(Protocol):
         """The module for these settings and data."""
         ...
 
+    def check(self, dataset: Any) -> None:
+        """Raises UserError for data that the task has no use for."""
+
     def loss(self, outputs: Array, batch: Batch) -> Mean:
         """What is minimised, as a total and the weight to divide it by."""
         ...
@@ -114,7 +117,7 @@ class Task(Protocol):
         beside the baselines; kept in the folder, so that they are fitted once."""
         return {}
 
-    def final(self, outputs: np.ndarray) -> np.ndarray:
+    def final(self, outputs: np.ndarray, batch: Batch) -> np.ndarray:
         """The module's outputs as figures and predictions take them; done twice is as once."""
         return outputs
 

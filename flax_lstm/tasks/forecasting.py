@@ -5,11 +5,12 @@ Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,6 +20,13 @@ from flax import linen as nn
 from flax_lstm.data.base import Batch, SeriesForm, Windows
 from flax_lstm.data.vocabulary import write_atomically
 from flax_lstm.errors import UserError, require
+from flax_lstm.nn.likelihoods import (
+    Likelihood,
+    NegativeBinomial,
+    Paths,
+    StudentT,
+    path_quantiles,
+)
 from flax_lstm.tasks.base import (
     Array,
     Baseline,
@@ -32,7 +40,17 @@ from flax_lstm.tasks.base import (
 from flax_lstm.tasks.metrics import Mean
 from flax_lstm.tasks.plots import plot_forecasts, plot_panel
 
-Objective = Literal["mse", "mae", "huber", "quantile"]
+Objective = Literal["mse", "mae", "huber", "quantile", "student_t", "negative_binomial"]
+LIKELIHOODS: dict[str, Likelihood] = {
+    "student_t": StudentT(),
+    "negative_binomial": NegativeBinomial(),
+}
+
+
+class Levels(NamedTuple):
+    """Forecasts at the task's levels, where a module would give parameters."""
+
+    values_BNCQ: Array
 
 
 @dataclass(frozen=True)
@@ -41,11 +59,15 @@ class Forecasting(Task):
 
     Losses on values scaled by the statistics of the training split. With objective "quantile" the
     module forecasts each of `quantiles` by the pinball loss (Koenker & Bassett 1978); the one
-    nearest 0.5 serves as the point forecast.
+    nearest 0.5 serves as the point forecast. With "student_t" or "negative_binomial" (counts) it
+    forecasts a distribution, trained by its likelihood, and the quantiles are those of it.
     """
 
-    objective: Objective = "mse"  # the loss: mse, mae, huber (delta 1), or quantile (pinball)
-    quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)  # forecast where objective is quantile
+    # The loss: mse, mae, huber (delta 1), quantile (pinball), or the likelihood of a distribution:
+    # student_t, or negative_binomial for counts
+    objective: Objective = "mse"
+    # Forecast where objective is quantile or a distribution
+    quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
     calibrate: bool = True  # widen or narrow the quantiles by what validation shows, at the end
     # By how much the distance of each quantile from the point forecast is stretched; found at the
     # end of training and kept with the run, empty until then
@@ -72,7 +94,12 @@ class Forecasting(Task):
     @property
     def levels(self) -> tuple[float, ...]:
         """The quantiles forecast; none for a point loss."""
-        return self.quantiles if self.objective == "quantile" else ()
+        return self.quantiles if self.objective == "quantile" or self.likelihood else ()
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """What the outputs are the parameters of; None: they are forecasts."""
+        return LIKELIHOODS.get(self.objective)
 
     @property
     def point(self) -> int:
@@ -88,14 +115,36 @@ class Forecasting(Task):
                 per_value=max(len(self.levels), 1),
                 season=info.season,
                 categories=info.categories,
+                likelihood=self.likelihood,
             )
         )
 
-    def ordered(self, outputs: Array) -> Array:
-        """The outputs with quantiles that never cross: sorted, which cannot raise the pinball loss
-        (Chernozhukov et al. 2010), and stretched once the task is calibrated."""
+    def check(self, dataset: Any) -> None:
+        """Raises UserError for targets that are no counts where they have to be."""
+        if self.objective != "negative_binomial":
+            return
+        for name, values in zip(dataset.info.targets, dataset.measured().T, strict=True):
+            # They were scaled in float32.
+            off = np.abs(values - np.round(values)) > 1e-3 + 1e-6 * np.abs(values)
+            wrong = values[off | (values < -0.5) | (values > 1e6)]
+            require(
+                len(wrong) == 0,
+                "task.objective negative_binomial is for counts (0, 1, 2, ... to a million); "
+                f"column {name!r} holds {wrong[0] if len(wrong) else 0:g}: take student_t or "
+                "quantile",
+            )
+
+    def ordered(self, outputs: Any, units_BUC: Any = None) -> Array:
+        """Forecasts [B, N, C, Q] with quantiles that never cross: sorted, which cannot raise the
+        pinball loss (Chernozhukov et al. 2010), and stretched once the task is calibrated."""
         if not self.levels:
             return outputs
+        if isinstance(outputs, Levels):
+            outputs = outputs.values_BNCQ
+        elif isinstance(outputs, Paths):
+            outputs = path_quantiles(outputs, self.levels)
+        elif self.likelihood is not None:
+            outputs = self.likelihood.quantiles(outputs, self.levels, units_BUC)
         outputs = jnp.sort(outputs, axis=-1)
         if not self.stretch:
             return outputs
@@ -103,8 +152,12 @@ class Forecasting(Task):
         factors = jnp.asarray(self.stretch).reshape((1,) * (outputs.ndim - 1) + (-1,))
         return jnp.sort(point + (outputs - point) * factors, axis=-1)
 
-    def final(self, outputs: np.ndarray) -> np.ndarray:
-        return np.asarray(self.ordered(jnp.asarray(outputs)))
+    def final(self, outputs: Any, batch: Batch) -> Any:
+        values = np.asarray(self.ordered(outputs, batch.units))
+        return values if self.likelihood is None else Levels(values)
+
+    def pooled(self, outputs: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *values: np.mean(values, axis=0), *outputs)
 
     def settle(self, dataset: Any, forward: Forward, folder: Path) -> "Forecasting":
         """The task with its quantiles calibrated on the validation windows, as `settled` will find
@@ -120,7 +173,7 @@ class Forecasting(Task):
         scores: list[np.ndarray] = []
         for windows_B in np.array_split(windows, -(-len(windows) // 256)):
             batch = dataset.batch("validation", windows_B)
-            outputs = np.sort(np.asarray(forward(batch), np.float64), axis=-1)
+            outputs = np.asarray(self.ordered(forward(batch), batch.units), np.float64)
             point = outputs[..., self.point, None]
             distance = outputs - point
             known = (batch.weights > 0)[..., None] & (np.arange(len(self.levels)) != self.point)
@@ -147,23 +200,31 @@ class Forecasting(Task):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read {path}, the calibration of a run: {error}") from None
 
-    def loss(self, outputs: Array, batch: Batch) -> Mean:
-        error = batch.targets[..., None] - self.ordered(outputs)  # [B, N, C, Q]
+    def loss(self, outputs: Any, batch: Batch) -> Mean:
+        """The mean over what was measured: of the objective; of the pinball loss for sample paths;
+        of nothing (NaN) for a rule, where a distribution is asked for."""
+        if isinstance(outputs, Levels):
+            return Mean(jnp.full((), jnp.nan), jnp.ones(()))
+        if self.likelihood is not None and not isinstance(outputs, Paths):
+            assert batch.units is not None
+            density = self.likelihood.log_density(outputs, batch.targets, batch.units)
+            return weighted(-density, counted(batch))
+        error = batch.targets[..., None] - self.ordered(outputs, batch.units)  # [B, N, C, Q]
         losses: dict[Objective, Callable[[], Array]] = {
             "mse": lambda: jnp.square(error),
             "mae": lambda: jnp.abs(error),
             "huber": lambda: optax.huber_loss(error),
-            "quantile": lambda: self._pinball(error),
         }
-        return weighted(losses[self.objective](), counted(batch)[..., None])
+        value = losses.get(self.objective, lambda: self._pinball(error))()
+        return weighted(value, counted(batch)[..., None])
 
     def _pinball(self, error: Array) -> Array:
         levels = jnp.asarray(self.quantiles, error.dtype).reshape((1,) * (error.ndim - 1) + (-1,))
         return jnp.maximum(levels * error, (levels - 1) * error)
 
-    def measure(self, outputs: Array, batch: Batch, info: Windows) -> Sums:
+    def measure(self, outputs: Any, batch: Batch, info: Windows) -> Sums:
         loss = self.loss(outputs, batch)
-        outputs = self.ordered(outputs)
+        outputs = self.ordered(outputs, batch.units)
         actual, forecast = batch.targets, outputs[..., self.point]
         weights = counted(batch)
         assert batch.units is not None
@@ -221,7 +282,11 @@ class Forecasting(Task):
         per_value = max(len(self.levels), 1)
 
         def repeated(rule: Baseline) -> Baseline:
-            return lambda batch: jnp.repeat(rule(batch)[..., None], per_value, axis=-1)
+            def forecast(batch: Batch) -> Any:
+                values = jnp.repeat(rule(batch)[..., None], per_value, axis=-1)
+                return values if self.likelihood is None else Levels(values)
+
+            return forecast
 
         rules = naive_forecasts(len(info.targets), info.lookback, info.horizon, info.season)
         shown = ("last_value", "seasonal_naive")
@@ -265,9 +330,9 @@ class Forecasting(Task):
         self, dataset: Any, split: str, windows_B: np.ndarray, forward: Forward
     ) -> np.ndarray:
         """Forecasts [B, N, C, Q] of these windows in the units of the data, float64."""
-        outputs = np.asarray(
-            self.ordered(jnp.asarray(forward(dataset.batch(split, windows_B)))), np.float64
-        ).swapaxes(-1, -2)
+        batch = dataset.batch(split, windows_B)
+        outputs = np.asarray(self.ordered(forward(batch), batch.units), np.float64)
+        outputs = outputs.swapaxes(-1, -2)
         series_B = dataset.series(split)[windows_B]
         return dataset.unscale(outputs, series_B).swapaxes(-1, -2)
 

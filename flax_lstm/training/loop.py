@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import grain
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -161,6 +160,7 @@ class Session:
         self.began = time.monotonic()
         console.print(f"{config.name}: reading the data")
         self.dataset: Dataset = first_then_all(self._load)
+        config.task.check(self.dataset)
         parts = around.assemble(config, self.dataset.info)
         self.tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         self.checkpoints = Checkpoints(folder.checkpoints, self.tell)
@@ -384,13 +384,9 @@ class Session:
 
     def draw(self, journal: Journal, test: bool) -> None:
         """The curves, and what the task has to show of the test split; a full disk costs these."""
-
-        def forward(batch: Batch) -> np.ndarray:
-            return np.asarray(self.steps.forward(self.best_params, None, batch)[1])
-
         try:
             self.around.plot_curves(journal.log.rows(), self.own.plots / "curves.png")
             if test:
-                self.config.task.illustrate(self.dataset, forward, self.own.plots)
+                self.config.task.illustrate(self.dataset, self._forward, self.own.plots)
         except OSError as error:
             self.tell(f"warning: {self.own.plots}: no plots are drawn ({error.strerror})")

@@ -70,12 +70,13 @@ def apply(
     key: Array | None = None,
     move: Any = None,
 ) -> tuple[Any, Array]:
-    """The module's carry and outputs for a batch; with a key, dropout is on; `move` is added to the
-    inputs, see `flax_lstm.tasks.adversary`."""
+    """The module's carry and outputs for a batch; with a key, dropout is on, and a module that is
+    `forced` sees the targets; `move` is added to the inputs, see `flax_lstm.tasks.adversary`."""
     if (reset := batch.reset) is not None:
         carry = jax.tree.map(
             lambda s: jnp.where(reset.reshape(-1, *(1,) * (s.ndim - 1)), 0, s), carry
         )
+    forced = key is not None and getattr(module, "forced", False)
     result: Any = module.apply(
         {"params": params} if move is None else {"params": params, MOVES: {"inputs": move}},
         batch.inputs,
@@ -83,6 +84,7 @@ def apply(
         carry,
         batch.covariates,
         deterministic=key is None,
+        **({"targets": batch.targets} if forced else {}),
         rngs=None if key is None else {"dropout": key},
     )
     carry, outputs = result
