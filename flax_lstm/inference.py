@@ -23,6 +23,7 @@ from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Outputs
 from flax_lstm.tasks.examination import log_softmax
 from flax_lstm.tasks.explanation import Explanation, integrated_gradients, leave_one_out
+from flax_lstm.tasks.forecasting import Forecasting
 from flax_lstm.tasks.generation import continue_text
 from flax_lstm.training.assembly import assemble
 from flax_lstm.training.checkpoint import Checkpoints
@@ -246,15 +247,29 @@ class Run:
         share = float(np.exp(log_K[k]))
         return Explanation(info.labels[k], share, words, contributions_T.tolist())
 
-    def predict(self, inputs: Any, checkpoint: str | int = "best") -> pd.DataFrame:
+    def predict(
+        self,
+        inputs: Any,
+        checkpoint: str | int = "best",
+        cutoffs: Sequence[str] = (),
+        paths: bool = False,
+    ) -> pd.DataFrame:
         """Predictions for new inputs; see the task's `predict`.
 
         inputs: a DataFrame with the columns of the training data; for texts also one text, or a
             list or Series of them; for sequences of numbers also a list of arrays.
+        cutoffs, paths: of forecasts, see `Forecasting.predict`.
         """
-        table = self.config.data.table(inputs)
+        table, task = self.config.data.table(inputs), self.config.task
+        settings = (table, self.info, self.forward(checkpoint))
         batch_size = min(self.config.train.batch_size, 256)
-        return self.config.task.predict(table, self.info, self.forward(checkpoint), batch_size)
+        if isinstance(task, Forecasting):
+            return task.predict(*settings, batch_size, cutoffs, paths)
+        require(
+            not cutoffs and not paths,
+            f"{self.workdir}: cutoffs and paths are for runs that forecast",
+        )
+        return task.predict(*settings, batch_size)
 
 
 class Ensemble(Run):

@@ -146,6 +146,6 @@ class Counted:
 def test_what_is_no_count_is_refused(value):
     task = Forecasting(objective="negative_binomial")
     task.check(Counted(np.array([0, 1.0004, np.nan, 8e5])))
-    with pytest.raises(UserError, match="is for counts .* column 'sold' holds"):
+    with pytest.raises(UserError, match=r"is for counts .* column 'sold' holds"):
         task.check(Counted(np.array([0.0, value, np.nan])))
     dataclasses.replace(task, objective="student_t").check(Counted(np.array([value])))

@@ -742,6 +742,30 @@ BREAKAGES = {
         "if self.factored:",
         "tests/test_sampled_softmax.py::test_training_is_sampled_and_evaluation_is_not",
     ),
+    "a step-by-step model sees the season of another step": Breakage(
+        "flax_lstm/nn/autoregression.py",
+        "return jnp.stack([last - kept_PL[:, 0], kept_PL[:, 1] - last], axis=-1)",
+        "return jnp.stack([last - kept_PL[:, 1], kept_PL[:, 1] - last], axis=-1)",
+        "tests/test_autoregression.py::test_what_is_drawn_is_what_teacher_forcing_gives_for_it",
+    ),
+    "Student's t without the logarithm of its spread": Breakage(
+        "flax_lstm/nn/likelihoods.py",
+        "freedom) - jnp.log(\n            spread\n        )",
+        "freedom)",
+        "tests/test_likelihoods.py::test_students_t_is_scipys",
+    ),
+    "counts: a quantile that is one too large": Breakage(
+        "flax_lstm/nn/likelihoods.py",
+        "betainc(size, middle + 1, share)",
+        "betainc(size, middle, share)",
+        "tests/test_likelihoods.py::test_the_negative_binomial_is_scipys",
+    ),
+    "a cutoff lets one more row be known": Breakage(
+        "flax_lstm/data/series.py",
+        "known = np.asarray(times <= stamp)",
+        "known = np.roll(np.asarray(times <= stamp), 1) | np.asarray(times <= stamp)",
+        "tests/test_autoregression.py::test_cutoffs_give_the_forecasts_of_what_was_known",
+    ),
 }
 
 

@@ -29,6 +29,8 @@ class Options:
     text: str | None = None  # one text to classify
     input: Path | None = None  # a table of inputs
     output: Path | None = None  # where to write: .csv, .tsv, .jsonl or .parquet
+    cutoffs: tuple[str, ...] = ()  # forecast from these times, instead of the end of the table
+    paths: bool = False  # write the sample paths as well, of a model that draws them
     prompt: str | None = None  # the beginning of a text
     tokens: int = 100  # words at most that follow the prompt
     temperature: float = 1.0  # below 1: likelier words more often; 0: always the likeliest
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
         print(json.dumps(classify(run, options.text, options.checkpoint)))
     else:
         assert options.output is not None and options.input is not None
-        result = run.predict(run.config.data.read(options.input), options.checkpoint)
+        result = run.predict(
+            run.config.data.read(options.input), options.checkpoint, options.cutoffs, options.paths
+        )
         write_table(result, options.output)
         print(f"{len(result)} rows in {options.output}", file=sys.stderr)
     return 0

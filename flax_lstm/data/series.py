@@ -20,7 +20,13 @@ from flax_lstm.data.base import Batch, Known
 from flax_lstm.data.covariates import CYCLES, Column, calendar, columns
 from flax_lstm.data.grid import Frequency, Missing, fill
 from flax_lstm.data.memory import InMemory, absolute_path, in_memory
-from flax_lstm.data.timetable import embedded, numeric_columns, read_series
+from flax_lstm.data.timetable import (
+    embedded,
+    numeric_columns,
+    read_series,
+    read_times,
+    require_columns,
+)
 from flax_lstm.data.tracks import Layout, Track
 from flax_lstm.data.vocabulary import write_atomically
 from flax_lstm.data.windows import SPLITS, Buffer, Scale, WindowDataset, WindowForm, scored
@@ -183,6 +189,34 @@ class SeriesInfo(Layout):
         scale = self.scale_of(tracks, rows) if self.id_column else self.saved_scale()
         buffer = self.buffer(extended, scale, first_rows(frame, self))
         return SeriesDataset(self, buffer, scale, {"test": buffer.begins[1:] - self.horizon})
+
+    def until(self, frame: pd.DataFrame, cutoff: str) -> tuple[pd.Timestamp, pd.DataFrame]:
+        """A time as it is written, and the table as it was known then: later rows are left out, or
+        have their targets and inputs emptied where columns are known in advance. Series that begin
+        later are left out. Raises UserError for what is no time, and where nothing is left."""
+        require_columns(frame, (self.time_column,), "the input")
+        times = read_times(frame[self.time_column], "the input", self.time_zone)
+        try:
+            stamp = pd.Timestamp(cutoff)
+            if times.tz is not None:
+                stamp = stamp.tz_convert(times.tz) if stamp.tz else stamp.tz_localize(times.tz)
+            known = np.asarray(times <= stamp)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"--cutoffs {cutoff}: write a time as the input does, such as {times[-1]} ({error})"
+            ) from None
+        require(
+            bool(known.any()),
+            f"--cutoffs {cutoff}: the input begins at {times.min()}; choose a later time",
+        )
+        if not self.future:
+            return stamp, frame[known]
+        emptied = frame.copy()
+        emptied.loc[~known, list(self.channels)] = np.nan
+        if self.id_column:
+            begun = frame.loc[known, self.id_column].unique()
+            emptied = emptied[emptied[self.id_column].isin(begun)]
+        return stamp, emptied
 
     def _require_fit(self, track: Track) -> None:
         where = f"series {track.id!r} of the input" if self.id_column else "the input"

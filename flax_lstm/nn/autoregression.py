@@ -7,6 +7,7 @@ features of a step, H hidden units, P parameters of the distribution, S sample p
 L steps kept of a path.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,48 +76,44 @@ class StepForecaster(nn.Module):
         z_BTC = (x_BTD - location_B1C) / scale_B1C
         extra_BCSF = self._known(known, observed_BTC, batch, steps)
 
-        def rows(x_BTC: Array) -> Array:
-            return x_BTC.swapaxes(1, 2).reshape(-1, x_BTC.shape[1])
-
-        def per_row(x_BCSF: Array) -> Array:
-            return x_BCSF.reshape(-1, *x_BCSF.shape[2:])
-
-        extra_RSF = per_row(extra_BCSF)
-        kernel = self.param(
-            "head",
-            named(nn.initializers.glorot_uniform(), "hidden", None),
-            (self.rnn.cell.features, form.outputs),
-            jnp.float32,
+        extra_RSF = extra_BCSF.reshape(-1, *extra_BCSF.shape[2:])
+        head = self._head()
+        if targets is None:
+            z_RSN = self._draw(rows_of(z_BTC), extra_RSF, season, head)
+            z_BCSN = z_RSN.reshape(batch, form.channels, self.paths, form.horizon)
+            z_BNCS = z_BCSN.transpose(0, 3, 1, 2)
+            return None, Paths(z_BNCS * scale_B1C[..., None] + location_B1C[..., None])
+        z_RS = rows_of(jnp.concatenate([z_BTC, (targets - location_B1C) / scale_B1C], axis=1))
+        x_RSF = jnp.concatenate([step_features(z_RS, season), extra_RSF[:, season + 1 :]], axis=-1)
+        state, y_RSH = self.rnn(x_RSF, None, None, deterministic=deterministic)
+        dropout = nn.Dropout(self.dropout)
+        y_RNH = dropout(y_RSH[:, -form.horizon :], deterministic=deterministic)
+        y_BCNP = head(y_RNH.reshape(-1, y_RNH.shape[-1])).reshape(
+            batch, form.channels, form.horizon, form.outputs
         )
-        bias = self.param("bias", nn.initializers.zeros, (form.outputs,), jnp.float32)
-        first = season + 1  # the first step with all it sees before it
-        if targets is not None:
-            z_RS = rows(jnp.concatenate([z_BTC, (targets - location_B1C) / scale_B1C], axis=1))
-            x_RSF = jnp.concatenate([step_features(z_RS, season), extra_RSF[:, first:]], axis=-1)
-            state, y_RSH = self.rnn(x_RSF, None, None, deterministic=deterministic)
-            y_RNH = y_RSH[:, -form.horizon :].astype(jnp.float32)
-            y_RNH = nn.Dropout(self.dropout)(y_RNH, deterministic=deterministic)
-            shape = (batch, form.channels, form.horizon, form.outputs)
-            y_BNCP = (y_RNH @ kernel + bias).reshape(shape).swapaxes(1, 2)
-            level_RN = z_RS[:, -form.horizon - season : -season]
-            level_BNC = level_RN.reshape(batch, form.channels, -1).swapaxes(1, 2)
-            return state, placed(y_BNCP, level_BNC, location_B1C, scale_B1C, form)
-        z_RT = rows(z_BTC)
-        x_RTF = jnp.concatenate([step_features(z_RT, season), extra_RSF[:, first:steps]], axis=-1)
-        state, _ = self.rnn(x_RTF, None, None, deterministic=deterministic)
-        last_RL = z_RT[:, -season - 1 :]
-        drawn_RSN = self._draw(state, last_RL, extra_RSF[:, steps:], kernel, bias)
-        z_BCSN = drawn_RSN.reshape(batch, form.channels, self.paths, form.horizon)
-        z_BNCS = z_BCSN.transpose(0, 3, 1, 2)
-        return state, Paths(z_BNCS * scale_B1C[..., None] + location_B1C[..., None])
+        level_RN = z_RS[:, -form.horizon - season : -season]
+        level_BNC = level_RN.reshape(batch, form.channels, -1).swapaxes(1, 2)
+        return state, placed(y_BCNP.swapaxes(1, 2), level_BNC, location_B1C, scale_B1C, form)
+
+    def _head(self) -> Callable[[Array], Array]:
+        """From outputs of the recurrence to parameters; also within a scan, where Flax makes no
+        layers."""
+        weights = named(nn.initializers.glorot_uniform(), "hidden", None)
+        size = (self.rnn.cell.features, self.form.outputs)
+        kernel_HP = self.param("head", weights, size, jnp.float32)
+        bias_1P = self.param("bias", nn.initializers.zeros, (1, self.form.outputs), jnp.float32)
+        return lambda y_XH: y_XH.astype(jnp.float32) @ kernel_HP + bias_1P
 
     def _draw(
-        self, state: Any, last_RL: Array, extra_RNF: Array, kernel: Array, bias: Array
+        self, z_RT: Array, extra_RSF: Array, season: int, head: Callable[[Array], Array]
     ) -> Array:
-        """[R, S, N]: futures drawn step by step, in units of the window."""
-        cell, count = self.rnn.cell, self.paths
-        features = 2 + extra_RNF.shape[-1]
-        weights = cell.cast(self.rnn.weights(features), last_RL)
+        """[R, S, N]: futures drawn step by step after the look-back, in units of the window."""
+        cell, count, steps = self.rnn.cell, self.paths, z_RT.shape[1]
+        before_RTF = extra_RSF[:, season + 1 : steps]
+        x_RTF = jnp.concatenate([step_features(z_RT, season), before_RTF], axis=-1)
+        state, _ = self.rnn(x_RTF, None, None)
+        weights = cell.cast(self.rnn.weights(x_RTF.shape[-1]), z_RT)
+        one_B1C, extra_RNF = jnp.ones((1, 1, 1)), extra_RSF[:, steps:]
 
         def many(x: Array) -> Array:
             return jnp.repeat(x, count, axis=0)
@@ -126,17 +123,14 @@ class StepForecaster(nn.Module):
             extra_RF, key = inputs
             x_PF = jnp.concatenate([features_of(kept_PL), many(extra_RF)], axis=-1)
             state = cell.step(weights, state, cell.project(weights, x_PF))
-            y_PP = cell.output(state).astype(jnp.float32) @ kernel + bias
-            level_P = kept_PL[:, 1]
-            one = jnp.ones((1, 1, 1))
-            parameters = placed(
-                y_PP[:, None, None], level_P[:, None, None], 0 * one, one, self.form
-            )[:, 0, 0]
-            z_P = self.form.likelihood.sample(key, parameters)
+            y_P11P = head(cell.output(state))[:, None, None]
+            level_P11 = kept_PL[:, 1, None, None]
+            parameters = placed(y_P11P, level_P11, 0 * one_B1C, one_B1C, self.form)
+            z_P = self.form.likelihood.sample(key, parameters)[:, 0, 0]
             return (state, jnp.concatenate([kept_PL[:, 1:], z_P[:, None]], axis=1)), z_P
 
         keys = jax.random.split(jax.random.key(0), extra_RNF.shape[1])
-        begin = (jax.tree.map(many, state), many(last_RL))
+        begin = (jax.tree.map(many, state), many(z_RT[:, -season - 1 :]))
         _, drawn_NP = jax.lax.scan(advance, begin, (extra_RNF.swapaxes(0, 1), keys))
         return drawn_NP.T.reshape(-1, count, extra_RNF.shape[1])
 
@@ -168,6 +162,11 @@ class StepForecaster(nn.Module):
             jnp.broadcast_to(x_BF[:, None, None], (*shape, x_BF.shape[-1])) for x_BF in of_series
         ]
         return jnp.concatenate(parts, axis=-1)
+
+
+def rows_of(x_BTC: Array) -> Array:
+    """[R, T]: every channel by itself."""
+    return x_BTC.swapaxes(1, 2).reshape(-1, x_BTC.shape[1])
 
 
 def features_of(kept_PL: Array) -> Array:

@@ -293,24 +293,57 @@ class Forecasting(Task):
         return {name: repeated(rules[name]) for name in shown if name in rules}
 
     def predict(
-        self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
+        self,
+        table: pd.DataFrame,
+        info: Any,
+        forward: Forward,
+        batch_size: int,
+        cutoffs: Sequence[str] = (),
+        paths: bool = False,
     ) -> pd.DataFrame:
         """Long rows `time, channel, horizon, forecast` for the steps after the last row of each
-        series, and a column `q0.1` and so on for each quantile; of a panel, its id column first."""
-        dataset = info.ahead(table)
-        return self.forecasts(dataset, "test", np.arange(dataset.size("test")), forward, batch_size)
+        series, and a column `q0.1` and so on for each quantile; of a panel, its id column first.
+
+        cutoffs: forecast from what was known at each of these times instead, told in a column
+        `cutoff`.
+        paths: columns `path1` and so on with the sample paths of a model that draws them.
+        """
+        if not cutoffs:
+            dataset = info.ahead(table)
+            windows = np.arange(dataset.size("test"))
+            return self.forecasts(dataset, "test", windows, forward, batch_size, paths)
+        parts = []
+        for cutoff in cutoffs:
+            stamp, known = info.until(table, cutoff)
+            part = self.predict(known, info, forward, batch_size, paths=paths)
+            part.insert(1 if info.id_column else 0, "cutoff", stamp)
+            parts.append(part)
+        return pd.concat(parts, ignore_index=True)
 
     def forecasts(
-        self, dataset: Any, split: str, windows_W: np.ndarray, forward: Forward, batch_size: int
+        self,
+        dataset: Any,
+        split: str,
+        windows_W: np.ndarray,
+        forward: Forward,
+        batch_size: int,
+        paths: bool = False,
     ) -> pd.DataFrame:
         """The forecasts of these windows of a split, as `predict` writes them."""
-        info = dataset.info
-        values = np.concatenate(
-            [
-                self.original(dataset, split, windows_B, forward)
-                for windows_B in np.array_split(windows_W, -(-len(windows_W) // batch_size))
-            ]
-        )  # [W, N, C, Q]
+        info, parts, drawn = dataset.info, [], []
+        for windows_B in np.array_split(windows_W, -(-len(windows_W) // batch_size)):
+            batch = dataset.batch(split, windows_B)
+            outputs = forward(batch)
+            series_B = dataset.series(split)[windows_B]
+            parts.append(self._unscaled(self.ordered(outputs, batch.units), dataset, series_B))
+            if paths:
+                require(
+                    isinstance(outputs, Paths),
+                    "sample paths are drawn by a StepModel, one run at a time; this one forecasts "
+                    "each step by itself",
+                )
+                drawn.append(self._unscaled(outputs.values_BNCS, dataset, series_B))
+        values = np.concatenate(parts)  # [W, N, C, Q]
         windows, horizon, channels = values.shape[:3]
         times = dataset.times(split, windows_W)
         zone = dataset.buffer.times.tz
@@ -324,6 +357,10 @@ class Forecasting(Task):
             "forecast": values[..., self.point].ravel(),
         }
         columns |= {f"q{q}": values[..., n].ravel() for n, q in enumerate(self.levels)}
+        if drawn:
+            paths_WNCS = np.concatenate(drawn)
+            count = paths_WNCS.shape[-1]
+            columns |= {f"path{n + 1}": paths_WNCS[..., n].ravel() for n in range(count)}
         return pd.DataFrame({name: column for name, column in columns.items() if name})
 
     def original(
@@ -331,10 +368,13 @@ class Forecasting(Task):
     ) -> np.ndarray:
         """Forecasts [B, N, C, Q] of these windows in the units of the data, float64."""
         batch = dataset.batch(split, windows_B)
-        outputs = np.asarray(self.ordered(forward(batch), batch.units), np.float64)
-        outputs = outputs.swapaxes(-1, -2)
         series_B = dataset.series(split)[windows_B]
-        return dataset.unscale(outputs, series_B).swapaxes(-1, -2)
+        return self._unscaled(self.ordered(forward(batch), batch.units), dataset, series_B)
+
+    @staticmethod
+    def _unscaled(values_BNCQ: Any, dataset: Any, series_B: np.ndarray) -> np.ndarray:
+        values = np.asarray(values_BNCQ, np.float64).swapaxes(-1, -2)
+        return dataset.unscale(values, series_B).swapaxes(-1, -2)
 
     def illustrate(self, dataset: Any, forward: Forward, folder: Path) -> None:
         """`forecasts.png`: forecasts against truth at the end of the test split; of a panel, the
