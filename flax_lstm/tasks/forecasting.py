@@ -50,7 +50,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 class Levels(NamedTuple):
     """Forecasts at the task's levels, where a module would give parameters."""
 
-    values_BNCQ: Array
+    values_BNCQ: Any
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ class Forecasting(Task):
         info, parts, drawn = dataset.info, [], []
         for windows_B in np.array_split(windows_W, -(-len(windows_W) // batch_size)):
             batch = dataset.batch(split, windows_B)
-            outputs = forward(batch)
+            outputs: Any = forward(batch)
             series_B = dataset.series(split)[windows_B]
             parts.append(self._unscaled(self.ordered(outputs, batch.units), dataset, series_B))
             if paths:
