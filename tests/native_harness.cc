@@ -29,8 +29,8 @@ double sum(const std::vector<float>& values) {  // of a kind that notices order
   return total;
 }
 
-template <class Cell>
-void run(const char* name, bool reverse, bool masked, bool reset_and_time_major) {
+template <class Cell, class Number>
+void run_one(const char* name, bool reverse, bool masked, bool reset_and_time_major) {
   constexpr long G = Cell::GATES;
   const Sizes z{7, 23, 5, 19, reset_and_time_major};
   const long B = z.batch, T = z.time, D = z.inputs, H = z.units;
@@ -94,12 +94,53 @@ void run(const char* name, bool reverse, bool masked, bool reset_and_time_major)
                    .dh0 = dh0.data(),
                    .dmask = dmask.data()};
   Threads pool;
-  forward<Cell>(pool, 3, f);
-  backward<Cell>(pool, 3, b);
-  std::printf("%s reverse=%d mask=%d,%d", name, reverse, masked, reset_and_time_major);
+  forward<Cell, Number>(pool, 3, f);
+  backward<Cell, Number>(pool, 3, b);
+  std::printf("%s%ld reverse=%d mask=%d,%d", name, Number::PAIR, reverse, masked, reset_and_time_major);
   for (const auto* values : {&y, &c, &h, &dx, &dinput, &drecurrent, &dbias, &drecurrent_bias, &dc0, &dh0, &dmask})
     std::printf(" %.6g", sum(*values));
   std::printf("\n");
+}
+
+// Words that are looked up, some of them not in the table: the final state alone is printed.
+template <class Cell, class Number>
+void run_words(const char* name, bool reverse) {
+  constexpr long G = Cell::GATES;
+  const Sizes z{7, 23, 0, 19, false};
+  std::mt19937 random(2);
+  std::vector<float> table(5 * G * z.units), recurrent(z.units * G * z.units), zeros(z.batch * z.units);
+  for (auto* values : {&table, &recurrent})
+    for (float& v : *values) v = static_cast<int>(random() % 2001) / 1000.0f - 1.0f;
+  std::vector<int> words(z.batch * z.time);
+  for (int& word : words) word = static_cast<int>(random() % 9) - 2;
+  const std::vector<int> lengths{23, 0, 1, 22, 7, 7, 23};
+  std::vector<float> y(z.batch * z.time * z.units), c(z.batch * z.units), h(z.batch * z.units), bias(z.units, 0.5f);
+  const Forward f{.size = z,
+                  .reverse = reverse,
+                  .recurrent = recurrent.data(),
+                  .recurrent_bias = bias.data(),
+                  .words = words.data(),
+                  .table = table.data(),
+                  .count = 5,
+                  .c0 = zeros.data(),
+                  .h0 = zeros.data(),
+                  .lengths = lengths.data(),
+                  .y = y.data(),
+                  .c = c.data(),
+                  .h = h.data()};
+  Threads pool;
+  forward<Cell, Number>(pool, 3, f);
+  std::printf("%s%ld words reverse=%d %.6g %.6g %.6g\n", name, Number::PAIR, reverse, sum(y), sum(c), sum(h));
+}
+
+template <class Cell>
+void run(const char* name, bool reverse, bool masked, bool reset_and_time_major) {
+  run_one<Cell, Single>(name, reverse, masked, reset_and_time_major);
+  run_one<Cell, Half>(name, reverse, masked, reset_and_time_major);
+  if (masked && reset_and_time_major) {
+    run_words<Cell, Single>(name, reverse);
+    run_words<Cell, Half>(name, reverse);
+  }
 }
 
 int main() {

@@ -80,13 +80,15 @@ def wrong_call(rng: np.random.Generator, name: str) -> tuple[dict[str, Any], str
     return call, wrong
 
 
-ARGUMENTS = {  # of the kernel's two calls, each with its shape
+ARGUMENTS = {  # of the kernel's calls, each with its shape
     "forward": "x input recurrent bias recurrent_bias c0 h0 mask lengths reset",
     "backward": "x input recurrent c0 h0 mask lengths reset y gates kept dy dc dh dkept",
+    "words": "words table recurrent recurrent_bias c0 h0 lengths",
 }
 RESULTS = {
     "forward": "y c h gates kept",
     "backward": "x input recurrent bias recurrent_bias c0 h0 mask",
+    "words": "y c h",
 }
 
 
@@ -109,14 +111,16 @@ def shapes(name: str, b: int, t: int, d: int, h: int, time_major: bool) -> dict[
         "gates": (*over, g, h),
         "kept": (*over, h) if g > 1 else none,
         "dkept": (*over, h),
+        "words": over,
+        "table": (7, g, h),
     }
 
 
 def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
     """Calls the kernel with random sizes, and the text of its error. Right calls may have sizes of
     zero; with wrong ones they would not be told, for XLA drops calls whose results are empty."""
-    name, time_major = str(rng.choice(list(CELLS))), bool(rng.integers(2))
-    which = str(rng.choice(["forward", "backward"]))
+    name, which = str(rng.choice(list(CELLS))), str(rng.choice(list(ARGUMENTS)))
+    time_major = which != "words" and bool(rng.integers(2))
     b, t, d, h = (int(n) for n in rng.integers(int(wrong), 6, 4))
     known = shapes(name, b, t, d, h, time_major)
     given = [known[word] for word in ARGUMENTS[which].split()]
@@ -124,8 +128,11 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
     if wrong:
         place = int(rng.integers(len(given) + len(found)))
         part, n = (given, place) if place < len(given) else (found, place - len(given))
-        part[n] = other_shape(rng, part[n])
-    dtypes = {"lengths": np.int32, "reset": bool}
+        right = part[n]
+        part[n] = other_shape(rng, right)
+        while right == known["table"] and part[n][1:] == right[1:]:  # one of more words is right
+            part[n] = other_shape(rng, right)
+    dtypes = {"lengths": np.int32, "reset": bool, "words": np.int32}
     arrays = [
         draw(rng, shape, dtypes.get(word, np.float32))
         for word, shape in zip(ARGUMENTS[which].split(), given, strict=True)
@@ -133,7 +140,9 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in found]
     call = jax.ffi.ffi_call(f"flax_lstm_{which}", results)
     try:
-        jax.block_until_ready(call(*arrays, reverse=bool(rng.integers(2)), time_major=time_major))
+        settings = {"reverse": bool(rng.integers(2)), "half": bool(rng.integers(2))}
+        settings |= {} if which == "words" else {"time_major": time_major}
+        jax.block_until_ready(call(*arrays, **settings))
     except Exception as error:  # whatever XLA makes of it
         return str(error)
     return ""

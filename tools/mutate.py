@@ -568,6 +568,18 @@ BREAKAGES = {
         "products += [inputs, recurrent]",
         "tests/test_benchmarks.py::test_operations_are_those_of_the_products_written_out",
     ),
+    "native kernel: bfloat16 loses what a bias has beyond it": Breakage(
+        "flax_lstm/nn/recurrence/native/kernel.h",
+        "for (float& v : bias) v -= Number::value(Number::of(v));",
+        "for (float& v : bias) v = 0;",
+        "tests/test_bfloat16.py::test_the_native_kernel_rounds_what_it_multiplies_and_nothing_else",
+    ),
+    "native kernel: gradients of weights are rounded to bfloat16": Breakage(
+        "flax_lstm/nn/recurrence/cpu.py",
+        "ROUNDS = True",
+        "ROUNDED = True",
+        "tests/test_bfloat16.py::test_the_native_kernel_rounds_what_it_multiplies_and_nothing_else",
+    ),
     "native kernel: shapes are not checked": Breakage(
         "flax_lstm/nn/recurrence/native/binding.cc",
         "if (problem_.empty() && found != wanted",

@@ -98,8 +98,9 @@ def run_cell(
     """One of our cells over time."""
     backend, reverse, states = way.backend, way.reverse, way.states
     if backend is not None:
-        cast = cell.cast(weights, x_BTD)
-        arguments = (cell, cast, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT)
+        if not hasattr(backend, "ROUNDS"):
+            weights = cell.cast(weights, x_BTD)
+        arguments = (cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, reset_BT)
         options = {"time_major": True} if way.time_major and hasattr(backend, "TIME_MAJOR") else {}
         run = backend.run_states if states else backend.run
         return run(*arguments, **options)

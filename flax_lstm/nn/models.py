@@ -474,7 +474,17 @@ class RecurrentForecaster(RecurrentModel):
 def embedding(vocabulary_size: int, width: int, dtype: DTypeName) -> nn.Embed:
     """A table of `vocabulary_size` embeddings, whose axes have names (see `sharding.RULES`)."""
     words = named(uniform_embedding, "vocabulary", "features")
-    return nn.Embed(vocabulary_size, width, dtype=DTYPES[dtype], embedding_init=words)
+    return Embed(vocabulary_size, width, dtype=DTYPES[dtype], embedding_init=words)
+
+
+class Embed(nn.Embed):
+    """`nn.Embed` that rounds what was looked up in place of the whole table: gradients add up in
+    the dtype of the table, as those of all other weights do."""
+
+    def __call__(self, inputs: Array) -> Array:
+        if self.dtype == self.param_dtype:
+            return super().__call__(inputs)
+        return jnp.take(self.embedding, inputs, axis=0).astype(self.dtype)
 
 
 def check_embedding(size: int, dropout: float) -> None:

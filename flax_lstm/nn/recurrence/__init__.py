@@ -9,6 +9,7 @@ A backend is a module with two functions, or more:
     run_stack(cell, weights, x_BTD, lengths_B, states) -> (states, y_BTH), where one call can run
     several layers
     NATIVE: whether it calls code that is not JAX's own
+    ROUNDS: it takes the weights as they are kept, and rounds them itself
     run_states(...), as run -> (state, (y_BTH, states)), where it has the state after every step
 
 `weights` are a cell's `Weights` in the dtype of the matmuls, `lengths_B` is None where all steps

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel in C++ for float32 on CPUs, compiled at first use: LSTM, GRU and simple RNN, forward and
-backward.
+"""A kernel in C++ for CPUs, compiled at first use: LSTM, GRU and simple RNN, forward and backward.
 
 Axes: B batch, T time, D input features, G gates, H hidden units, J hidden units of the previous
 step. With `time_major`, arrays over time are [T, B, ...] where their names say [B, T, ...].
@@ -8,6 +7,8 @@ step. With `time_major`, arrays over time are [T, B, ...] where their names say 
 The equations are those of `cells.py` and `fused.py`; how they are computed is said in
 `native/kernel.h`. The input projection and all gradients of weights are within the kernel: no
 [B, T, G, H] array but that of the activated gates, for the backward pass, is ever written.
+In bfloat16 the products' operands are rounded; sums, gates, states and the gradients of weights are
+float32.
 `primitives.py` makes it take every transformation; derivatives beyond those of `jax.grad` are taken
 of `define`, in plain JAX.
 """
@@ -27,6 +28,7 @@ from flax_lstm.nn.cells import (
     SimpleRNNCell,
     Weights,
     gru_step,
+    input_matmul,
     lstm_step,
     not_textbook,
     rnn_step,
@@ -36,6 +38,8 @@ from flax_lstm.nn.recurrence.primitives import Derivable
 
 Array = jax.Array
 TIME_MAJOR = True  # `run` takes `time_major`
+ROUNDS = True  # it rounds weights itself, and their gradients are not rounded
+DTYPES = (jnp.float32, jnp.bfloat16)
 NATIVE = True
 EQUATIONS: dict[type, Any] = {LSTMCell: lstm_step, GRUCell: gru_step, SimpleRNNCell: rnn_step}
 
@@ -78,6 +82,7 @@ class How(NamedTuple):
     reverse: bool
     time_major: bool
     states: bool  # whether c after every step is a result
+    half: bool  # whether products multiply in bfloat16
 
 
 def supports(cell: Any, x_BTD: Any, recurrent_dropout: Any, resets: bool = False) -> str | None:
@@ -91,9 +96,11 @@ def supports(cell: Any, x_BTD: Any, recurrent_dropout: Any, resets: bool = False
         return f"the arrays are on a {platform()}, not on a CPU"
     if model_shards() > 1:
         return "hidden units are split over several devices"
-    if cell.compute_dtype(x_BTD) != jnp.float32:
-        return f"it computes in float32, not {cell.compute_dtype(x_BTD)}"
-    return native.unavailable()
+    if cell.compute_dtype(x_BTD) not in DTYPES:
+        return f"it computes in float32 or bfloat16, not {cell.compute_dtype(x_BTD)}"
+    if (reason := native.unavailable()) is None and halved(cell, x_BTD):
+        native.note_bfloat16()
+    return reason
 
 
 def run(
@@ -109,9 +116,13 @@ def run(
 ) -> tuple[Any, Array]:
     """See `flax_lstm.nn.recurrence`. time_major: arrays over time, all given as [B, T, ...], are
     views of others that have time first, and the kernel shall read and write those."""
-    how = How(EQUATIONS[type(cell)], reverse, time_major, states=False)
+    how = How(EQUATIONS[type(cell)], reverse, time_major, False, halved(cell, x_BTD))
     state, found, _ = call(how, weights, x_BTD, lengths_B, state, mask_BJ, reset_BT)
-    return state, found.y_BTH
+    return state, found.y_BTH.astype(cell.compute_dtype(x_BTD))
+
+
+def halved(cell: Any, x_BTD: Any) -> bool:
+    return bool(cell.compute_dtype(x_BTD) == jnp.bfloat16)
 
 
 def run_states(
@@ -126,7 +137,8 @@ def run_states(
     time_major: bool = False,
 ) -> tuple[Any, tuple[Array, Any]]:
     """`run`, with the state after every step; in padding, the one that is held there."""
-    how = How(EQUATIONS[type(cell)], reverse, time_major, states=type(cell) is LSTMCell)
+    states = type(cell) is LSTMCell
+    how = How(EQUATIONS[type(cell)], reverse, time_major, states, halved(cell, x_BTD))
     end, found, lengths_B = call(how, weights, x_BTD, lengths_B, begin, mask_BJ, reset_BT)
     valid_BT1 = rows.valid(lengths_B, x_BTD.shape[1])[..., None]
     over_time = [x for x in (found.c_BTH, found.y_BTH) if x is not None]
@@ -136,7 +148,8 @@ def run_states(
             over_time, jax.tree.leaves(begin if reverse else end), strict=True
         )
     ]
-    return end, (found.y_BTH, jax.tree.unflatten(jax.tree.structure(begin), held))
+    y_BTH = found.y_BTH.astype(cell.compute_dtype(x_BTD))
+    return end, (y_BTH, jax.tree.unflatten(jax.tree.structure(begin), held))
 
 
 def call(
@@ -157,6 +170,7 @@ def call(
     c_BH, h_BH = leaves if len(leaves) == 2 else (None, *leaves)
     if lengths_B is None:
         lengths_B = jnp.full(x_BTD.shape[0], x_BTD.shape[1])
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
     inputs = Inputs(turn(x_BTD).astype(jnp.float32), weights, c_BH, h_BH, mask_BJ)
     found = recur(how, inputs, Marks(lengths_B.astype(jnp.int32), turn(reset_BT)))
     ends = [end for end in (found.c_BH, found.h_BH) if end is not None]
@@ -169,10 +183,15 @@ def define(how: How, inputs: Inputs, marks: Marks) -> Results:
     x_BTD, weights, c_BH, h_BH, mask_BJ = inputs
     turn = (lambda x: x) if how.time_major else (lambda x: jnp.swapaxes(x, 0, 1))
     x_TBD, (lengths_B, reset) = turn(x_BTD), marks
+    if how.half:
+        x_TBD, input_DGH, recurrent_JGH = (
+            a.astype(jnp.bfloat16) for a in (x_TBD, weights.input_DGH, weights.recurrent_JGH)
+        )
+        weights = weights._replace(input_DGH=input_DGH, recurrent_JGH=recurrent_JGH)
     steps = jnp.arange(len(x_TBD))
     valid_TB = steps[:, None] < lengths_B[None]
     x_TBD = jnp.where(valid_TB[..., None], x_TBD, 0)
-    x_TBGH = jnp.einsum("tbd,dgh->tbgh", x_TBD, weights.input_DGH) + weights.bias_GH[None, None]
+    x_TBGH = input_matmul(x_TBD, weights.input_DGH, jnp.float32) + weights.bias_GH[None, None]
     fresh_TB = jnp.zeros_like(valid_TB)
     if reset is not None:
         fresh_TB = rows.fresh(turn(reset).T, lengths_B, how.reverse).T
@@ -217,7 +236,8 @@ def operands(inputs: Inputs, marks: Marks) -> tuple[list[Array], list[Array]]:
 def call_native(name: str, how: How, shapes: Any, arrays: Any) -> Any:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     function = jax.ffi.ffi_call(f"flax_lstm_{name}", results, vmap_method="sequential")
-    return tuple(function(*arrays, reverse=how.reverse, time_major=how.time_major))
+    settings = {"reverse": how.reverse, "time_major": how.time_major, "half": how.half}
+    return tuple(function(*arrays, **settings))
 
 
 def native_forward(how: How, save: bool, *arrays: Array) -> Any:

@@ -140,6 +140,16 @@ def build(
 
 
 @functools.cache
+def note_bfloat16() -> None:
+    """Says once where bfloat16 brings no speed."""
+    if variant() != "avx512bf16":
+        log.info(
+            "bfloat16 is multiplied by way of float32 on this processor, which is slower: "
+            "--model.dtype float32 gives better figures in less time"
+        )
+
+
+@functools.cache
 def unavailable() -> str | None:
     """None once the kernel is registered with JAX; else the reason why it cannot be, logged
     once."""
@@ -148,6 +158,6 @@ def unavailable() -> str | None:
     except (Unavailable, OSError) as error:
         log.info("The fused recurrence is used in place of the native one: %s", error)
         return str(error)
-    for name in ("flax_lstm_forward", "flax_lstm_backward"):
+    for name in ("flax_lstm_forward", "flax_lstm_backward", "flax_lstm_words"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None

@@ -90,17 +90,18 @@ ffi::Error check_common(Shapes& shapes, Expected& expected, const Floats& x, con
   return shapes.fine() ? ffi::Error::Success() : shapes.error();
 }
 
-// By the number of gates: 4 of the LSTM, 3 of the GRU, 1 of the simple RNN.
+// By the number of gates: 4 of the LSTM, 3 of the GRU, 1 of the simple RNN; and by what products multiply.
 template <class Run>
-void by_cell(int64_t gates, const Run& run) {
-  if (gates == 4) return run(Lstm{});
-  if (gates == 3) return run(Gru{});
-  run(Rnn{});
+void by_cell(int64_t gates, bool half, const Run& run) {
+  const auto of = [&](auto cell) { half ? run(cell, Half{}) : run(cell, Single{}); };
+  if (gates == 4) return of(Lstm{});
+  if (gates == 3) return of(Gru{});
+  of(Rnn{});
 }
 
 ffi::Error run_forward(ffi::ThreadPool pool, Floats x, Floats input, Floats recurrent, Floats bias,
                        Floats recurrent_bias, Floats c0, Floats h0, Floats mask, Ints lengths, Marks reset, Result y,
-                       Result c, Result h, Result gates, Result kept, bool reverse, bool time_major) {
+                       Result c, Result h, Result gates, Result kept, bool reverse, bool time_major, bool half) {
   Shapes shapes;
   Expected e;
   if (auto error = check_common(shapes, e, x, input, recurrent, c0, h0, mask, lengths, reset, time_major); error.failure())
@@ -133,14 +134,56 @@ ffi::Error run_forward(ffi::ThreadPool pool, Floats x, Floats input, Floats recu
       .gates = some(gates),
       .kept = some(kept),
   };
-  by_cell(e.G, [&](auto cell) { forward<decltype(cell)>(pool, pool.num_threads(), f); });
+  by_cell(e.G, half, [&](auto cell, auto number) { forward<decltype(cell), decltype(number)>(pool, pool.num_threads(), f); });
+  return ffi::Error::Success();
+}
+
+// Outputs alone, of words: the inputs' part of the gates' arguments is looked up in a table [count,G,H].
+ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recurrent, Floats recurrent_bias, Floats c0,
+                     Floats h0, Ints lengths, Result y, Result c, Result h, bool reverse, bool half) {
+  Shapes shapes;
+  shapes.rank("words", words.dimensions(), 2);
+  shapes.rank("table", table.dimensions(), 3);
+  shapes.rank("recurrent weights", recurrent.dimensions(), 3);
+  if (!shapes.fine()) return shapes.error();
+  const Dims d = words.dimensions(), t = table.dimensions();
+  const Expected e{d[0], d[1], 0, t[1], t[2], false, t[1] == 4, t[1] == 3};
+  if (e.G != 4 && e.G != 3 && e.G != 1)
+    return ffi::Error::InvalidArgument("flax_lstm: no cell has " + std::to_string(e.G) + " gates");
+  if (t[0] == 0) return ffi::Error::InvalidArgument("flax_lstm: the table has no words");
+  shapes.expect("recurrent weights", recurrent.dimensions(), {e.H, e.G, e.H});
+  shapes.expect("recurrent bias", recurrent_bias.dimensions(), e.recurrent_bias());
+  shapes.expect("state c", c0.dimensions(), e.cell());
+  shapes.expect("state h", h0.dimensions(), e.state());
+  shapes.expect("lengths", lengths.dimensions(), {e.B});
+  shapes.expect("outputs", y->dimensions(), e.over_time({e.H}));
+  shapes.expect("final c", c->dimensions(), e.cell());
+  shapes.expect("final h", h->dimensions(), e.state());
+  if (!shapes.fine()) return shapes.error();
+  const Forward f{
+      .size = e.sizes(),
+      .reverse = reverse,
+      .recurrent = recurrent.typed_data(),
+      .recurrent_bias = some(recurrent_bias),
+      .words = words.typed_data(),
+      .table = table.typed_data(),
+      .count = t[0],
+      .c0 = some(c0),
+      .h0 = h0.typed_data(),
+      .lengths = lengths.typed_data(),
+      .y = y->typed_data(),
+      .c = some(c),
+      .h = h->typed_data(),
+  };
+  by_cell(e.G, half, [&](auto cell, auto number) { forward<decltype(cell), decltype(number)>(pool, pool.num_threads(), f); });
   return ffi::Error::Success();
 }
 
 ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats recurrent, Floats c0, Floats h0,
                         Floats mask, Ints lengths, Marks reset, Floats y, Floats gates, Floats kept, Floats dy, Floats dc,
                         Floats dh, Floats dkept, Result dx, Result dinput, Result drecurrent, Result dbias,
-                        Result drecurrent_bias, Result dc0, Result dh0, Result dmask, bool reverse, bool time_major) {
+                        Result drecurrent_bias, Result dc0, Result dh0, Result dmask, bool reverse, bool time_major,
+                        bool half) {
   Shapes shapes;
   Expected e;
   if (auto error = check_common(shapes, e, x, input, recurrent, c0, h0, mask, lengths, reset, time_major); error.failure())
@@ -190,7 +233,7 @@ ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats rec
       .dh0 = dh0->typed_data(),
       .dmask = some(dmask),
   };
-  by_cell(e.G, [&](auto cell) { backward<decltype(cell)>(pool, pool.num_threads(), b); });
+  by_cell(e.G, half, [&](auto cell, auto number) { backward<decltype(cell), decltype(number)>(pool, pool.num_threads(), b); });
   return ffi::Error::Success();
 }
 
@@ -215,7 +258,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_forward, run_forward,
                                   .Ret<Floats>()  // gates
                                   .Ret<Floats>()  // kept
                                   .Attr<bool>("reverse")
-                                  .Attr<bool>("time_major"));
+                                  .Attr<bool>("time_major")
+                                  .Attr<bool>("half"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_words, run_words,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Ints>()    // words
+                                  .Arg<Floats>()  // table
+                                  .Arg<Floats>()  // recurrent weights
+                                  .Arg<Floats>()  // recurrent bias
+                                  .Arg<Floats>()  // c0
+                                  .Arg<Floats>()  // h0
+                                  .Arg<Ints>()    // lengths
+                                  .Ret<Floats>()  // y
+                                  .Ret<Floats>()  // c
+                                  .Ret<Floats>()  // h
+                                  .Attr<bool>("reverse")
+                                  .Attr<bool>("half"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_backward, run_backward,
                               ffi::Ffi::Bind()
@@ -244,4 +304,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_backward, run_backward,
                                   .Ret<Floats>()  // dh0
                                   .Ret<Floats>()  // dmask
                                   .Attr<bool>("reverse")
-                                  .Attr<bool>("time_major"));
+                                  .Attr<bool>("time_major")
+                                  .Attr<bool>("half"));

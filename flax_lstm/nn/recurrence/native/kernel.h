@@ -14,11 +14,15 @@
 //   it is in the nearest cache.
 // - Backwards, a chunk's gate gradients stay in cache until their products with the inputs and the previous outputs are
 //   added to the weights' gradients. No gradient of a gate is ever written to memory.
-// - A column of ones behind the inputs makes the bias one more row of the input weights, its gradient included.
+// - A column of ones behind the inputs makes the bias one more row of the input weights, its gradient included. (In bfloat16 there
+//   are two: what the bias lost in rounding is the second row.)
 //
 // A step that begins from zeros (see rows.py: `reset` marks the steps that are the first of a sequence) finds the state before it
 // zeroed, forwards, and cuts the gradient that would go on to it, backwards: one byte is read a row and step, nothing else changes.
 // Arrays over time may have time or the batch as their first axis: `place` is the number of a row's step in either.
+//
+// What products multiply is float32, or bfloat16 (`Single`, `Half`): rounded where it enters a product, and nowhere else. What is
+// added up, and all between products, is float32.
 //
 // The vectors are those of the compiler (GCC, Clang); LANES floats each, TILE rows in a tile, both set by the build.
 
@@ -26,13 +30,19 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace flax_lstm {
 
@@ -79,6 +89,90 @@ inline Vec tanh(Vec x) {
   return x * p / q;
 }
 inline Vec sigmoid(Vec x) { return 0.5f + 0.5f * tanh(0.5f * x); }
+
+// ---------------------------------------------------------------------------------------------- what products multiply
+// `PAIR` elements of the depth lie side by side and are multiplied by one instruction: a panel is [depth / PAIR][COLS][PAIR].
+struct Single {
+  using Element = float;
+  using One = float;  // of a row, PAIR elements
+  using Many = Vec;   // of a panel
+  static constexpr long PAIR = 1;
+  static Element of(float v) { return v; }
+  static float value(Element v) { return v; }
+  static One one(const Element* p) { return *p; }
+  static Many many(const Element* p) { return load(p); }
+  static void multiply_add(Vec& sum, One a, Many b) { sum += a * b; }
+  static void store(Element* p, Vec v, long n) { flax_lstm::store(p, v, n); }
+};
+
+// Two bfloat16 numbers, the upper halves of float32 ones, each the nearest.
+struct Half {
+  using Element = uint16_t;
+  using One = uint32_t;
+  using Many = uint32_t __attribute__((vector_size(4 * LANES)));
+  using Narrow = uint16_t __attribute__((vector_size(2 * LANES)));
+  static constexpr long PAIR = 2;
+  static Element of(float v) {
+    const auto bits = std::bit_cast<uint32_t>(v);
+    return v != v ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+  static float value(Element v) { return std::bit_cast<float>(uint32_t{v} << 16); }
+  static One one(const Element* p) {
+    One pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return pair;
+  }
+  static Many many(const void* p) {
+    Many pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+  }
+  static void multiply_add(Vec& sum, One a, Many b) {
+#ifdef __AVX512BF16__
+    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+    sum += std::bit_cast<float>(a & 0xffff0000) * (Vec)(b & 0xffff0000);
+    sum += std::bit_cast<float>(a << 16) * (Vec)(b << 16);
+#endif
+  }
+  static Many round(Vec v) {  // in the lower halves
+    const Many bits = (Many)v, nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return v == v ? nearest : Many{} + 0x7fc0;
+  }
+  static void store(Element* p, Vec v, long n) {
+    const Narrow all = __builtin_convertvector(round(v), Narrow);
+    std::memcpy(p, &all, std::min<long>(n, LANES) * sizeof *p);
+  }
+};
+
+template <class Number>
+constexpr long even(long n) {  // whole pairs
+  return (n + Number::PAIR - 1) / Number::PAIR * Number::PAIR;
+}
+template <class Number>
+constexpr long slot(long k, long i, long columns) {  // of an element in a panel
+  return (k / Number::PAIR * columns + i) * Number::PAIR + k % Number::PAIR;
+}
+
+// Rows [rows][columns] of floats as a panel, for a product whose depth they are; a row of zeros makes an odd number even. Both
+// may be the same memory: what is written lies before what is still to be read. Gives the panel.
+template <class Number>
+typename Number::Element* interleave(float* from, long rows, long columns, float* to) {
+  using Element = typename Number::Element;
+  if constexpr (Number::PAIR == 1) {
+    return from;
+  } else {
+    for (long k = 0; k < rows; k += 2)
+      for (long i = 0; i < columns; i += LANES) {
+        const long left = columns - i;
+        const Vec first = load(from + k * columns + i, left);
+        const Vec second = k + 1 < rows ? load(from + (k + 1) * columns + i, left) : Vec{};
+        const auto pairs = Number::round(first) | Number::round(second) << 16;
+        std::memcpy(to + k / 2 * columns + i, &pairs, std::min<long>(left, LANES) * sizeof(float));
+      }
+    return reinterpret_cast<Element*>(to);
+  }
+}
 
 // ---------------------------------------------------------------------------------------------------- the three cells
 // forward: gates hold their arguments and become their values; q is the recurrent part of the GRU's candidate; carry is
@@ -138,42 +232,46 @@ struct Rnn {
 };
 
 // --------------------------------------------------------------------------------------------------------- products
-// c[ROWS][COLS] = (add ? c : 0) + a b, with b a panel [depth][COLS]; a[row][depth], or a[depth][row] if TRANSPOSED.
-template <int ROWS, int VECS, bool TRANSPOSED>
-void tile(const float* a, long lda, const float* b, long depth, bool add, float* c) {
+// c[ROWS][COLS] = (add ? c : 0) + a b, with b a panel [depth][COLS]; a[row][depth], or a panel [depth][row] if TRANSPOSED. The
+// depth is one of whole pairs.
+template <class Number, int ROWS, int VECS, bool TRANSPOSED>
+void tile(const typename Number::Element* a, long lda, const typename Number::Element* b, long depth, bool add, float* c) {
+  constexpr long PAIR = Number::PAIR;
   Vec sum[ROWS][VECS];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < VECS; ++v) sum[r][v] = add ? load(c + r * COLS + v * LANES) : Vec{};
-  for (long k = 0; k < depth; ++k) {
-    Vec w[VECS];
-    for (int v = 0; v < VECS; ++v) w[v] = load(b + k * COLS + v * LANES);
+  for (long k = 0; k < depth; k += PAIR) {
+    typename Number::Many w[VECS];
+    for (int v = 0; v < VECS; ++v) w[v] = Number::many(b + k * COLS + v * LANES * PAIR);
     for (int r = 0; r < ROWS; ++r) {
-      const float s = TRANSPOSED ? a[k * lda + r] : a[r * lda + k];
-      for (int v = 0; v < VECS; ++v) sum[r][v] += s * w[v];
+      const auto s = Number::one(TRANSPOSED ? a + k * lda + r * PAIR : a + r * lda + k);
+      for (int v = 0; v < VECS; ++v) Number::multiply_add(sum[r][v], s, w[v]);
     }
   }
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < VECS; ++v) store(c + r * COLS + v * LANES, sum[r][v]);
 }
 
-template <int VECS, bool TRANSPOSED, int ROWS = TILE>
-void tile_of(long rows, const float* a, long lda, const float* b, long depth, bool add, float* c) {
+template <class Number, int VECS, bool TRANSPOSED, int ROWS = TILE>
+void tile_of(long rows, const typename Number::Element* a, long lda, const typename Number::Element* b, long depth, bool add,
+             float* c) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return tile_of<VECS, TRANSPOSED, ROWS - 1>(rows, a, lda, b, depth, add, c);
-  tile<ROWS, VECS, TRANSPOSED>(a, lda, b, depth, add, c);
+    if (rows < ROWS) return tile_of<Number, VECS, TRANSPOSED, ROWS - 1>(rows, a, lda, b, depth, add, c);
+  tile<Number, ROWS, VECS, TRANSPOSED>(a, lda, b, depth, add, c);
 }
 
 // The same for any number of rows, in tiles of nearly equal size. `width` columns of the panel are in use.
-template <bool TRANSPOSED>
-void product(long rows, long width, const float* a, long lda, const float* b, long depth, bool add, float* c) {
+template <class Number, bool TRANSPOSED>
+void product(long rows, long width, const typename Number::Element* a, long lda, const typename Number::Element* b, long depth,
+             bool add, float* c) {
   const long tiles = (rows + TILE - 1) / TILE;
   for (long i = 0; i < tiles; ++i) {
     const long begin = rows * i / tiles, n = rows * (i + 1) / tiles - begin;
-    const float* from = a + (TRANSPOSED ? begin : begin * lda);
+    const auto* from = a + (TRANSPOSED ? begin * Number::PAIR : begin * lda);
     if (width <= LANES)
-      tile_of<1, TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
+      tile_of<Number, 1, TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
     else
-      tile_of<2, TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
+      tile_of<Number, 2, TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
   }
 }
 
@@ -207,27 +305,42 @@ struct Sizes {
   long width(long block) const { return std::min(COLS, units - block * COLS); }
 };
 
-// Rows [depth][G][H] as panels [block][gate][depth_all][COLS], zeros beyond H; `at` is where the rows begin.
-inline void pack(const float* rows, long depth, long gates, const Sizes& z, long at, long depth_all, float* out) {
+// Rows [depth][G][H] as panels [block][gate][depth_all][COLS], zeros beyond H; `at` is where the rows begin. The last row of an odd
+// depth is followed by one of zeros.
+template <class Number>
+void pack(const float* rows, long depth, long gates, const Sizes& z, long at, long depth_all, typename Number::Element* out) {
   for (long block = 0; block < z.blocks(); ++block)
     for (long gate = 0; gate < gates; ++gate) {
-      float* panel = out + ((block * gates + gate) * depth_all + at) * COLS;
+      auto* panel = out + (block * gates + gate) * even<Number>(depth_all) * COLS;
       const float* from = rows + gate * z.units + block * COLS;
       const long width = z.width(block);
-      for (long k = 0; k < depth; ++k, panel += COLS, from += gates * z.units) {
-        for (long i = 0; i < width; ++i) panel[i] = from[i];
-        for (long i = width; i < COLS; ++i) panel[i] = 0;
+      for (long k = at; k < at + depth; ++k, from += gates * z.units) {
+        for (long i = 0; i < width; ++i) panel[slot<Number>(k, i, COLS)] = Number::of(from[i]);
+        for (long i = width; i < COLS; ++i) panel[slot<Number>(k, i, COLS)] = Number::of(0);
       }
+      if (at + depth == depth_all && even<Number>(depth_all) > depth_all)
+        for (long i = 0; i < COLS; ++i) panel[slot<Number>(depth_all, i, COLS)] = Number::of(0);
     }
 }
 
-// Rows [count][depth] transposed, as panels [block][depth][COLS], zeros beyond `count`.
-inline void pack_transposed(const float* rows, long count, long depth, float* out) {
-  for (long begin = 0; begin < count; begin += COLS, out += depth * COLS) {
+// A bias [G][H] as the last rows of panels that begin at row `at`: what is lost in rounding one is in the next.
+template <class Number>
+void pack_bias(std::vector<float> bias, long gates, const Sizes& z, long at, typename Number::Element* out) {
+  for (long k = 0; k < Number::PAIR; ++k) {
+    pack<Number>(bias.data(), 1, gates, z, at + k, at + Number::PAIR, out);
+    for (float& v : bias) v -= Number::value(Number::of(v));
+  }
+}
+
+// Rows [count][depth] transposed, as panels [block][depth][COLS], zeros beyond `count` and in the last row of an odd depth.
+template <class Number>
+void pack_transposed(const float* rows, long count, long depth, typename Number::Element* out) {
+  const long all = even<Number>(depth);
+  for (long begin = 0; begin < count; begin += COLS, out += all * COLS) {
     const long width = std::min(COLS, count - begin);
-    if (width < COLS) std::fill(out, out + depth * COLS, 0.0f);
+    if (width < COLS || all > depth) std::fill(out, out + all * COLS, Number::of(0));
     for (long i = 0; i < width; ++i)
-      for (long k = 0; k < depth; ++k) out[k * COLS + i] = rows[(begin + i) * depth + k];
+      for (long k = 0; k < depth; ++k) out[slot<Number>(k, i, COLS)] = Number::of(rows[(begin + i) * depth + k]);
   }
 }
 
@@ -266,10 +379,11 @@ inline bool fresh(const bool* reset, const Rows& mine, const Sizes& z, long r, l
 
 // Zeros in the first `width` entries of the rows that begin from zeros in a step. Within the loops that call it, it made them 6 %
 // slower where there are no resets.
-__attribute__((noinline)) inline void clear_fresh(const bool* reset, const Rows& mine, const Sizes& z, long s, bool reverse,
-                                                  float* values, long stride, long width) {
+template <class Value>
+__attribute__((noinline)) void clear_fresh(const bool* reset, const Rows& mine, const Sizes& z, long s, bool reverse,
+                                           Value* values, long stride, long width) {
   for (long r = 0, n = mine.active(s); r < n; ++r)
-    if (fresh(reset, mine, z, r, s, reverse)) std::fill(values + r * stride, values + r * stride + width, 0.0f);
+    if (fresh(reset, mine, z, r, s, reverse)) std::fill(values + r * stride, values + r * stride + width, Value{});
 }
 
 // Zeros where rows are padded, in an array [B,T,width] or [T,B,width].
@@ -341,13 +455,15 @@ inline Chunk chunk(const Rows& mine, long edge, bool backwards) {
 
 inline long chunk_rows(const Rows& mine) { return std::max<long>(CHUNK_ROWS, mine.row.size()); }
 
-// The inputs of a chunk's rows with a one behind them, [rows][D + 1].
-inline void gather(const float* x, const Rows& mine, const Chunk& c, const Sizes& z, bool reverse, float* out) {
+// The inputs of a chunk's rows with a one (or a pair of them) behind them: [rows][D + PAIR], or the next even number.
+template <class Number>
+void gather(const float* x, const Rows& mine, const Chunk& c, const Sizes& z, bool reverse, typename Number::Element* out) {
   for (long s = c.begin; s < c.end; ++s)
-    for (long r = 0, n = mine.active(s); r < n; ++r, out += z.inputs + 1) {
+    for (long r = 0, n = mine.active(s); r < n; ++r, out += even<Number>(z.inputs + Number::PAIR)) {
       const float* from = x + z.place(mine.row[r], mine.time(r, s, reverse)) * z.inputs;
-      std::copy(from, from + z.inputs, out);
-      out[z.inputs] = 1;
+      std::transform(from, from + z.inputs, out, Number::of);
+      std::fill(out + z.inputs, out + z.inputs + Number::PAIR, Number::of(1));
+      std::fill(out + z.inputs + Number::PAIR, out + even<Number>(z.inputs + Number::PAIR), Number::of(0));
     }
 }
 
@@ -356,6 +472,9 @@ struct Forward {
   Sizes size;
   bool reverse;
   const float *x, *input, *recurrent, *bias, *recurrent_bias;  // recurrent_bias: GRU only
+  const int* words;      // [B,T] or null: with them there are no x, input weights and bias, but
+  const float* table;    // [count][G,H], the inputs' part of the gates' arguments for every word
+  long count;
   const float *c0, *h0;                                        // c0: LSTM only
   const float* mask;                                           // [B,J] or null
   const int* lengths;
@@ -364,32 +483,55 @@ struct Forward {
   float *gates, *kept;   // [B,T,G,H] and [B,T,H] for the backward pass, or null
 };
 
+// Rows of the table for a chunk's words, as panels [block][gate][m][COLS].
 template <class Cell>
-void forward_task(const Forward& f, const Rows& mine) {
+void look_up(const Forward& f, const Rows& mine, const Chunk& c, long m, float* panels) {
   constexpr long G = Cell::GATES;
   const Sizes& z = f.size;
+  long row = 0;
+  for (long s = c.begin; s < c.end; ++s)
+    for (long r = 0, n = mine.active(s); r < n; ++r, ++row) {
+      const long word = std::clamp<long>(f.words[z.place(mine.row[r], mine.time(r, s, f.reverse))], 0, f.count - 1);
+      for (long g = 0; g < G; ++g)
+        for (long unit = 0; unit < z.units; unit += LANES) {
+          const long panel = unit / COLS * G + g;
+          const Vec looked = load(f.table + (word * G + g) * z.units + unit, z.units - unit);
+          store(panels + (panel * m + row) * COLS + unit % COLS, looked);
+        }
+    }
+}
+
+template <class Cell, class Number>
+void forward_task(const Forward& f, const Rows& mine) {
+  constexpr long G = Cell::GATES;
+  using Element = typename Number::Element;
+  const Sizes& z = f.size;
   const long H = z.units, blocks = z.blocks(), rows = mine.row.size(), m = chunk_rows(mine), stride = blocks * COLS;
-  const long input_depth = z.inputs + 1, depth = H + Cell::HAS_Q;  // a one behind h: the GRU's recurrent bias
+  const long inputs = z.inputs + Number::PAIR, hidden = H + Cell::HAS_Q * Number::PAIR;  // ones behind h: the GRU's own bias
+  const long input_depth = even<Number>(inputs), depth = even<Number>(hidden), ldh = stride + 3;
   const auto sizes = {blocks * G * input_depth * COLS, blocks * G * depth * COLS, blocks * G * m * COLS, m * input_depth,
-                      rows * (stride + 1), rows * (stride + 1), rows * stride, rows * stride, rows * COLS};
+                      rows * ldh, rows * ldh, rows * stride, rows * stride, rows * COLS};
   long total = 0;
   for (long s : sizes) total += Memory::rounded(s);
   Memory memory(total);
   auto next = sizes.begin();
   const auto take = [&] { return memory.take(*next++); };
-  float *input = take(), *recurrent = take(), *panels = take(), *x = take();
-  float *h_in = take(), *h_next = take(), *carry = take(), *h_last = take(), *q = take();
-  const long ldh = stride + 1;
+  const auto elements = [&] { return reinterpret_cast<Element*>(take()); };
+  Element *input = elements(), *recurrent = elements();
+  float* panels = take();
+  Element *x = elements(), *h_in = elements(), *h_next = elements();
+  float *carry = take(), *h_last = take(), *q = take();
 
-  pack(f.input, z.inputs, G, z, 0, input_depth, input);
-  pack(f.bias, 1, G, z, z.inputs, input_depth, input);
-  pack(f.recurrent, H, G, z, 0, depth, recurrent);
-  if constexpr (Cell::HAS_Q)
-    for (long block = 0; block < blocks; ++block)
-      for (long gate = 0; gate < G; ++gate)
-        for (long i = 0; i < COLS; ++i)
-          recurrent[((block * G + gate) * depth + H) * COLS + i] =
-              gate == 2 && i < z.width(block) ? f.recurrent_bias[block * COLS + i] : 0.0f;
+  if (!f.words) {
+    pack<Number>(f.input, z.inputs, G, z, 0, inputs, input);
+    pack_bias<Number>({f.bias, f.bias + G * H}, G, z, z.inputs, input);
+  }
+  pack<Number>(f.recurrent, H, G, z, 0, hidden, recurrent);
+  if constexpr (Cell::HAS_Q) {  // the recurrent bias of the candidate, and of the other gates none
+    std::vector<float> all(G * H);
+    std::copy(f.recurrent_bias, f.recurrent_bias + H, all.end() - H);
+    pack_bias<Number>(all, G, z, H, recurrent);
+  }
 
   std::fill(carry, carry + rows * stride, 0.0f);
   std::fill(h_last, h_last + rows * stride, 0.0f);
@@ -398,8 +540,11 @@ void forward_task(const Forward& f, const Rows& mine) {
     std::copy(f.h0 + b * H, f.h0 + (b + 1) * H, h_last + r * stride);
     const float* begin = Cell::HAS_CELL ? f.c0 : f.h0;
     std::copy(begin + b * H, begin + (b + 1) * H, carry + r * stride);
-    for (long i = 0; i < H; ++i) h_in[r * ldh + i] = f.h0[b * H + i] * (f.mask ? f.mask[b * H + i] : 1.0f);
-    h_in[r * ldh + H] = 1;
+    for (long i = 0; i < H; ++i) h_in[r * ldh + i] = Number::of(f.h0[b * H + i] * (f.mask ? f.mask[b * H + i] : 1.0f));
+    for (Element* h : {h_in + r * ldh + H, h_next + r * ldh + H}) {
+      std::fill(h, h + Number::PAIR, Number::of(Cell::HAS_Q));
+      h[Number::PAIR] = Number::of(0);
+    }
   }
   clear_padding(f.y, mine, z, H);
 
@@ -407,10 +552,14 @@ void forward_task(const Forward& f, const Rows& mine) {
   for (long edge = 0; edge < mine.steps();) {
     const Chunk c = chunk(mine, edge, false);
     edge = c.end;
-    gather(f.x, mine, c, z, f.reverse, x);
-    for (long p = 0; p < blocks * G; ++p)
-      product<false>(c.rows, z.width(p / G), x, input_depth, input + p * input_depth * COLS, input_depth, false,
-                     panels + p * m * COLS);
+    if (f.words) {
+      look_up<Cell>(f, mine, c, m, panels);
+    } else {
+      gather<Number>(f.x, mine, c, z, f.reverse, x);
+      for (long p = 0; p < blocks * G; ++p)
+        product<Number, false>(c.rows, z.width(p / G), x, input_depth, input + p * input_depth * COLS, input_depth, false,
+                               panels + p * m * COLS);
+    }
     for (long s = c.begin; s < c.end; ++s) {
       const long n = mine.active(s), at = c.offset[s - c.begin];
       for (long r = 0; r < n; ++r) place[r] = z.place(mine.row[r], mine.time(r, s, f.reverse));
@@ -425,7 +574,7 @@ void forward_task(const Forward& f, const Rows& mine) {
           const long p = block * G + g;
           gate_panel[g] = panels + (p * m + at) * COLS;
           const bool apart = Cell::HAS_Q && g == 2;
-          product<false>(n, width, h_in, ldh, recurrent + p * depth * COLS, depth, !apart, apart ? q : gate_panel[g]);
+          product<Number, false>(n, width, h_in, ldh, recurrent + p * depth * COLS, depth, !apart, apart ? q : gate_panel[g]);
         }
         for (long r = 0; r < n; ++r) {
           const long b = mine.row[r], at_y = place[r] * H;
@@ -437,7 +586,7 @@ void forward_task(const Forward& f, const Rows& mine) {
             const Vec h = Cell::forward(gates, Cell::HAS_Q ? load(q + r * COLS + i) : Vec{}, state, kept);
             store(carry + r * stride + unit, state);
             store(h_last + r * stride + unit, h);
-            store(h_next + r * ldh + unit, f.mask ? h * load(f.mask + b * H + unit, left) : h, left);
+            Number::store(h_next + r * ldh + unit, f.mask ? h * load(f.mask + b * H + unit, left) : h, left);
             store(f.y + at_y + unit, h, left);
             if (f.gates) {
               for (long g = 0; g < G; ++g) store(f.gates + at_y * G + g * H + unit, gates[g], left);
@@ -446,7 +595,6 @@ void forward_task(const Forward& f, const Rows& mine) {
           }
         }
       }
-      for (long r = 0; r < n; ++r) h_next[r * ldh + H] = 1;
       std::swap(h_in, h_next);
     }
   }
@@ -457,10 +605,10 @@ void forward_task(const Forward& f, const Rows& mine) {
   }
 }
 
-template <class Cell, class Pool>
+template <class Cell, class Number, class Pool>
 void forward(Pool& pool, long threads, const Forward& f) {
   const auto dealt = deal(f.lengths, f.size, threads);
-  parallel(pool, dealt.size(), [&](long i) { forward_task<Cell>(f, dealt[i]); });
+  parallel(pool, dealt.size(), [&](long i) { forward_task<Cell, Number>(f, dealt[i]); });
 }
 
 // --------------------------------------------------------------------------------------------------------- backward
@@ -494,26 +642,33 @@ struct Gradients {
   }
 };
 
-template <class Cell>
+template <class Cell, class Number>
 void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   constexpr long G = Cell::GATES, P = G + Cell::HAS_Q;  // the GRU has one more panel: the gradients of q
+  using Element = typename Number::Element;
   const Sizes& z = f.size;
   const long H = z.units, D = z.inputs, blocks = z.blocks(), rows = mine.row.size(), m = chunk_rows(mine);
-  const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth;
-  const auto sizes = {z.input_blocks() * G * H * COLS, blocks * G * H * COLS, m * input_depth, m * depth,
-                      blocks * P * m * COLS, m * G * H, Cell::HAS_Q ? rows * G * H : 0, m * COLS,
+  const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth, gates_depth = even<Number>(G * H);
+  const auto sizes = {z.input_blocks() * gates_depth * COLS, blocks * gates_depth * COLS, m * input_depth, m * depth,
+                      blocks * P * m * COLS, m * gates_depth, Cell::HAS_Q ? rows * gates_depth : 0, m * COLS,
                       rows * stride, rows * stride, blocks * rows * COLS, stride};
   long total = 0;
   for (long s : sizes) total += Memory::rounded(s);
   Memory memory(total);
   auto next = sizes.begin();
   const auto take = [&] { return memory.take(*next++); };
-  float *input = take(), *recurrent = take(), *x = take(), *h_before = take(), *panels = take(), *da = take();
-  float *da_recurrent = take(), *dx = take(), *direct = take(), *dcell = take(), *through = take();
-  float* zeros = take();
+  const auto elements = [&] { return reinterpret_cast<Element*>(take()); };
+  Element *input = elements(), *recurrent = elements();
+  float *x = take(), *h_before = take(), *panels = take();
+  Element *da = elements(), *da_recurrent = elements();
+  float *dx = take(), *direct = take(), *dcell = take(), *through = take(), *zeros = take();
 
-  pack_transposed(f.input, D, G * H, input);
-  pack_transposed(f.recurrent, H, G * H, recurrent);
+  pack_transposed<Number>(f.input, D, G * H, input);
+  pack_transposed<Number>(f.recurrent, H, G * H, recurrent);
+  if (gates_depth > G * H) {
+    std::fill(da, da + m * gates_depth, Number::of(0));
+    if (Cell::HAS_Q) std::fill(da_recurrent, da_recurrent + rows * gates_depth, Number::of(0));
+  }
   std::fill(direct, direct + rows * stride, 0.0f);
   std::fill(dcell, dcell + rows * stride, 0.0f);
   std::fill(through, through + blocks * rows * COLS, 0.0f);
@@ -540,7 +695,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   for (long edge = mine.steps(); edge > 0;) {
     const Chunk c = chunk(mine, edge, true);
     edge = c.begin;
-    gather(f.x, mine, c, z, f.reverse, x);
+    gather<Single>(f.x, mine, c, z, f.reverse, x);
     for (long s = c.end - 1; s >= c.begin; --s) {
       const long n = mine.active(s), at = c.offset[s - c.begin];
       for (long r = 0; r < n; ++r) {
@@ -549,7 +704,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
         const bool begins = f.reset && fresh(f.reset, mine, z, r, s, f.reverse);
         const float* h_old = begins ? zeros : s ? f.y + place_before * H : f.h0 + b * H;
         const float* c_old = begins ? zeros : !Cell::HAS_CELL ? nullptr : s ? f.kept + place_before * H : f.c0 + b * H;
-        float *in = da + (at + r) * G * H, *rec = Cell::HAS_Q ? da_recurrent + r * G * H : nullptr;
+        Element *in = da + (at + r) * gates_depth, *rec = Cell::HAS_Q ? da_recurrent + r * gates_depth : nullptr;
         float* before = h_before + (at + r) * depth;
         for (long unit = 0; unit < H; unit += LANES) {
           const long left = H - unit, block = unit / COLS, column = unit % COLS;
@@ -565,19 +720,19 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
           store(before + unit, f.mask ? h * load(f.mask + b * H + unit, left) : h, left);
           for (long g = 0; g < G; ++g) {
             store(panels + ((block * P + g) * m + at + r) * COLS + column, gates[g]);
-            store(in + g * H + unit, gates[g], left);
+            Number::store(in + g * H + unit, gates[g], left);
           }
           if constexpr (Cell::HAS_Q) {
             store(panels + ((block * P + G) * m + at + r) * COLS + column, dq);
-            for (long g = 0; g < G; ++g) store(rec + g * H + unit, g == 2 ? dq : gates[g], left);
+            for (long g = 0; g < G; ++g) Number::store(rec + g * H + unit, g == 2 ? dq : gates[g], left);
           }
         }
         if (Cell::HAS_Q) before[H] = 1;
       }
-      const float* a = Cell::HAS_Q ? da_recurrent : da + at * G * H;
+      const Element* a = Cell::HAS_Q ? da_recurrent : da + at * gates_depth;
       for (long block = 0; block < blocks; ++block)
-        product<false>(n, z.width(block), a, G * H, recurrent + block * G * H * COLS, G * H, false,
-                       through + block * rows * COLS);
+        product<Number, false>(n, z.width(block), a, gates_depth, recurrent + block * gates_depth * COLS, gates_depth, false,
+                               through + block * rows * COLS);
       if (f.reset) {
         clear_fresh(f.reset, mine, z, s, f.reverse, direct, stride, H);
         clear_fresh(f.reset, mine, z, s, f.reverse, dcell, stride, H);
@@ -585,16 +740,23 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
           clear_fresh(f.reset, mine, z, s, f.reverse, through + block * rows * COLS, COLS, COLS);
       }
     }
-    for (long p = 0; p < blocks * G; ++p) {
-      const long block = p / G, g = p % G, width = z.width(block);
-      const float* in = panels + (block * P + g) * m * COLS;
-      const float* rec = Cell::HAS_Q && g == 2 ? panels + (block * P + G) * m * COLS : in;
-      product<true>(input_depth, width, x, input_depth, in, c.rows, true, sums.input + p * input_depth * COLS);
-      product<true>(depth, width, h_before, depth, rec, c.rows, true, sums.recurrent + p * depth * COLS);
+    const long steps = even<Number>(c.rows);
+    const Element* x_panel = interleave<Number>(x, c.rows, input_depth, x);
+    const Element* h_panel = interleave<Number>(h_before, c.rows, depth, h_before);
+    for (long p = 0; p < blocks * P; ++p) {
+      const long block = p / P, g = p % P, width = z.width(block);
+      float* gradients = panels + p * m * COLS;
+      const Element* panel = interleave<Number>(gradients, c.rows, COLS, gradients);
+      if (g < G)
+        product<Number, true>(input_depth, width, x_panel, input_depth, panel, steps, true,
+                              sums.input + (block * G + g) * input_depth * COLS);
+      if (!(Cell::HAS_Q && g == 2))  // in place of the candidate's own gradients those of q, the last panel
+        product<Number, true>(depth, width, h_panel, depth, panel, steps, true,
+                              sums.recurrent + (block * G + std::min(g, G - 1)) * depth * COLS);
     }
     for (long begin = 0; begin < D; begin += COLS) {
       const long width = std::min(COLS, D - begin);
-      product<false>(c.rows, width, da, G * H, input + begin * G * H, G * H, false, dx);
+      product<Number, false>(c.rows, width, da, gates_depth, input + begin * gates_depth, gates_depth, false, dx);
       for (long s = c.begin; s < c.end; ++s)
         for (long r = 0, n = mine.active(s); r < n; ++r) {
           const float* from = dx + (c.offset[s - c.begin] + r) * COLS;
@@ -610,7 +772,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
     }
 }
 
-template <class Cell, class Pool>
+template <class Cell, class Number, class Pool>
 void backward(Pool& pool, long threads, const Backward& f) {
   constexpr long G = Cell::GATES;
   const Sizes& z = f.size;
@@ -618,7 +780,7 @@ void backward(Pool& pool, long threads, const Backward& f) {
   std::vector<std::unique_ptr<Gradients<Cell>>> sums(dealt.size());
   parallel(pool, dealt.size(), [&](long i) {
     sums[i] = std::make_unique<Gradients<Cell>>(z);
-    backward_task<Cell>(f, dealt[i], *sums[i]);
+    backward_task<Cell, Number>(f, dealt[i], *sums[i]);
   });
   std::vector<const float*> inputs, recurrents;
   for (const auto& part : sums) inputs.push_back(part->input), recurrents.push_back(part->recurrent);
