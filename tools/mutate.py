@@ -642,8 +642,8 @@ BREAKAGES = {
     ),
     "native kernel: only the last chunk's gradients": Breakage(
         "flax_lstm/nn/recurrence/native/kernel.h",
-        "rec, c.rows, true, sums.recurrent",
-        "rec, c.rows, false, sums.recurrent",
+        "h_panel, depth, panel, steps, true,",
+        "h_panel, depth, panel, steps, false,",
         "tests/test_backends.py::test_long_sequences",
     ),
     "a run that begins with another makes a vocabulary of its own": Breakage(
