@@ -78,6 +78,30 @@ BREAKAGES = {
         "if id is None:",
         "tests/test_vectors.py::test_every_form_of_file_reads_the_same",
     ),
+    "pieces are read in the order of the stream": Breakage(
+        "flax_lstm/data/prepared.py",
+        "return _shuffled(number, self._pieces, self._seed, epoch)",
+        "return number",
+        "tests/test_prepared.py::test_an_epoch_reads_every_token_once_each_in_its_own_order",
+    ),
+    "a lane reads on beyond its piece": Breakage(
+        "flax_lstm/data/prepared.py",
+        "start = begin + window * self._length",
+        "start = begin + (window + 1) * self._length",
+        "tests/test_prepared.py::test_an_epoch_reads_every_token_once_each_in_its_own_order",
+    ),
+    "a part of other texts is kept": Breakage(
+        "flax_lstm/data/preparing.py",
+        'if saved["texts_sha256"] == texts_sha256:',
+        "if True:",
+        "tests/test_prepared.py::test_other_texts_or_settings_are_noticed",
+    ),
+    "a part is encoded again": Breakage(
+        "flax_lstm/data/preparing.py",
+        'if saved["texts_sha256"] == texts_sha256:',
+        "if False:",
+        "tests/test_prepared.py::test_a_prepare_that_was_cut_short_goes_on_and_ends_alike",
+    ),
     "a cell knows one batch axis": Breakage(
         "flax_lstm/nn/cells.py",
         "*batch, features = inputs.shape",
@@ -744,8 +768,8 @@ BREAKAGES = {
     ),
     "evaluation of language models is not bounded": Breakage(
         "flax_lstm/data/language.py",
-        "sorted(order[before < self.evaluation_tokens])",
-        "sorted(order)",
+        "sorted(order[before < settings.evaluation_tokens].tolist())",
+        "sorted(order.tolist())",
         "tests/test_language_data.py::test_evaluation_is_bounded_and_training_is_not",
     ),
     "evaluation of language models is sampled": Breakage(

@@ -9,5 +9,6 @@ COMMANDS = {
     "backtest": "forecasts from rolling origins, beside naive ones: flax-lstm backtest DIR",
     "checkpoints": "what is kept of a run, byte by byte: flax-lstm checkpoints DIR --verify",
     "explain": "the words behind an answer: flax-lstm explain runs/imdb_lstm --text 'A fine film.'",
+    "prepare": "texts larger than memory, as files: flax-lstm prepare --config text_lm --out DIR",
     "plan": "what training would take on chips that are not there: flax-lstm plan --config imdb_lm",
 }

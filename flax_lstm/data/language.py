@@ -9,20 +9,25 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
 from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.imdb import ImdbFiles
-from flax_lstm.data.memory import in_memory
-from flax_lstm.data.tables import read_table, read_text, text_values
+from flax_lstm.data.memory import absolute_path, in_memory
+from flax_lstm.data.prepared import INDEX, PieceBatches, Prepared
+from flax_lstm.data.preparing import Recipe, prepare
+from flax_lstm.data.tables import read_table, text_values
 from flax_lstm.data.text import (
+    VOCABULARY,
     Corpus,
     TableFiles,
     Texts,
     VocabularyInfo,
     check_sizes,
+    split_of,
 )
 from flax_lstm.data.vocabulary import END, Vocabulary
 from flax_lstm.errors import require
@@ -121,6 +126,47 @@ class LanguageDataset:
         return (lanes[step] for step in range(len(lanes)))
 
 
+class PreparedDataset:
+    """The same from files of tokens. Training has its own order (see `PieceBatches`); what is
+    judged are the very documents that would be without them."""
+
+    def __init__(self, info: LanguageInfo, prepared: Prepared, settings: "LanguageData"):
+        self.info, self._prepared, self._settings = info, prepared, settings
+
+    def size(self, split: str) -> int:
+        """Tokens that are targets."""
+        if split == "train":
+            return len(self._prepared.stream(split)) - 1
+        return sum(stop - start for start, stop in self._judged(split))
+
+    def train(self, batch_size: int, seed: int) -> BatchSource:
+        stream = self._prepared.stream("train")
+        return PieceBatches(stream, batch_size, self.info.sequence_length, seed)
+
+    def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Consecutive windows of the documents that are judged."""
+        stream = self._prepared.stream(split)
+        documents = [stream.read(start, stop) for start, stop in self._judged(split)]
+        lanes = Lanes(_stream(documents), batch_size, self.info.sequence_length)
+        return (lanes[step] for step in range(len(lanes)))
+
+    def _judged(self, split: str) -> list[tuple[int, int]]:
+        """From where to where in the stream they go."""
+        ends = [1, *self._prepared.stream(split).ends()]
+        chosen = judged(np.diff(ends).tolist(), self._settings)
+        return [(ends[i], ends[i + 1]) for i in chosen]
+
+
+def judged(lengths: Sequence[int], settings: "LanguageData") -> list[int]:
+    """As many of the documents of these lengths, drawn at random but steadily, as hold the tokens
+    to judge."""
+    if not settings.evaluation_tokens:
+        return [*range(len(lengths))]
+    order = np.random.default_rng(settings.split_seed).permutation(len(lengths))
+    before = np.cumsum([0] + [lengths[i] for i in order[:-1]])
+    return sorted(order[before < settings.evaluation_tokens].tolist())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageData(Corpus):
     """Language modelling; subclasses say where the documents come from (`documents`)."""
@@ -128,6 +174,8 @@ class LanguageData(Corpus):
     gives: ClassVar[type | None] = LanguageInfo
 
     sequence_length: int = 100  # tokens of a training step: as far as gradients reach back
+    # Folder that flax-lstm prepare wrote: its tokens are read, in the place of the texts
+    prepared: str = ""
     evaluation_tokens: int = 0  # about as many of validation and of test are judged; 0: all
 
     def __post_init__(self) -> None:
@@ -145,7 +193,32 @@ class LanguageData(Corpus):
     def documents(self) -> dict[str, list[str]]:
         """The texts of "train", "validation" and "test"."""
 
-    def load(self, assets: Path) -> LanguageDataset:
+    def stream(self) -> Iterator[tuple[str, str]]:
+        """The same, one by one: split and text. The same on every call."""
+        for split, texts in self.documents().items():
+            yield from ((split, text) for text in texts)
+
+    def absolute(self) -> Self:
+        return dataclasses.replace(super().absolute(), prepared=absolute_path(self.prepared))
+
+    def files(self) -> list[Path]:
+        """The index of what was prepared says by hashes what the tokens are."""
+        return [Path(self.prepared).expanduser() / INDEX] if self.prepared else super().files()
+
+    def prepare(self, folder: Path) -> None:
+        """Encodes all documents into files, to be trained from with `prepared` (see
+        `flax_lstm.data.prepared`); what is there already is kept."""
+        settings = {
+            f.name: getattr(self.absolute(), f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("sequence_length", "evaluation_tokens", "prepared")
+        }
+        recipe = Recipe(self.vocabulary_size, self.tokenizer, settings)
+        prepare(self.stream, recipe, folder)
+
+    def load(self, assets: Path) -> LanguageDataset | PreparedDataset:
+        if self.prepared:
+            return self._load_prepared(assets)
         documents = self.documents()
         check_sizes({name: len(texts) for name, texts in documents.items()})
         vocabulary = self.vocabulary(assets, documents["train"])
@@ -155,19 +228,29 @@ class LanguageData(Corpus):
             for name, texts in documents.items()
         }
         for name in ("validation", "test"):
-            splits[name] = self._judged(splits[name])
+            lengths = [len(document) for document in splits[name]]
+            splits[name] = [splits[name][i] for i in judged(lengths, self)]
         counts = np.bincount(np.concatenate(splits["train"]), minlength=vocabulary.size)
         info = LanguageInfo(vocabulary, tuple(counts.tolist()), self.sequence_length)
         info.save(assets)
         return LanguageDataset(info, splits)
 
-    def _judged(self, documents: list[np.ndarray]) -> list[np.ndarray]:
-        """As many of the documents, drawn at random but steadily, as hold the tokens to judge."""
-        if not self.evaluation_tokens:
-            return documents
-        order = np.random.default_rng(self.split_seed).permutation(len(documents))
-        before = np.cumsum([0] + [len(documents[i]) for i in order[:-1]])
-        return [documents[i] for i in sorted(order[before < self.evaluation_tokens])]
+    def _load_prepared(self, assets: Path) -> PreparedDataset:
+        found = Prepared.open(Path(self.prepared).expanduser())
+        for name in ("vocabulary_size", "tokenizer"):
+            then, now = found.settings.get(name), getattr(self, name)
+            flag = f"--data.{name.replace('_', '-')}"
+            require(then == now, f"{found.folder} was prepared with {flag} {then}, not {now}")
+        vocabulary = found.vocabulary()
+        if not (assets / VOCABULARY).exists():
+            vocabulary.save(assets / VOCABULARY)
+        require(
+            Vocabulary.load(assets / VOCABULARY) == vocabulary,
+            f"{found.folder} was prepared with another vocabulary than that of {assets}",
+        )
+        info = LanguageInfo(vocabulary, found.token_counts, self.sequence_length)
+        info.save(assets)
+        return PreparedDataset(info, found, self)
 
     def outline(self) -> LanguageInfo:
         """The full vocabulary."""
@@ -206,16 +289,26 @@ class ImdbLanguage(ImdbFiles, LanguageData):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageTable(TableFiles, LanguageData):
-    """Your own documents: the text column of a table, or all .txt files below a folder."""
+    """Your own documents: the text column of a table, or all files of texts below a folder (.txt,
+    .jsonl, .ndjson, each also as .gz, and .parquet)."""
 
     def documents(self) -> dict[str, list[str]]:
         return {name: rows.texts for name, rows in self.table_splits(self._texts).items()}
 
     def _texts(self, path: Path) -> Texts:
         if path.is_dir():
-            files = sorted(path.rglob("*.txt"))
-            require(bool(files), f"{path} holds no .txt files")
-            return Texts([read_text(file) for file in files], [""] * len(files))
-        frame = self.held() if in_memory(path) else read_table(path)
-        texts = text_values(frame, self.text_column, path)
+            texts = [*stream_documents(path, self.text_column)]
+        else:
+            frame = self.held() if in_memory(path) else read_table(path)
+            texts = text_values(frame, self.text_column, path)
         return Texts(texts, [""] * len(texts))
+
+    def stream(self) -> Iterator[tuple[str, str]]:
+        train, test, shares = self.table_files()
+        if in_memory(train):
+            yield from super().stream()
+            return
+        for text in stream_documents(train, self.text_column):
+            yield split_of(text, shares, self.split_seed), text
+        if test is not None:
+            yield from (("test", text) for text in stream_documents(test, self.text_column))

@@ -389,8 +389,9 @@ class TableFiles(Corpus, InMemory):
             test_path=absolute_path(self.test_path),
         )
 
-    def table_splits(self, read: Callable[[Path], Texts]) -> dict[str, Texts]:
-        """The rows that `read` finds in the files, as "train", "validation" and "test"."""
+    def table_files(self) -> tuple[Path, Path | None, dict[str, float]]:
+        """Where rows are to be read, where those of the test, and the shares of the first that are
+        split off by the hash of their texts."""
         require(
             bool(self.path),
             "data.path is not given: name a table or folder of texts, --data.path FILE",
@@ -399,11 +400,14 @@ class TableFiles(Corpus, InMemory):
         test = Path(self.test_path).expanduser() if self.test_path else None
         if test is None and (train / "train").is_dir() and (train / "test").is_dir():
             train, test = train / "train", train / "test"
-        if test is not None:
-            shares = {"validation": self.validation_fraction}
-            return {**split_by_hash(read(train), shares, self.split_seed), "test": read(test)}
-        shares = {"test": self.test_fraction, "validation": self.validation_fraction}
-        return split_by_hash(read(train), shares, self.split_seed)
+        shares = {} if test is not None else {"test": self.test_fraction}
+        return train, test, {**shares, "validation": self.validation_fraction}
+
+    def table_splits(self, read: Callable[[Path], Texts]) -> dict[str, Texts]:
+        """The rows that `read` finds in the files, as "train", "validation" and "test"."""
+        train, test, shares = self.table_files()
+        splits = split_by_hash(read(train), shares, self.split_seed)
+        return splits if test is None else {**splits, "test": read(test)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,6 +461,12 @@ def split_by_hash(
         np.cumsum([*shares.values()]), [_hash(key, seed) for key in keys or rows.texts], "right"
     )
     return {name: rows.take(np.flatnonzero(chosen == n)) for n, name in enumerate(names)}
+
+
+def split_of(key: str, shares: Mapping[str, float], seed: int) -> str:
+    """In which of these shares, or "train", `split_by_hash` puts a row of this key."""
+    ends = np.cumsum([*shares.values()])
+    return [*shares, "train"][int(np.searchsorted(ends, _hash(key, seed), "right"))]
 
 
 def _hash(key: str, seed: int) -> float:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flax-lstm prepare`: documents of any size to files of tokens, once; see `prepared.py` for their
+form.
+
+The documents are taken in parts of some megabytes. Of each the texts are encoded (on all cores, by
+`tokenizers`), written, and closed by a note with hashes of the texts and of the tokens; a part with
+its note is passed over when the command is given again.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flax_lstm.data.prepared import INDEX, SPLITS, VOCABULARY, Part, Prepared
+from flax_lstm.data.vocabulary import END, TokenizerKind, Vocabulary
+from flax_lstm.errors import UserError, listing, require
+from flax_lstm.machine.files import write_atomically
+from flax_lstm.machine.lock import locked
+
+log = logging.getLogger(__name__)
+CHARACTERS = 1 << 24  # of a part
+NOTE = ".note.json"
+
+Documents = Callable[[], Iterable[tuple[str, str]]]  # split and text, the same on every call
+
+
+class Recipe(NamedTuple):
+    """What tokens depend on, besides the documents."""
+
+    vocabulary_size: int
+    tokenizer: TokenizerKind
+    settings: Mapping[str, Any]  # of the data, as they are kept in the index
+
+
+def prepare(documents: Documents, recipe: Recipe, folder: Path) -> Prepared:
+    """Writes the folder, or what is missing in it. Raises UserError for a folder that holds
+    something else, or was begun with other settings, and where the disk is full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock", f"{folder}"):
+            _begin(folder, recipe)
+            vocabulary = _vocabulary(folder, documents, recipe)
+            notes = [_part(folder, n, texts, vocabulary) for n, texts in _parts(documents())]
+            _finish(folder, notes, vocabulary, recipe)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or folder}: {error.strerror}; the same command again "
+            "goes on where it was"
+        ) from None
+    return Prepared.open(folder)
+
+
+def _begin(folder: Path, recipe: Recipe) -> None:
+    """Says whose folder it is, or compares."""
+    path = folder / "settings.json"
+    wanted = json.loads(json.dumps(recipe.settings))
+    if not path.exists():
+        strange = [file.name for file in folder.iterdir() if file.name != "lock"]
+        require(not strange, f"{folder} holds other files ({listing(strange)}): name a new folder")
+        write_atomically(path, json.dumps(wanted))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    differ = [
+        f"{name} {found.get(name)!r} there, {value!r} now"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+    require(
+        not differ,
+        f"{folder} was begun with other settings ({'; '.join(differ)}): name a new folder",
+    )
+
+
+def _vocabulary(folder: Path, documents: Documents, recipe: Recipe) -> Vocabulary:
+    path = folder / VOCABULARY
+    if not path.exists():
+        log.info("reading the training documents for the vocabulary")
+        train = (text for split, text in documents() if split == "train")
+        Vocabulary.train(train, recipe.vocabulary_size, recipe.tokenizer).save(path)
+    return Vocabulary.load(path)
+
+
+def _parts(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """The documents in parts, numbered."""
+    numbers, part, characters = itertools.count(), [], 0
+    for split, text in documents:
+        part.append((split, text))
+        characters += len(text)
+        if characters >= CHARACTERS:
+            yield next(numbers), part
+            part, characters = [], 0
+    if part:
+        yield next(numbers), part
+
+
+class Note(NamedTuple):
+    """What is kept of a part beside its tokens."""
+
+    texts_sha256: str
+    parts: dict[str, Part]
+    token_counts: list[list[int]]  # (id, how often it is in the training split)
+
+
+def _part(
+    folder: Path, number: int, documents: list[tuple[str, str]], vocabulary: Vocabulary
+) -> Note:
+    """Encodes and writes a part, unless that was done."""
+    texts_sha256 = _sha256(documents)
+    path = folder / f"{number:05}{NOTE}"
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["texts_sha256"] == texts_sha256:
+            parts = {split: Part(*row) for split, row in saved["parts"].items()}
+            return Note(texts_sha256, parts, saved["token_counts"])
+    dtype, parts = np.dtype(f"<u{bytes_a_token(vocabulary)}"), {}
+    counts_V = np.zeros(vocabulary.size, np.int64)
+    for split in SPLITS:
+        ids = vocabulary.encode([text for name, text in documents if name == split])
+        stream = np.concatenate([np.append(row, END) for row in ids] or [np.zeros(0)])
+        data = stream.astype(dtype).tobytes()
+        name = f"{number:05}.{split}.tokens"
+        write_atomically(folder / name, data)
+        parts[split] = Part(name, len(stream), hashlib.sha256(data).hexdigest())
+        if split == "train":
+            counts_V += np.bincount(stream.astype(np.int64), minlength=vocabulary.size)
+    some = [[int(i), int(counts_V[i])] for i in np.flatnonzero(counts_V)]
+    note = Note(texts_sha256, parts, some)
+    write_atomically(path, json.dumps(note._asdict()))
+    log.info("part %s: %s tokens", number, f"{sum(part.tokens for part in parts.values()):,}")
+    return note
+
+
+def _sha256(documents: Iterable[tuple[str, str]]) -> str:
+    digest = hashlib.sha256()
+    for split, text in documents:
+        digest.update(f"{split}\0{text}\0".encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def bytes_a_token(vocabulary: Vocabulary) -> int:
+    return 2 if vocabulary.size <= 1 << 16 else 4
+
+
+def _finish(folder: Path, notes: list[Note], vocabulary: Vocabulary, recipe: Recipe) -> None:
+    """Writes the index: from then on the folder can be trained from."""
+    counts_V = np.zeros(vocabulary.size, np.int64)
+    for note in notes:
+        ids, counts = np.array(note.token_counts, np.int64).reshape(-1, 2).T
+        counts_V[ids] += counts
+    parts = {
+        split: [note.parts[split] for note in notes if note.parts[split].tokens] for split in SPLITS
+    }
+    empty = [split for split in SPLITS if not parts[split]]
+    require(not empty, f"no document for the split {', '.join(empty)}: give more documents")
+    index = {
+        "settings": recipe.settings,
+        "bytes_a_token": bytes_a_token(vocabulary),
+        "token_counts": counts_V.tolist(),
+        "parts": parts,
+    }
+    write_atomically(folder / INDEX, json.dumps(index))
+    total = {split: sum(part.tokens for part in parts[split]) for split in SPLITS}
+    log.info("%s: %s tokens", folder, ", ".join(f"{s} {n:,}" for s, n in total.items()))
