@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flax_lstm.tasks.forecasting import Forecasting
     from flax_lstm.tasks.language import LanguageModeling
     from flax_lstm.tasks.regression import SequenceRegression
+    from flax_lstm.tasks.tagging import Tagging
     from flax_lstm.training.loop import fit
     from flax_lstm.training.signals import Stopped
 
@@ -60,6 +61,7 @@ __all__ = [
     "Stack",
     "StepModel",
     "Stopped",
+    "Tagging",
     "TextModel",
     "TrainConfig",
     "UserError",
@@ -95,6 +97,7 @@ __getattr__, __dir__ = lazily(
         "tasks.forecasting": ("Forecasting",),
         "tasks.language": ("LanguageModeling",),
         "tasks.regression": ("SequenceRegression",),
+        "tasks.tagging": ("Tagging",),
         "training.loop": ("fit",),
         "training.signals": ("Stopped",),
     },

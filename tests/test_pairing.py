@@ -17,6 +17,7 @@ TOGETHER = {
     "Classification": (TEXTS | {"Sequences"}, {"TextModel", "RecurrentModel"}),
     "Forecasting": ({"SeriesTable", "PanelTable"}, {"RecurrentForecaster", "SegmentModel"}),
     "LanguageModeling": ({"ImdbLanguage", "LanguageTable"}, {"LanguageModel"}),
+    "Tagging": ({"TagTable"}, {"TextModel"}),
     "SequenceRegression": ({"AddingProblem", "Sequences"}, {"RecurrentModel"}),
 }
 TASKS = [getattr(flax_lstm, name) for name in TOGETHER]

@@ -615,6 +615,7 @@ def files(tmp_path):
     series, texts = f"--data.path={tmp_path}/series.csv", f"--data.path={tmp_path}/texts.csv"
     split = ["--data.split", "0.7", "0.1", "0.2"]
     own = {"series_table": [series], "text_table": [texts], "panel_table": panel}
+    own["tag_table"] = [texts, "--data.label-column=label"]
     return {**own, "etth1": [series, *split], "m4_hourly": panel}
 
 

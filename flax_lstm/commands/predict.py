@@ -79,6 +79,10 @@ def classify(run: Any, text: str, checkpoint: str) -> dict[str, Any]:
     )
     result = run.predict(pd.DataFrame({column: [text]}), checkpoint)
     row = result.iloc[0]
+    tags = getattr(run.info, "tags", None)
+    if tags is not None:
+        shares = {tag: row[f"probability_{tag}"].item() for tag in tags}
+        return {"tags": [t for t, p in shares.items() if p >= 0.5], "probabilities": shares}
     return {
         "label": str(row["predicted"]),
         "probability": row["probability"].item(),

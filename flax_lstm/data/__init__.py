@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flax_lstm.data.sequences import Sequences
     from flax_lstm.data.series import SeriesTable
     from flax_lstm.data.synthetic import AddingProblem
-    from flax_lstm.data.text import TextTable
+    from flax_lstm.data.text import TagTable, TextTable
 
 __all__ = [
     "AddingProblem",
@@ -30,6 +30,7 @@ __all__ = [
     "RottenTomatoes",
     "Sequences",
     "SeriesTable",
+    "TagTable",
     "TextTable",
 ]
 
@@ -44,6 +45,6 @@ __getattr__, __dir__ = lazily(
         "sequences": ("Sequences",),
         "series": ("SeriesTable",),
         "synthetic": ("AddingProblem",),
-        "text": ("TextTable",),
+        "text": ("TagTable", "TextTable"),
     },
 )

@@ -91,6 +91,14 @@ class Labelled(Protocol):
     class_counts: tuple[int, ...]
 
 
+class Tagged(Protocol):
+    """Tags: targets (B, tags) are 1 for those that a row has, and 0; `tag_shares` of the training
+    rows have each."""
+
+    tags: tuple[str, ...]
+    tag_shares: tuple[float, ...]
+
+
 class Measured(Protocol):
     """Numbers to predict: targets are (B, outputs), with this mean in training."""
 

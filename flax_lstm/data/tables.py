@@ -189,6 +189,29 @@ def label_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:
     return [label_name(value) for value in column(frame, name, path, "data.label-column")]
 
 
+def tag_values(
+    frame: pd.DataFrame, name: str, path: str | Path, separator: str
+) -> list[tuple[str, ...]]:
+    """The tags of each row: of a list, or of a text between separators; nothing: none. Raises
+    UserError for another kind of value."""
+    if name not in frame:
+        column(frame, name, path, "data.label-column")
+
+    def tags(row: int, value: Any) -> tuple[str, ...]:
+        if isinstance(value, str):
+            value = value.split(separator)
+        if value is None or (isinstance(value, float) and np.isnan(value)):
+            return ()
+        if not isinstance(value, list | tuple | np.ndarray):
+            raise UserError(
+                f"{path}: column {name!r} holds {value!r} in row {row}, neither a list of tags nor "
+                f"text with {separator!r} between them (data.tag-separator)"
+            )
+        return tuple(dict.fromkeys(found for tag in value if (found := label_name(tag))))
+
+    return [tags(row, value) for row, value in enumerate(frame[name].tolist(), start=1)]
+
+
 def label_name(value: Any) -> str:
     if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)

@@ -24,6 +24,7 @@ from flax_lstm.data.tables import (
     read_folder,
     read_table,
     sort_labels,
+    tag_values,
     text_values,
     weight_values,
 )
@@ -38,7 +39,7 @@ class Texts(NamedTuple):
     """The examples of a split, as read."""
 
     texts: list[str]
-    labels: list[str]
+    labels: list[Any]  # a name each, or a tuple of tags
     weights: list[float] | None = None  # how much each counts in training; None: alike
 
     def take(self, chosen: Iterable[int]) -> "Texts":
@@ -90,11 +91,9 @@ class VocabularyInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextInfo(VocabularyInfo):
-    """What a text classifier and its predictions need to know about the data."""
+class TextForm(VocabularyInfo):
+    """How texts become batches."""
 
-    labels: tuple[str, ...]  # names of the classes, in the order of the model's outputs
-    class_counts: tuple[int, ...]  # training examples of each
     max_length: int  # tokens kept of a longer text
     keep: Literal["first", "last"]
     boundaries: tuple[int, ...]  # the padded lengths T, ascending
@@ -130,12 +129,65 @@ class TextInfo(VocabularyInfo):
             yield pad(Rows(tokens, np.zeros(len(tokens), np.int32)), self.boundaries, batch_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class TextInfo(TextForm):
+    """What a text classifier and its predictions need to know about the data."""
+
+    labels: tuple[str, ...]  # names of the classes, in the order of the model's outputs
+    class_counts: tuple[int, ...]  # training examples of each
+
+    @classmethod
+    def fit(cls, labels: Sequence[str], **form: Any) -> Self:
+        """The labels of the training rows. Raises UserError where there is one alone."""
+        counts = Counter(labels)
+        names = tuple(sort_labels(counts))
+        if len(names) < 2:
+            raise UserError(
+                f"every training row has the label {names[0]!r}: at least 2 different ones are "
+                "needed"
+            )
+        return cls(labels=names, class_counts=tuple(counts[name] for name in names), **form)
+
+    def targets(self, split: str, labels: Sequence[str]) -> np.ndarray:
+        """The place of each label, (rows,) int32. Raises UserError for one that training does not
+        have."""
+        check_names(split, labels, self.labels, "label")
+        index = {label: i for i, label in enumerate(self.labels)}
+        return np.array([index[label] for label in labels], np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TagInfo(TextForm):
+    """The same where a row has any number of tags."""
+
+    tags: tuple[str, ...]  # their names, in the order of the model's outputs
+    tag_shares: tuple[float, ...]  # of the training rows that have each
+
+    def sample(self, batch_size: int) -> Batch:
+        batch = super().sample(batch_size)
+        return batch._replace(targets=np.zeros((batch_size, len(self.tags)), np.float32))
+
+    @classmethod
+    def fit(cls, labels: Sequence[tuple[str, ...]], **form: Any) -> Self:
+        """The tags of the training rows. Raises UserError where there is none."""
+        counts = Counter(tag for tags in labels for tag in {*tags})
+        require(bool(counts), "no training row has a tag")
+        names = tuple(sort_labels(counts))
+        return cls(tags=names, tag_shares=tuple(counts[n] / len(labels) for n in names), **form)
+
+    def targets(self, split: str, labels: Sequence[tuple[str, ...]]) -> np.ndarray:
+        """(rows, tags) float32, 1 for a tag that a row has. Raises UserError for one that training
+        does not have."""
+        check_names(split, [tag for tags in labels for tag in tags], self.tags, "tag")
+        return np.array([[tag in tags for tag in self.tags] for tags in labels], np.float32)
+
+
 class TextDataset:
     """Encoded splits "train", "validation", "test", and what was fitted on the first."""
 
     def __init__(
         self,
-        info: TextInfo,
+        info: TextInfo | TagInfo,
         splits: Mapping[str, Rows],
         read: Mapping[str, Texts],
         vectors: Path | None = None,
@@ -218,7 +270,7 @@ class Corpus(Data):
 class TextData(Corpus):
     """Classification of texts; subclasses say where the texts come from (`splits`)."""
 
-    gives: ClassVar[type | None] = TextInfo
+    gives: ClassVar[Any] = TextInfo  # or `TagInfo`
 
     max_length: int = 400  # tokens kept of a longer text
     keep: Literal["first", "last"] = "last"  # which end of a longer text is kept
@@ -259,10 +311,10 @@ class TextData(Corpus):
         check_sizes({name: len(split.texts) for name, split in splits.items()})
         splits["train"] = self._drawn(splits["train"])
         if saved := (assets / "info.json").exists():
-            info = TextInfo.load(assets)
+            info = self.restore(assets)
         else:
             info = self._fit(assets, splits["train"])
-        rows = {name: _encode(info, name, split) for name, split in splits.items()}
+        rows = {name: encode(info, name, split) for name, split in splits.items()}
         rows["train"] = self._weighed(info, rows["train"], splits["train"].weights)
         if not saved:
             lengths = [len(ids) for ids in rows["train"].tokens]
@@ -294,17 +346,9 @@ class TextData(Corpus):
             weights_N = weights_N / np.maximum(total_K, 1e-12)[train.labels]
         return train._replace(weights=(weights_N / weights_N.mean()).astype(np.float32))
 
-    def _fit(self, assets: Path, train: Texts) -> TextInfo:
-        counts = Counter(train.labels)
-        labels = tuple(sort_labels(counts))
-        if len(labels) < 2:
-            raise UserError(
-                f"every training row has the label {labels[0]!r}: at least 2 different ones are "
-                "needed"
-            )
-        return TextInfo(
-            labels=labels,
-            class_counts=tuple(counts[label] for label in labels),
+    def _fit(self, assets: Path, train: Texts) -> Any:
+        return self.gives.fit(
+            train.labels,
             vocabulary=self.vocabulary(assets, train.texts),
             max_length=self.max_length,
             keep=self.keep,
@@ -313,7 +357,7 @@ class TextData(Corpus):
             label_column=self.label_column,
         )
 
-    def outline(self) -> TextInfo | None:
+    def outline(self) -> Any:
         """The full vocabulary and texts of full length."""
         if not self.classes:
             return None
@@ -328,9 +372,13 @@ class TextData(Corpus):
             label_column=self.label_column,
         )
 
-    def restore(self, assets: Path) -> TextInfo:
+    def restore(self, assets: Path) -> Any:
         """What an earlier `load` fitted: all that a prediction needs."""
-        return TextInfo.load(assets)
+        return self.gives.load(assets)
+
+    def labels_of(self, frame: pd.DataFrame, path: Path) -> list[Any]:
+        """The labels in the rows of a table."""
+        return label_values(frame, self.label_column, path)
 
     def table(self, inputs: Any) -> pd.DataFrame:
         """New texts: one, several, or a table with the training table's text column."""
@@ -349,9 +397,9 @@ class TextData(Corpus):
     def labelled(self, path: Path, assets: Path) -> TextDataset:
         """New texts with labels: a table with the training table's columns, or a folder
         LABEL/*.txt."""
-        path, info = Path(path).expanduser(), TextInfo.load(assets)
-        new = read_texts(path, self.text_column, self.label_column)
-        return TextDataset(info, {"input": _encode(info, "input", new)}, {"input": new})
+        path, info = Path(path).expanduser(), self.restore(assets)
+        new = read_texts(path, self.text_column, self.labels_of)
+        return TextDataset(info, {"input": encode(info, "input", new)}, {"input": new})
 
     def read(self, path: str | Path) -> pd.DataFrame:
         """New texts for predictions: a table with the training table's text column, and any
@@ -428,13 +476,35 @@ class TextTable(TableFiles, TextData):
         return self.table_splits(self._texts)
 
     def _texts(self, path: Path) -> Texts:
-        return read_texts(path, self.text_column, self.label_column, self.weight_column, self.held)
+        return read_texts(path, self.text_column, self.labels_of, self.weight_column, self.held)
+
+
+@dataclasses.dataclass(frozen=True)
+class TagTable(TextTable):
+    """Your own texts with any number of tags each: the label column of a JSON-lines or Parquet file
+    holds lists, that of a CSV or TSV file the tags with a separator between them, or nothing."""
+
+    gives: ClassVar[Any] = TagInfo
+
+    label_column: str = "tags"  # Column of the table with the tags
+    tag_separator: str = "|"  # between tags where they are text
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.tag_separator), "data.tag-separator is empty: give a character such as |")
+        require(
+            not self.balanced,
+            "data.balanced: rows with several tags have no class that could weigh as others do",
+        )
+
+    def labels_of(self, frame: pd.DataFrame, path: Path) -> list[Any]:
+        return tag_values(frame, self.label_column, path, self.tag_separator)
 
 
 def read_texts(
     path: Path,
     text_column: str,
-    label_column: str,
+    labels_of: Callable[[pd.DataFrame, Path], list[Any]],
     weight_column: str = "",
     held: Callable[[], pd.DataFrame] | None = None,
 ) -> Texts:
@@ -445,7 +515,7 @@ def read_texts(
     frame = held() if held is not None and in_memory(path) else read_table(path)
     texts = text_values(frame, text_column, path)
     weights = weight_values(frame, weight_column, path) if weight_column else None
-    return Texts(texts, label_values(frame, label_column, path), weights)
+    return Texts(texts, labels_of(frame, path), weights)
 
 
 def split_by_hash(
@@ -490,15 +560,17 @@ def check_fraction(field: str, value: float) -> None:
     require(0 < value < 1, f"data.{field} is {value}: give a share between 0 and 1, such as 0.1")
 
 
-def _encode(info: TextInfo, name: str, split: Texts) -> Rows:
-    index = {label: i for i, label in enumerate(info.labels)}
-    if unknown := Counter(label for label in split.labels if label not in index):
-        label, count = unknown.most_common(1)[0]
+def check_names(split: str, found: Iterable[str], known: Sequence[str], kind: str) -> None:
+    """Raises UserError for a label, or tag, that no training row has."""
+    if unknown := Counter(name for name in found if name not in known):
+        name, count = unknown.most_common(1)[0]
         raise UserError(
-            f"label {label!r} of {count} row(s) of the {name} split is in no training row."
-            f"{nearest(label, info.labels)} Trained labels: {listing(info.labels)}"
+            f"{kind} {name!r} of {count} row(s) of the {split} split is in no training row."
+            f"{nearest(name, known)} Trained {kind}s: {listing(known)}"
         )
-    return Rows(
-        info.cut(info.vocabulary.encode_cached(split.texts)),
-        np.array([index[label] for label in split.labels], np.int32),
-    )
+
+
+def encode(info: TextInfo | TagInfo, name: str, split: Texts) -> Rows:
+    """The rows of a split."""
+    targets = info.targets(name, split.labels)
+    return Rows(info.cut(info.vocabulary.encode_cached(split.texts)), targets)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flax_lstm.tasks.forecasting import Forecasting
     from flax_lstm.tasks.language import LanguageModeling
     from flax_lstm.tasks.regression import SequenceRegression
+    from flax_lstm.tasks.tagging import Tagging
 
 __all__ = [
     "Baseline",
@@ -19,6 +20,7 @@ __all__ = [
     "LanguageModeling",
     "Monitor",
     "SequenceRegression",
+    "Tagging",
     "Task",
     "weighted",
 ]
@@ -31,5 +33,6 @@ __getattr__, __dir__ = lazily(
         "forecasting": ("Forecasting",),
         "language": ("LanguageModeling",),
         "regression": ("SequenceRegression",),
+        "tagging": ("Tagging",),
     },
 )

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any number of tags for a sequence.
+
+Axes: B batch, K tags.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+from flax import linen as nn
+
+from flax_lstm.data.base import Batch, Tagged
+from flax_lstm.tasks.base import (
+    Array,
+    Baseline,
+    Forward,
+    Monitor,
+    SequenceBuilder,
+    Sums,
+    Task,
+    vocabulary_size,
+    weighted,
+)
+from flax_lstm.tasks.metrics import Mean
+
+
+@dataclass(frozen=True)
+class Tagging(Task):
+    """Whether a sequence has each of some tags: a logistic regression each, on what they share; a
+    tag is given from a probability of one half on.
+
+    Figures: `loss`, the mean cross-entropy of a tag; `accuracy`, the share of rows of which all
+    tags are right; `f1`, the mean of the F1 scores of the tags that occur or were given, and
+    `f1_micro`, that of all of them together.
+    """
+
+    monitor: ClassVar[Monitor] = Monitor("f1", maximise=True)
+    needs: ClassVar[type | None] = Tagged
+    builds: ClassVar[type | None] = SequenceBuilder
+
+    def build(self, model: SequenceBuilder, info: Tagged) -> nn.Module:
+        return model.sequence(len(info.tags), vocabulary_size(info))
+
+    def loss(self, outputs: Array, batch: Batch) -> Mean:
+        losses_BK = optax.sigmoid_binary_cross_entropy(outputs, batch.targets)
+        return weighted(losses_BK, batch.weights[:, None])
+
+    def measure(self, outputs: Array, batch: Batch, info: Tagged) -> Sums:
+        given_BK, has_BK = outputs >= 0, batch.targets > 0.5
+        weights_B1 = batch.weights[:, None]
+        return {
+            "loss": self.loss(outputs, batch),
+            "right": weighted(jnp.all(given_BK == has_BK, axis=1), batch.weights),
+            "both": jnp.sum(weights_B1 * (given_BK & has_BK), axis=0),
+            "given": jnp.sum(weights_B1 * given_BK, axis=0),
+            "has": jnp.sum(weights_B1 * has_BK, axis=0),
+        }
+
+    def figures(self, sums: Sums, info: Tagged) -> dict[str, float]:
+        both_K, given_K, has_K = (np.asarray(sums[n], np.float64) for n in ("both", "given", "has"))
+        either_K = given_K + has_K
+        seen_K = either_K > 0
+        return {
+            "loss": float(sums["loss"].value),
+            "accuracy": float(sums["right"].value),
+            "f1": float(np.mean(2 * both_K[seen_K] / either_K[seen_K])) if seen_K.any() else 0.0,
+            "f1_micro": float(2 * both_K.sum() / max(either_K.sum(), 1e-12)),
+        }
+
+    def baselines(self, info: Tagged) -> dict[str, Baseline]:
+        """`shares`: each tag as likely as it is among the training rows."""
+        share_K = np.clip(np.asarray(info.tag_shares, np.float32), 1e-6, 1 - 1e-6)
+        logits_K = np.log(share_K / (1 - share_K))
+        return {"shares": lambda batch: jnp.broadcast_to(logits_K, batch.targets.shape)}
+
+    def predict(
+        self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
+    ) -> pd.DataFrame:
+        """The table with the column `predicted`, the tags of each row joined by a comma, and
+        `probability_TAG` for every tag; its own of these names become `predicted_input` and so
+        on."""
+        parts = [forward(batch) for batch in info.batches(info.inputs(table), batch_size)]
+        logits_NK = np.concatenate(parts)[: len(table)].astype(np.float64)
+        shares_NK = 0.5 + 0.5 * np.tanh(logits_NK / 2)
+        new: dict[str, Any] = {
+            "predicted": [", ".join(np.array(info.tags)[row >= 0.5]) for row in shares_NK],
+            **{f"probability_{tag}": shares_NK[:, k] for k, tag in enumerate(info.tags)},
+        }
+        result = table.rename(columns={name: f"{name}_input" for name in new})
+        return pd.concat([result, pd.DataFrame(new, index=table.index)], axis=1)

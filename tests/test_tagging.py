@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any number of tags for a text: tables, figures against scikit-learn, and a run.
+
+Axes: N rows, B batch, K tags.
+"""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+import small_runs
+
+from flax_lstm import Tagging, UserError, load
+from flax_lstm.__main__ import main
+from flax_lstm.data import TagTable
+from flax_lstm.data.base import Batch
+from flax_lstm.data.text import TagInfo
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+TAGS = ["comedy", "drama", "war"]
+
+
+def table(n: int = 90) -> pd.DataFrame:
+    """Texts that name some of their tags."""
+    generator = np.random.default_rng(0)
+    has_NK = generator.random((n, 3)) < 0.5
+    tags = [[tag for tag, has in zip(TAGS, row, strict=True) if has] for row in has_NK]
+    texts = [f"number {i} {' '.join(row)} film" for i, row in enumerate(tags)]
+    return pd.DataFrame({"text": texts, "tags": tags})
+
+
+def test_every_kind_of_table_gives_the_same_targets(tmp_path):
+    """Lists, and text with a separator; a row without tags has none."""
+    frame = table()
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "t.parquet")
+    for name, separator in (("t.csv", "|"), ("semicolon.csv", ";")):
+        joined = frame.assign(tags=frame.tags.map(separator.join))
+        joined.to_csv(tmp_path / name, index=False)
+    found = []
+    for name in ("t.jsonl", "t.parquet", "t.csv", "semicolon.csv"):
+        data = TagTable(str(tmp_path / name), tag_separator=";" if "semi" in name else "|")
+        dataset = data.load(tmp_path / name.replace(".", "_"))
+        assert dataset.info.tags == tuple(TAGS)
+        (batch,) = dataset.evaluation("train", 128)
+        texts = dataset.read("train").texts
+        for place, row in enumerate(dataset.order("train")):
+            has = [tag in texts[row].split() for tag in TAGS]
+            assert batch.targets[place].tolist() == has and batch.weights[place] == 1
+        size = dataset.size("train")
+        np.testing.assert_allclose(
+            dataset.info.tag_shares, batch.targets[:size].mean(axis=0), rtol=1e-6
+        )
+        found.append(batch.targets)
+    assert all((targets == found[0]).all() for targets in found)
+    assert found[0].dtype == np.float32 and not found[0][:size].any(axis=1).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(3, "holds 3 in row 2, neither a list of tags"), ({"a": 1}, "in row 2, neither a list")],
+)
+def test_values_that_are_no_tags_are_said(tmp_path, value, said):
+    rows = [{"text": "a", "tags": ["x"]}, {"text": "b", "tags": value}]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=said):
+        TagTable(str(path)).load(tmp_path / "assets")
+
+
+def test_what_cannot_be_trained_is_said(tmp_path):
+    frame = table(40)
+    none = frame.assign(tags=[[]] * 40)
+    none.to_json(tmp_path / "none.jsonl", orient="records", lines=True)
+    with pytest.raises(UserError, match="no training row has a tag"):
+        TagTable(str(tmp_path / "none.jsonl")).load(tmp_path / "a")
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    new = frame.assign(tags=[["dramma"]] * 40)
+    new.to_json(tmp_path / "new.jsonl", orient="records", lines=True)
+    data = TagTable(str(tmp_path / "t.jsonl"), test_path=str(tmp_path / "new.jsonl"))
+    with pytest.raises(UserError, match=r"tag 'dramma' of 40 row.* Did you mean drama\?"):
+        data.load(tmp_path / "b")
+    with pytest.raises(UserError, match="no column 'genres'"):
+        replace(data, label_column="genres").load(tmp_path / "c")
+    with pytest.raises(UserError, match=r"data\.balanced"):
+        TagTable(str(tmp_path / "t.jsonl"), balanced=True)
+
+
+def test_figures_are_those_of_scikit_learn():
+    """Added over two batches; the last row weighs nothing."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(0)
+    logits_NK = generator.normal(size=(40, 3)).astype(np.float32)
+    has_NK = (generator.random((40, 3)) < 0.4).astype(np.float32)
+    weights_N = np.ones(40, np.float32)
+    weights_N[-1] = 0
+    task = Tagging()
+    info: TagInfo = object.__new__(TagInfo)
+    parts = [
+        task.measure(jax.numpy.asarray(logits_NK[rows]), batch, info)
+        for rows in (slice(20), slice(20, 40))
+        for batch in [Batch(None, has_NK[rows], None, weights_N[rows])]
+    ]
+    found = task.figures(jax.tree.map(lambda a, b: np.asarray(a + b), *parts), info)
+    actual, given = has_NK[:-1], logits_NK[:-1] >= 0
+    shares = 1 / (1 + np.exp(-logits_NK[:-1].astype(np.float64)))
+    expected = {
+        "loss": metrics.log_loss(actual.ravel(), shares.ravel()),
+        "accuracy": metrics.accuracy_score(actual, given),
+        "f1": metrics.f1_score(actual, given, average="macro"),
+        "f1_micro": metrics.f1_score(actual, given, average="micro"),
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_learns_its_tags_and_answers(tmp_path, capsys):
+    frame = table()
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    base = small_runs.text_run(
+        tmp_path, steps=60, learning_rate=0.05, eval_every=60, warmup_steps=0
+    )
+    data = TagTable(str(tmp_path / "t.jsonl"), vocabulary_size=30, max_length=8)
+    model = replace(base.model, hidden_size=8, embed_size=8, pooling="max", head_dropout=0.0)
+    train = replace(base.train, checkpoint_every=60, schedule_steps=60, warmup_steps=0, ema=0.0)
+    config = replace(base, data=data, task=Tagging(), model=model, train=train)
+    result = small_runs.fit(config, tmp_path / "run")
+    assert result["test"]["f1"] > result["baselines"]["shares"]["f1"] + 0.2
+    run = load(tmp_path / "run")
+    answer = run.predict(frame.assign(predicted="mine"))
+    assert [*answer] == ["text", "tags", "predicted_input", "predicted"] + [
+        f"probability_{tag}" for tag in TAGS
+    ]
+    for row in answer.itertuples():
+        given = [tag for tag in TAGS if getattr(row, f"probability_{tag}") >= 0.5]
+        assert row.predicted == ", ".join(given)
+    told = run.evaluate(file=tmp_path / "t.jsonl")
+    assert told["examples"] == 90 and told["f1"] > 0.6
+    assert main(["predict", str(tmp_path / "run"), "--text", "a war film"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [*said["probabilities"]] == TAGS and {*said["tags"]} <= {*TAGS}
