@@ -3,8 +3,8 @@ review), state carried: what `imdb_finetune` begins with.
 
     python train.py --config imdb_lm
 
-One pass over 20 million tokens, with 1,024 of 30,000 words in the softmax of a training step.
-docs/results.md has perplexity and time.
+One pass over 20 million tokens, with 1,024 of 30,000 words in the softmax of a training step:
+perplexity 98 after 51 minutes on two cores (docs/results.md).
 """
 
 from flax_lstm import Config, LanguageModel, LanguageModeling, TrainConfig
