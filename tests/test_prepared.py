@@ -16,7 +16,7 @@ import small_runs
 
 from flax_lstm import UserError, load
 from flax_lstm.__main__ import main
-from flax_lstm.data import preparing
+from flax_lstm.data import TagTable, preparing
 from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.language import LanguageTable
 from flax_lstm.data.prepared import PieceBatches, Prepared
@@ -210,6 +210,69 @@ def test_files_that_cannot_be_read_are_said(tmp_path, name, content, said):
         [*stream_documents(tmp_path, "text")]
 
 
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A run on texts with labels, and the same on what was prepared of them."""
+    folder = tmp_path_factory.mktemp("labelled")
+    plain = small_runs.text_run(folder, steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "CHARACTERS", 300)
+        plain.data.prepare(folder / "tokens")
+    data = replace(plain.data, prepared=str(folder / "tokens"))
+    return folder, plain, replace(plain, data=data)
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_texts_with_labels_give_the_batches_that_they_give_from_memory(labelled, tmp_path, keep):
+    _, plain, files = labelled
+    theirs, ours = (
+        replace(config.data, keep=keep, max_length=3, balanced=True).load(tmp_path / name)
+        for config, name in ((plain, "memory"), (files, "files"))
+    )
+    assert ours.info == theirs.info
+    sources = ours.train(8, 1), theirs.train(8, 1)
+    assert len(sources[0]) == len(sources[1])
+    pairs = [(sources[0][step], sources[1][step]) for step in range(2 * len(sources[0]))]
+    for split in ("validation", "test"):
+        pairs += zip(ours.evaluation(split, 4), theirs.evaluation(split, 4), strict=True)
+    for one, other in pairs:
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_classifier_trains_and_is_judged_alike(labelled, tmp_path):
+    _, plain, files = labelled
+    results = [small_runs.fit(c, tmp_path / n) for n, c in (("memory", plain), ("files", files))]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    assert results[0]["validation"] == results[1]["validation"]
+    assert "linear" not in results[1]["baselines"]
+    _, found = load(tmp_path / "files").examine("validation")
+    assert found["confusion"]["labels"] == ["bad", "good"]
+
+
+def test_labels_that_cannot_be_prepared_are_said(labelled, tmp_path):
+    folder, plain, files = labelled
+    rows = pd.read_csv(plain.data.path)
+    rows.assign(label="strange").to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UserError, match="label 'strange' of the test split is in no training row"):
+        replace(plain.data, test_path=str(tmp_path / "test.csv")).prepare(tmp_path / "a")
+    with pytest.raises(UserError, match=r"data\.train-rows and data\.prepared"):
+        replace(files.data, train_rows=9).load(tmp_path / "assets")
+    with pytest.raises(UserError, match="not with tags"):
+        TagTable(plain.data.path, label_column="label").prepare(tmp_path / "b")
+    documents = LanguageTable(plain.data.path, vocabulary_size=20)
+    documents.prepare(tmp_path / "c")
+    with pytest.raises(UserError, match="documents without labels"):
+        replace(files.data, prepared=str(tmp_path / "c")).load(tmp_path / "assets")
+    part = folder / "tokens" / "00001.train.rows"
+    content = part.read_bytes()
+    part.write_bytes(content[:4] + b"x" + content[5:])
+    with pytest.raises(UserError, match=r"00001\.train\.rows is not as it was prepared"):
+        Prepared.open(folder / "tokens").verify()
+    part.write_bytes(content)
+    Prepared.open(folder / "tokens").verify()
+
+
 def test_from_the_command_line_and_resumed_in_the_middle_of_an_epoch(corpus, tmp_path, capsys):
     folder, data = corpus
     config = small_runs.language_run(tmp_path, steps=6)
@@ -221,7 +284,7 @@ def test_from_the_command_line_and_resumed_in_the_middle_of_an_epoch(corpus, tmp
     assert halves["sessions"] == 2 and halves["params_sha256"] == whole["params_sha256"]
     assert halves["data_sha256"]
     assert load(tmp_path / "whole").evaluate("validation")["examples"] > 100
-    assert main(["prepare", "--config", "imdb_lstm", "--out", str(tmp_path / "no")]) == 2
+    assert main(["prepare", "--config", "stocks", "--out", str(tmp_path / "no")]) == 2
     assert "Configs that do: text_lm, imdb_lm" in capsys.readouterr().err
     flags = ["--data.path", data.path, "--data.vocabulary-size", "60"]
     assert main(["prepare", "--config", "text_lm", *flags, "--out", str(tmp_path / "cli")]) == 0

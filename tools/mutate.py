@@ -114,6 +114,18 @@ BREAKAGES = {
         '"given": jnp.sum(given_BK, axis=0)',
         "tests/test_tagging.py::test_figures_are_those_of_scikit_learn",
     ),
+    "a long text in files is kept whole": Breakage(
+        "flax_lstm/data/prepared.py",
+        "return self._stream.read(start, stop)[self._cut]",
+        "return self._stream.read(start, stop)[: self._most]",
+        "tests/test_prepared.py::test_texts_with_labels_give_the_batches_that_they_give_from_memory",
+    ),
+    "labels in files are numbered as they come": Breakage(
+        "flax_lstm/data/preparing.py",
+        "places = {name: place for place, name in enumerate(names)}",
+        "places = {name: place for place, name in enumerate(reversed(names))}",
+        "tests/test_prepared.py::test_texts_with_labels_give_the_batches_that_they_give_from_memory",
+    ),
     "a cell knows one batch axis": Breakage(
         "flax_lstm/nn/cells.py",
         "*batch, features = inputs.shape",

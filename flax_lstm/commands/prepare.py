@@ -8,7 +8,7 @@ from pathlib import Path
 from flax_lstm.commands.grammar import parse_with_config
 from flax_lstm.errors import UserError
 
-ABOUT = """Encodes the documents of a language model once, into files.
+ABOUT = """Encodes texts once, into files.
 
 Train from them: flax-lstm train --config text_lm --data.prepared DIR
 
@@ -25,18 +25,18 @@ class Options:
 def main(arguments: Sequence[str], prog: str = "flax-lstm prepare") -> int:
     """Prepares, or verifies; returns the exit status."""
     options, config = parse_with_config(Options, arguments, prog, ABOUT)
-    from flax_lstm.data.language import LanguageData
     from flax_lstm.data.prepared import Prepared
+    from flax_lstm.data.text import Corpus
 
     if options.verify:
         Prepared.open(options.out).verify()
         print(f"{options.out}: every byte as it was prepared")
         return 0
     data = config.data
-    if not isinstance(data, LanguageData):
+    if not isinstance(data, Corpus):
         raise UserError(
-            f"prepare is for the documents of language models; {type(data).__name__} gives none. "
-            "Configs that do: text_lm, imdb_lm"
+            f"prepare is for texts; {type(data).__name__} gives none. Configs that do: text_lm, "
+            "imdb_lm, text_table"
         )
     data.prepare(options.out)
     return 0

@@ -20,11 +20,17 @@ BUCKETS = 8  # distinct padded lengths T: each is one compilation of the trainin
 class Rows(NamedTuple):
     """The examples of a split, encoded."""
 
-    tokens: list[np.ndarray]  # (T,) int32 ids, or (T, D) float32 numbers; T up to max_length
+    tokens: Sequence[np.ndarray]  # (T,) int32 ids, or (T, D) float32 numbers; T up to max_length
     # (rows,) int32 places in the labels, or (rows, outputs) float32 numbers; in a list of (T,) or
     # (T, outputs) where every step has a target
     labels: np.ndarray | list[np.ndarray]
     weights: np.ndarray | None = None  # (rows,) float32, how much each counts; None: 1
+
+
+def lengths_of(tokens: Sequence[np.ndarray]) -> np.ndarray:
+    """Tokens of each row; rows in files say it without being read (`prepared.Documents`)."""
+    known = getattr(tokens, "lengths", None)
+    return np.array([len(ids) for ids in tokens]) if known is None else known
 
 
 def take(rows: Rows, chosen: np.ndarray) -> Rows:
@@ -107,7 +113,7 @@ class BucketedBatches:
             batch_size,
             seed,
         )
-        self._lengths = np.array([len(ids) for ids in rows.tokens])
+        self._lengths = lengths_of(rows.tokens)
         self._plan = functools.lru_cache(maxsize=2)(
             self._make_plan
         )  # thread-safe, and cheap next to an epoch

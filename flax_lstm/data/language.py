@@ -9,19 +9,18 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
 from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.imdb import ImdbFiles
-from flax_lstm.data.memory import absolute_path, in_memory
-from flax_lstm.data.prepared import INDEX, PieceBatches, Prepared
-from flax_lstm.data.preparing import Recipe, prepare
+from flax_lstm.data.memory import in_memory
+from flax_lstm.data.prepared import PieceBatches, Prepared
+from flax_lstm.data.preparing import Document
 from flax_lstm.data.tables import read_table, text_values
 from flax_lstm.data.text import (
-    VOCABULARY,
     Corpus,
     TableFiles,
     Texts,
@@ -174,9 +173,9 @@ class LanguageData(Corpus):
     gives: ClassVar[type | None] = LanguageInfo
 
     sequence_length: int = 100  # tokens of a training step: as far as gradients reach back
-    # Folder that flax-lstm prepare wrote: its tokens are read, in the place of the texts
-    prepared: str = ""
     evaluation_tokens: int = 0  # about as many of validation and of test are judged; 0: all
+
+    free: ClassVar[tuple[str, ...]] = ("prepared", "sequence_length", "evaluation_tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,28 +192,10 @@ class LanguageData(Corpus):
     def documents(self) -> dict[str, list[str]]:
         """The texts of "train", "validation" and "test"."""
 
-    def stream(self) -> Iterator[tuple[str, str]]:
-        """The same, one by one: split and text. The same on every call."""
+    def stream(self) -> Iterator[Document]:
+        """The same, one by one. The same on every call."""
         for split, texts in self.documents().items():
-            yield from ((split, text) for text in texts)
-
-    def absolute(self) -> Self:
-        return dataclasses.replace(super().absolute(), prepared=absolute_path(self.prepared))
-
-    def files(self) -> list[Path]:
-        """The index of what was prepared says by hashes what the tokens are."""
-        return [Path(self.prepared).expanduser() / INDEX] if self.prepared else super().files()
-
-    def prepare(self, folder: Path) -> None:
-        """Encodes all documents into files, to be trained from with `prepared` (see
-        `flax_lstm.data.prepared`); what is there already is kept."""
-        settings = {
-            f.name: getattr(self.absolute(), f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("sequence_length", "evaluation_tokens", "prepared")
-        }
-        recipe = Recipe(self.vocabulary_size, self.tokenizer, settings)
-        prepare(self.stream, recipe, folder)
+            yield from (Document(split, text) for text in texts)
 
     def load(self, assets: Path) -> LanguageDataset | PreparedDataset:
         if self.prepared:
@@ -236,18 +217,8 @@ class LanguageData(Corpus):
         return LanguageDataset(info, splits)
 
     def _load_prepared(self, assets: Path) -> PreparedDataset:
-        found = Prepared.open(Path(self.prepared).expanduser())
-        for name in ("vocabulary_size", "tokenizer"):
-            then, now = found.settings.get(name), getattr(self, name)
-            flag = f"--data.{name.replace('_', '-')}"
-            require(then == now, f"{found.folder} was prepared with {flag} {then}, not {now}")
+        found = self.open_prepared(assets)
         vocabulary = found.vocabulary()
-        if not (assets / VOCABULARY).exists():
-            vocabulary.save(assets / VOCABULARY)
-        require(
-            Vocabulary.load(assets / VOCABULARY) == vocabulary,
-            f"{found.folder} was prepared with another vocabulary than that of {assets}",
-        )
         info = LanguageInfo(vocabulary, found.token_counts, self.sequence_length)
         info.save(assets)
         return PreparedDataset(info, found, self)
@@ -303,12 +274,13 @@ class LanguageTable(TableFiles, LanguageData):
             texts = text_values(frame, self.text_column, path)
         return Texts(texts, [""] * len(texts))
 
-    def stream(self) -> Iterator[tuple[str, str]]:
+    def stream(self) -> Iterator[Document]:
         train, test, shares = self.table_files()
         if in_memory(train):
             yield from super().stream()
             return
         for text in stream_documents(train, self.text_column):
-            yield split_of(text, shares, self.split_seed), text
+            yield Document(split_of(text, shares, self.split_seed), text)
         if test is not None:
-            yield from (("test", text) for text in stream_documents(test, self.text_column))
+            texts = stream_documents(test, self.text_column)
+            yield from (Document("test", text) for text in texts)

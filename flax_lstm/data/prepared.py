@@ -7,6 +7,8 @@ A folder with
     index.json              the settings, and of every part its tokens and their SHA-256
     00017.train.tokens      ids in the order of the documents, each document closed by <eos>;
                             little-endian, 2 bytes an id where the vocabulary allows, else 4
+    00017.train.rows        of texts with labels, for each its tokens, <eos> included, and the place
+                            of its label in those of the index; little-endian, 4 bytes each
 
 Axes: B lanes (rows of a batch), T tokens of a window, N tokens.
 """
@@ -15,7 +17,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +34,13 @@ WINDOWS = 64  # in a piece: so many steps a lane reads on before it goes to anot
 
 
 class Part(NamedTuple):
-    """A file of tokens."""
+    """A file of tokens, how many documents are in it, and the hash of their rows."""
 
     name: str
     tokens: int
     sha256: str
+    documents: int = 0
+    rows_sha256: str = ""
 
 
 class Prepared(NamedTuple):
@@ -47,6 +51,7 @@ class Prepared(NamedTuple):
     bytes_a_token: int
     token_counts: tuple[int, ...]  # how often each id is in the training split
     parts: Mapping[str, list[Part]]  # by split
+    labels: tuple[str, ...] = ()  # of texts with labels
 
     @classmethod
     def open(cls, folder: Path) -> "Prepared":
@@ -67,6 +72,7 @@ class Prepared(NamedTuple):
                 found["bytes_a_token"],
                 tuple(found["token_counts"]),
                 parts,
+                tuple(found.get("labels", ())),
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"cannot read {path}: {error!r}") from None
@@ -77,7 +83,7 @@ class Prepared(NamedTuple):
                 size == part.tokens * self.bytes_a_token,
                 f"{file} is not as it was prepared: it has "
                 f"{'no file' if size < 0 else f'{size:,} bytes'}, not "
-                f"{part.tokens * self.bytes_a_token:,}. Delete {path} and prepare again",
+                f"{part.tokens * self.bytes_a_token:,}. Delete {folder} and prepare again",
             )
         return self
 
@@ -87,17 +93,58 @@ class Prepared(NamedTuple):
     def stream(self, split: str) -> "TokenStream":
         return TokenStream(self.folder, self.parts[split], self.bytes_a_token)
 
+    def rows(self, split: str) -> np.ndarray:
+        """Tokens, <eos> included, and place of the label of each document, [N, 2]. Raises
+        UserError where the documents have no labels."""
+        require(bool(self.labels), f"{self.folder} was prepared of documents without labels")
+        files = [rows_file(self.folder / part.name) for part in self.parts[split]]
+        try:
+            return np.concatenate([np.fromfile(file, "<i4") for file in files]).reshape(-1, 2)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder} is not as it was prepared: {error}") from None
+
     def verify(self) -> None:
         """Compares every byte with the hash that was saved. Raises UserError for the first that
         differs."""
         for part in (part for split in SPLITS for part in self.parts[split]):
-            with (self.folder / part.name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            require(
-                found == part.sha256,
-                f"{self.folder / part.name} is not as it was prepared (SHA-256). Delete it and "
-                f"{self.folder / INDEX}, and prepare again",
-            )
+            tokens = self.folder / part.name
+            for path, expected in ((tokens, part.sha256), (rows_file(tokens), part.rows_sha256)):
+                require(
+                    path.exists() and sha256(path) == expected,
+                    f"{path} is not as it was prepared (SHA-256). Delete {self.folder} and prepare "
+                    "again",
+                )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rows_file(tokens: Path) -> Path:
+    """Where the rows of a file of tokens are."""
+    return tokens.with_suffix(".rows")
+
+
+class Documents(Sequence[np.ndarray]):
+    """The documents of a stream, without their separators, each read when it is asked for.
+
+    lengths: tokens that each has. cut: what of a long document is kept.
+    """
+
+    def __init__(self, stream: "TokenStream", tokens_N: np.ndarray, cut: slice, most: int):
+        self._stream, self._cut, self._most = stream, cut, most
+        self._ends_N = 1 + np.cumsum(tokens_N, dtype=np.int64)
+        self._tokens_N = tokens_N
+        self.lengths = np.minimum(tokens_N - 1, most)
+
+    def __len__(self) -> int:
+        return len(self._tokens_N)
+
+    def __getitem__(self, number: Any) -> Any:
+        stop = int(self._ends_N[number]) - 1
+        start = stop - int(self._tokens_N[number]) + 1
+        return self._stream.read(start, stop)[self._cut]
 
 
 class TokenStream:

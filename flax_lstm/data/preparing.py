@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_lstm.data.prepared import INDEX, SPLITS, VOCABULARY, Part, Prepared
+from flax_lstm.data.prepared import INDEX, SPLITS, VOCABULARY, Part, Prepared, rows_file, sha256
+from flax_lstm.data.tables import sort_labels
 from flax_lstm.data.vocabulary import END, TokenizerKind, Vocabulary
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import write_atomically
@@ -27,7 +28,16 @@ log = logging.getLogger(__name__)
 CHARACTERS = 1 << 24  # of a part
 NOTE = ".note.json"
 
-Documents = Callable[[], Iterable[tuple[str, str]]]  # split and text, the same on every call
+
+class Document(NamedTuple):
+    """A text, its split, and its label where it has one."""
+
+    split: str
+    text: str
+    label: str | None = None
+
+
+Documents = Callable[[], Iterable[Document]]  # the same on every call
 
 
 class Recipe(NamedTuple):
@@ -80,17 +90,17 @@ def _vocabulary(folder: Path, documents: Documents, recipe: Recipe) -> Vocabular
     path = folder / VOCABULARY
     if not path.exists():
         log.info("reading the training documents for the vocabulary")
-        train = (text for split, text in documents() if split == "train")
+        train = (document.text for document in documents() if document.split == "train")
         Vocabulary.train(train, recipe.vocabulary_size, recipe.tokenizer).save(path)
     return Vocabulary.load(path)
 
 
-def _parts(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+def _parts(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
     """The documents in parts, numbered."""
     numbers, part, characters = itertools.count(), [], 0
-    for split, text in documents:
-        part.append((split, text))
-        characters += len(text)
+    for document in documents:
+        part.append(document)
+        characters += len(document.text)
         if characters >= CHARACTERS:
             yield next(numbers), part
             part, characters = [], 0
@@ -104,11 +114,10 @@ class Note(NamedTuple):
     texts_sha256: str
     parts: dict[str, Part]
     token_counts: list[list[int]]  # (id, how often it is in the training split)
+    labels: dict[str, list[str]]  # of the documents of each split, where they have some
 
 
-def _part(
-    folder: Path, number: int, documents: list[tuple[str, str]], vocabulary: Vocabulary
-) -> Note:
+def _part(folder: Path, number: int, documents: list[Document], vocabulary: Vocabulary) -> Note:
     """Encodes and writes a part, unless that was done."""
     texts_sha256 = _sha256(documents)
     path = folder / f"{number:05}{NOTE}"
@@ -116,34 +125,62 @@ def _part(
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["texts_sha256"] == texts_sha256:
             parts = {split: Part(*row) for split, row in saved["parts"].items()}
-            return Note(texts_sha256, parts, saved["token_counts"])
+            return Note(texts_sha256, parts, saved["token_counts"], saved["labels"])
     dtype, parts = np.dtype(f"<u{bytes_a_token(vocabulary)}"), {}
     counts_V = np.zeros(vocabulary.size, np.int64)
+    labels = {
+        split: [d.label for d in documents if d.split == split and d.label is not None]
+        for split in SPLITS
+    }
     for split in SPLITS:
-        ids = vocabulary.encode([text for name, text in documents if name == split])
+        ids = vocabulary.encode([d.text for d in documents if d.split == split])
         stream = np.concatenate([np.append(row, END) for row in ids] or [np.zeros(0)])
         data = stream.astype(dtype).tobytes()
         name = f"{number:05}.{split}.tokens"
         write_atomically(folder / name, data)
-        parts[split] = Part(name, len(stream), hashlib.sha256(data).hexdigest())
+        parts[split] = Part(name, len(stream), hashlib.sha256(data).hexdigest(), len(ids))
+        lengths = np.array([len(row) + 1 for row in ids], "<i4")
+        write_atomically(rows_file(folder / name), lengths.tobytes())
         if split == "train":
             counts_V += np.bincount(stream.astype(np.int64), minlength=vocabulary.size)
     some = [[int(i), int(counts_V[i])] for i in np.flatnonzero(counts_V)]
-    note = Note(texts_sha256, parts, some)
+    note = Note(texts_sha256, parts, some, labels)
     write_atomically(path, json.dumps(note._asdict()))
     log.info("part %s: %s tokens", number, f"{sum(part.tokens for part in parts.values()):,}")
     return note
 
 
-def _sha256(documents: Iterable[tuple[str, str]]) -> str:
+def _sha256(documents: Iterable[Document]) -> str:
     digest = hashlib.sha256()
-    for split, text in documents:
-        digest.update(f"{split}\0{text}\0".encode("utf-8", "replace"))
+    for split, text, label in documents:
+        digest.update(f"{split}\0{text}\0{label}\0".encode("utf-8", "replace"))
     return digest.hexdigest()
 
 
 def bytes_a_token(vocabulary: Vocabulary) -> int:
     return 2 if vocabulary.size <= 1 << 16 else 4
+
+
+def _label_rows(folder: Path, notes: list[Note]) -> list[str]:
+    """Puts the place of each document's label beside its length, now that all labels are known;
+    returns them. Raises UserError for a label that no training document has."""
+    names = sort_labels({name for note in notes for name in note.labels["train"]})
+    places = {name: place for place, name in enumerate(names)}
+    for note in notes:
+        for split, part in note.parts.items():
+            found = note.labels[split]
+            strange = next((name for name in found if name not in places), None)
+            require(
+                strange is None,
+                f"label {strange!r} of the {split} split is in no training row. Trained labels: "
+                f"{listing(names)}",
+            )
+            if found:
+                path = rows_file(folder / part.name)
+                lengths = np.fromfile(path, "<i4").reshape(part.documents, -1)[:, 0]
+                rows = np.stack([lengths, [places[name] for name in found]], axis=1)
+                write_atomically(path, rows.astype("<i4").tobytes())
+    return names
 
 
 def _finish(folder: Path, notes: list[Note], vocabulary: Vocabulary, recipe: Recipe) -> None:
@@ -152,8 +189,14 @@ def _finish(folder: Path, notes: list[Note], vocabulary: Vocabulary, recipe: Rec
     for note in notes:
         ids, counts = np.array(note.token_counts, np.int64).reshape(-1, 2).T
         counts_V[ids] += counts
+    labels = _label_rows(folder, notes)
     parts = {
-        split: [note.parts[split] for note in notes if note.parts[split].tokens] for split in SPLITS
+        split: [
+            part._replace(rows_sha256=sha256(rows_file(folder / part.name)))
+            for note in notes
+            if (part := note.parts[split]).tokens
+        ]
+        for split in SPLITS
     }
     empty = [split for split in SPLITS if not parts[split]]
     require(not empty, f"no document for the split {', '.join(empty)}: give more documents")
@@ -162,6 +205,7 @@ def _finish(folder: Path, notes: list[Note], vocabulary: Vocabulary, recipe: Rec
         "bytes_a_token": bytes_a_token(vocabulary),
         "token_counts": counts_V.tolist(),
         "parts": parts,
+        "labels": labels,
     }
     write_atomically(folder / INDEX, json.dumps(index))
     total = {split: sum(part.tokens for part in parts[split]) for split in SPLITS}

@@ -17,8 +17,17 @@ import numpy as np
 import pandas as pd
 
 from flax_lstm.data.base import Batch, BatchSource, Data
-from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
+from flax_lstm.data.buckets import (
+    BucketedBatches,
+    Rows,
+    choose_boundaries,
+    lengths_of,
+    pad,
+    take,
+)
 from flax_lstm.data.memory import InMemory, absolute_path, in_memory
+from flax_lstm.data.prepared import INDEX, SPLITS, Documents, Prepared
+from flax_lstm.data.preparing import Document, Recipe, prepare
 from flax_lstm.data.tables import (
     label_values,
     read_folder,
@@ -213,11 +222,11 @@ class TextDataset:
 
     def order(self, split: str) -> np.ndarray:
         """The rows of a split, the shortest first: as evaluation gives them."""
-        return np.argsort([len(ids) for ids in self._splits[split].tokens], kind="stable")
+        return np.argsort(lengths_of(self._splits[split].tokens), kind="stable")
 
     def lengths(self, split: str) -> np.ndarray:
         """Tokens of each row, in their `order`."""
-        return np.sort([len(ids) for ids in self._splits[split].tokens])
+        return np.sort(lengths_of(self._splits[split].tokens))
 
     def evaluation(self, split: str, batch_size: int) -> Iterator[Batch]:
         """Every row once, in their `order`; rows that fill the last batch have weight 0."""
@@ -226,6 +235,16 @@ class TextDataset:
             yield pad(
                 take(rows, order[start : start + batch_size]), self.info.boundaries, batch_size
             )
+
+
+class PreparedTexts(TextDataset):
+    """The same from files of tokens: a text is what its tokens say of it."""
+
+    def read(self, split: str) -> Texts:
+        rows = self._splits[split]
+        texts = [self.info.vocabulary.decode(ids) for ids in rows.tokens]
+        assert isinstance(self.info, TextInfo)
+        return Texts(texts, [self.info.labels[place] for place in rows.labels])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,6 +256,11 @@ class Corpus(Data):
     tokenizer: TokenizerKind = "word"
     validation_fraction: float = 0.1  # share of the training rows held out to choose the best step
     split_seed: int = 0  # another value draws another split; the seed of the model does not move it
+    # Folder that flax-lstm prepare wrote: its tokens are read, in the place of the texts
+    prepared: str = ""
+
+    # Settings that the tokens do not depend on
+    free: ClassVar[tuple[str, ...]] = ("prepared",)
 
     def __post_init__(self) -> None:
         least = 4 if self.tokenizer == "word" else 260
@@ -245,6 +269,45 @@ class Corpus(Data):
             f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}",
         )
         check_fraction("validation-fraction", self.validation_fraction)
+
+    def absolute(self) -> Self:
+        return dataclasses.replace(super().absolute(), prepared=absolute_path(self.prepared))
+
+    def files(self) -> list[Path]:
+        """The index of what was prepared says by hashes what the tokens are."""
+        return [Path(self.prepared).expanduser() / INDEX] if self.prepared else super().files()
+
+    @abstractmethod
+    def stream(self) -> Iterator[Document]:
+        """All texts, one by one, the same on every call."""
+
+    def prepare(self, folder: Path) -> None:
+        """Encodes all texts into files, to be trained from with `prepared` (see
+        `flax_lstm.data.prepared`); what is there already is kept."""
+        settings = {
+            f.name: getattr(self.absolute(), f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in self.free
+        }
+        recipe = Recipe(self.vocabulary_size, self.tokenizer, settings)
+        prepare(self.stream, recipe, folder)
+
+    def open_prepared(self, assets: Path) -> Prepared:
+        """What was prepared, whose vocabulary is in `assets` from then on. Raises UserError where
+        the settings, or the vocabulary there, are others."""
+        found = Prepared.open(Path(self.prepared).expanduser())
+        for name in ("vocabulary_size", "tokenizer"):
+            then, now = found.settings.get(name), getattr(self, name)
+            flag = f"--data.{name.replace('_', '-')}"
+            require(then == now, f"{found.folder} was prepared with {flag} {then}, not {now}")
+        vocabulary = found.vocabulary()
+        if not (assets / VOCABULARY).exists():
+            vocabulary.save(assets / VOCABULARY)
+        require(
+            Vocabulary.load(assets / VOCABULARY) == vocabulary,
+            f"{found.folder} was prepared with another vocabulary than that of {assets}",
+        )
+        return found
 
     def vocabulary(self, assets: Path, texts: Sequence[str]) -> Vocabulary:
         """The one saved in `assets` if there is one (say of a language model), else trained on
@@ -283,6 +346,9 @@ class TextData(Corpus):
     classes: ClassVar[
         tuple[str, ...]
     ] = ()  # the labels, where they are known before the data are read
+    free: ClassVar[tuple[str, ...]] = (
+        *("prepared", "max_length", "keep", "balanced", "train_rows", "vectors"),
+    )
     # what a table of new texts calls them; a field where the user has a table of their own
     text_column = "text"
     label_column = "label"
@@ -306,7 +372,17 @@ class TextData(Corpus):
     def splits(self) -> dict[str, Texts]:
         """The texts and labels of "train", "validation" and "test"."""
 
+    def stream(self) -> Iterator[Document]:
+        require(
+            self.gives is TextInfo, "flax-lstm prepare takes texts with one label, not with tags"
+        )
+        for split, rows in self.splits().items():
+            pairs = zip(rows.texts, rows.labels, strict=True)
+            yield from (Document(split, text, label) for text, label in pairs)
+
     def load(self, assets: Path) -> TextDataset:
+        if self.prepared:
+            return self._load_prepared(assets)
         splits = self.splits()
         check_sizes({name: len(split.texts) for name, split in splits.items()})
         splits["train"] = self._drawn(splits["train"])
@@ -322,6 +398,32 @@ class TextData(Corpus):
             info.save(assets)
         vectors = Path(self.vectors).expanduser() if self.vectors else None
         return TextDataset(info, rows, splits, vectors)
+
+    def _load_prepared(self, assets: Path) -> TextDataset:
+        require(
+            not self.train_rows, "data.train-rows and data.prepared do not go together: leave one"
+        )
+        found = self.open_prepared(assets)
+        end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
+        splits = {}
+        for split in SPLITS:
+            tokens_N, labels_N = found.rows(split).T
+            documents = Documents(found.stream(split), tokens_N, end, self.max_length)
+            splits[split] = Rows(documents, labels_N.astype(np.int32))
+        lengths, counts = lengths_of(splits["train"].tokens), splits["train"].labels
+        info = TextInfo(
+            labels=found.labels,
+            class_counts=tuple(np.bincount(counts, minlength=len(found.labels)).tolist()),
+            vocabulary=found.vocabulary(),
+            max_length=self.max_length,
+            keep=self.keep,
+            boundaries=choose_boundaries(lengths.tolist(), self.max_length),
+            text_column=self.text_column,
+            label_column=self.label_column,
+        )
+        info.save(assets)
+        splits["train"] = self._weighed(info, splits["train"], None)
+        return PreparedTexts(info, splits, {}, Path(self.vectors) if self.vectors else None)
 
     def _drawn(self, train: Texts) -> Texts:
         """As many of the training rows as are to be used, in the order in which they were read."""

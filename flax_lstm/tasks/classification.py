@@ -21,7 +21,7 @@ import scipy.special
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, Labelled
-from flax_lstm.data.text import TextDataset
+from flax_lstm.data.text import PreparedTexts, TextDataset
 from flax_lstm.errors import listing, require
 from flax_lstm.tasks.adversary import PROBE, Adversary, divergence
 from flax_lstm.tasks.base import (
@@ -137,6 +137,9 @@ class Classification(Task):
         if kept.exists():
             return {"linear": json.loads(kept.read_text())}
         if not (self.linear and isinstance(dataset, TextDataset)):
+            return {}
+        if isinstance(dataset, PreparedTexts):
+            logger.info("no linear baseline: the texts are in files of tokens")
             return {}
         train, new = dataset.read("train"), dataset.read(split)
         info: Any = dataset.info
