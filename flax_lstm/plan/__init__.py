@@ -269,13 +269,22 @@ def exchanges(found: Found, chip: Chip) -> Iterator[tuple[str, ...]]:
         yield kind, str(devices), where, str(len(ones)), amount(total), milliseconds
 
 
+PARTS = (
+    "parameters",
+    "optimizer",
+    "other_inputs",
+    "activations",
+    "outputs",
+    "program",
+    "total",
+)
+TIMES = ("compute", "memory", "launches", "exchange", "roofline", "compiler")
+
+
 def report(name: str, plans: list[Found], topology: Topology) -> None:
     """Prints a plan."""
-    console, chip, found = (
-        Console(highlight=False, width=max(Console().width, 115)),
-        topology.chip,
-        plans[0],
-    )
+    console = Console(highlight=False, width=max(Console().width, 115))
+    chip, found = topology.chip, plans[0]
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     console.print(
         f"{name} on {topology.name}: mesh {mesh}; batch {found['batch_size']} of "
@@ -283,27 +292,7 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
         f"{found['parameters']:,} parameters, {found['dtype']}, backend {found['backend']}. "
         f"Data: {found['data']}."
     )
-    table = Table("bytes a device", *(row["topology"] for row in plans), box=SIMPLE)
-    names = (
-        "parameters",
-        "optimizer",
-        "other_inputs",
-        "activations",
-        "outputs",
-        "program",
-        "total",
-    )
-    for part in names:
-        table.add_row(part.replace("_", " "), *(amount(row["bytes"].get(part)) for row in plans))
-    fits = ["fits" if row["fits"] else "DOES NOT FIT" for row in plans]
-    table.add_row(f"fits in {amount(chip.memory)}" if chip.memory < float("inf") else "fits", *fits)
-    console.print(table)
-    for row in plans:
-        if "too_large" in row:
-            console.print(f"{row['topology']}: {row['too_large']}")
-    if found["mesh"]["fsdp"] * found["mesh"]["model"] > 1:
-        arrays = listing(found["whole"], 6) or "no parameter, no moment of the optimiser"
-        console.print(f"Whole on every device: {arrays}.")
+    report_memory(plans, chip, console)
     flops = found["flops"]
     total = sum(flops.values())
     console.print(
@@ -316,30 +305,40 @@ def report(name: str, plans: list[Found], topology: Topology) -> None:
         for line in exchanges(found, chip):
             table.add_row(*line)
         console.print(table)
-    rows = [row for row in plans if "predicted" in row]
-    if not rows:
-        return
-    unit = "tokens" if found["tokens"] else "examples"
-    heads = (
-        "chips",
-        "mesh",
-        "batch",
-        "compute",
-        "memory",
-        "launches",
-        "exchange",
-        "roofline",
-        "compiler",
-    )
-    table = Table(*heads, f"{unit}/s", "eff.", title="predicted, ms a step", box=SIMPLE)
+    if predicted := [row for row in plans if "predicted" in row]:
+        report_predictions(predicted, topology, console)
+
+
+def report_memory(plans: list[Found], chip: Chip, console: Console) -> None:
+    """Prints the bytes a device needs, and what is not divided among devices."""
+    found = plans[0]
+    table = Table("bytes a device", *(row["topology"] for row in plans), box=SIMPLE)
+    for part in PARTS:
+        table.add_row(part.replace("_", " "), *(amount(row["bytes"].get(part)) for row in plans))
+    fits = ["fits" if row["fits"] else "DOES NOT FIT" for row in plans]
+    table.add_row(f"fits in {amount(chip.memory)}" if chip.memory < float("inf") else "fits", *fits)
+    console.print(table)
+    for row in plans:
+        if "too_large" in row:
+            console.print(f"{row['topology']}: {row['too_large']}")
+    if found["mesh"]["fsdp"] * found["mesh"]["model"] > 1:
+        arrays = listing(found["whole"], 6) or "no parameter, no moment of the optimiser"
+        console.print(f"Whole on every device: {arrays}.")
+
+
+def report_predictions(rows: list[Found], topology: Topology, console: Console) -> None:
+    """Prints the time of a step, as it is predicted for each number of chips."""
+    unit = "tokens" if rows[0]["tokens"] else "examples"
+    heads = ("chips", "mesh", "batch", *TIMES, f"{unit}/s", "eff.")
+    table = Table(*heads, title="predicted, ms a step", box=SIMPLE)
     for row in rows:
         p = row["predicted"]
-        times = [f"{1e3 * p[part]:.3g}" if part in p else "-" for part in heads[3:]]
+        times = [f"{1e3 * p[part]:.3g}" if part in p else "-" for part in TIMES]
         sizes = "x".join(str(size) for size in row["mesh"].values())
         rate = f"{p[f'{unit}_per_second']:,.0f}"
         table.add_row(
             str(row["chips"]), sizes, str(row["batch_size"]), *times, rate, f"{p['efficiency']:.0%}"
         )
     console.print(table)
-    for assumption in (*ASSUMPTIONS, f"Figures of {topology.kind}: {chip.sources}."):
+    for assumption in (*ASSUMPTIONS, f"Figures of {topology.kind}: {topology.chip.sources}."):
         console.print(f"- {assumption}")
