@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.export
+import jax.interpreters.partial_eval
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from jax.experimental import checkify
 import flax_lstm
 from flax_lstm.nn.cells import CELLS
 from flax_lstm.nn.layers import RNN
+from flax_lstm.nn.recurrence import primitives
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -231,3 +233,15 @@ def test_portable_programs_are_for_any_batch_and_any_time() -> None:
             exported.call(x_BTD, lengths_B),
             jax.value_and_grad(loss)(x_BTD, lengths_B),
         )
+
+
+def test_programs_are_pruned_as_every_supported_jax_asks_for_it() -> None:
+    """jax 0.12 also hands over which inputs are alive."""
+    loss, (variables, x_BTD) = layer("gru", "fused")
+    rule = jax.interpreters.partial_eval.dce_rules[primitives.backward_p]
+    program = jax.make_jaxpr(jax.grad(loss))(variables, x_BTD)
+    found = [e for e in program.eqns if e.primitive is primitives.backward_p]
+    assert len(found) == 1
+    used = [False] * len(found[0].outvars)
+    for arguments in ((used, found[0]), (used, [True] * len(found[0].invars), found[0])):
+        assert rule(*arguments) == ([False] * len(found[0].invars), None)

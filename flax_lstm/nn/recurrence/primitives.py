@@ -428,8 +428,12 @@ def batch(primitive: Primitive) -> Callable[..., Any]:
     return rule
 
 
-def backward_dce(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
-    """What is shown to run is without gradients that nobody asks for, as what is compiled is."""
+def backward_dce(used: list[bool], *others: Any) -> tuple[list[bool], Any]:
+    """What is shown to run is without gradients that nobody asks for, as what is compiled is.
+
+    others: the equation, from jax 0.12 on after a list of which inputs are alive.
+    """
+    equation = others[-1]
     if not any(used):
         return [False] * len(equation.invars), None
     closed = equation.params["jaxpr"]
