@@ -15,13 +15,12 @@ import pandas as pd
 from flax_lstm.errors import listing, require
 from flax_lstm.inference import Run, load
 from flax_lstm.tasks.forecasting import Forecasting, naive_forecasts
-from flax_lstm.tasks.judging import Comparison, Truth, better, compare, figures, ridge, table
+from flax_lstm.tasks.judging import Comparison, Truth, better, compare, figures, linear_of, table
 from flax_lstm.tasks.plots import plot_panel
 from flax_lstm.training.loop import fit
 
 Array = np.ndarray
 MODEL = "model"
-EXAMPLES = 20_000  # windows, at most, that the linear forecast is fitted on
 
 
 @dataclass(frozen=True)
@@ -223,13 +222,8 @@ def _rules(dataset: Any, windows_W: Array) -> dict[str, Array]:
     rules: dict[str, Any] = dict(
         naive_forecasts(channels, info.lookback, info.horizon, info.season)
     )
-    size = dataset.size("train")
-    chosen = np.unique(np.linspace(0, size - 1, max(EXAMPLES // channels, 1)).astype(int))
-    train = [dataset.batch("train", w) for w in _parts(chosen, 256)]
-    valid_size = dataset.size("validation")
-    valid = np.unique(np.linspace(0, valid_size - 1, EXAMPLES // 10).astype(int))
-    linear = ridge(train, [dataset.batch("validation", w) for w in _parts(valid, 256)], channels)
-    rules["linear"] = lambda batch: linear(batch.inputs[..., :channels])
+    if (linear := linear_of(dataset)) is not None:
+        rules["linear"] = lambda batch: linear(batch.inputs[..., :channels])
     found: dict[str, list[Array]] = {name: [] for name in rules}
     for part in _parts(windows_W, 256):
         batch, series = dataset.batch("test", part), dataset.series("test")[part]

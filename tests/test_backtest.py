@@ -86,6 +86,10 @@ def test_figures_over_all_origins_are_those_of_evaluate(series_run, panel_run):
         expected = load(folder).evaluate("test")
         assert found["mase"] == pytest.approx(expected["mase"], rel=0.01)
         assert found["smape"] == pytest.approx(expected["smape"], rel=0.01)
+        # The linear forecast, too, is beside the figures of the run itself.
+        shown = json.loads((folder / "result.json").read_text())["baselines"]["linear"]
+        linear = backtest(folder, step=1).figures()["linear"]
+        assert shown["mase"] == pytest.approx(linear["mase"], rel=0.01)
     coverage = backtest(series_run, step=1).figures()["model"]["coverage"]
     assert coverage == pytest.approx(load(series_run).evaluate("test")["coverage"], abs=0.01)
 

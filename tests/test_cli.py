@@ -93,7 +93,7 @@ def test_result_has_the_promised_fields(series_run):
         *("loss", "mse", "mae", "mse_original", "mae_original", "smape", "mase", "crps"),
         *("wql", "coverage", "width", "observed"),
     }
-    assert set(result["baselines"]) == {"last_value", "seasonal_naive"}
+    assert set(result["baselines"]) == {"last_value", "seasonal_naive", "linear"}
 
 
 def test_metrics_are_rows_of_increasing_steps(series_run):

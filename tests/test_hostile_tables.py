@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flax_lstm.data import SeriesTable
+from flax_lstm.data import PanelTable, SeriesTable
 from flax_lstm.data.grid import Frequency
 from flax_lstm.errors import UserError
 
@@ -26,6 +26,10 @@ def at(row: int, value: object) -> np.ndarray:
 
 LOCAL = pd.date_range("2024-10-20", periods=ROWS, freq="h", tz="Europe/Berlin").tz_localize(None)
 SPRING = pd.date_range("2024-03-20", periods=ROWS, freq="h", tz="Europe/Berlin")
+SUMMER = pd.date_range("2024-03-20", periods=ROWS, freq="h")  # 2:30 on 31 March was nowhere
+MONTHS = pd.date_range("1990-01-31", periods=ROWS, freq="ME")
+WORKDAYS = pd.bdate_range("2015-01-01", periods=ROWS + 10)
+UNEVEN = HOURS[0] + pd.to_timedelta(np.sort(np.random.default_rng(0).uniform(0, ROWS, ROWS)), "h")
 SOME = np.random.default_rng(0).random(ROWS) < 0.51
 
 REFUSED = {
@@ -45,6 +49,63 @@ REFUSED = {
     "a number with a comma": (hourly(at(3, "5,1")), {}, "holds what is no number"),
     "one row": (hourly()[:1], {}, "."),
     "ten rows": (hourly()[:10], {"lookback": 24}, "too few for data.lookback 24"),
+    "an hour that was not": (hourly(times=SUMMER), {"time_zone": "Europe/Berlin"}, "nonexistent"),
+    "times with and without a zone": (
+        hourly(times=[f"{t}{'Z' if n % 2 else ''}" for n, t in enumerate(HOURS)]),
+        {},
+        "mixes times with and without a zone",
+    ),
+    "a row without time": (
+        hourly(times=HOURS.astype(str).where(HOURS[5] != HOURS, "")),
+        {},
+        "row 6",
+    ),
+    "numbers for times": (hourly(times=1_700_000_000 + np.arange(ROWS)), {}, "no time in ISO 8601"),
+    "the latest first": (hourly()[::-1], {}, "one row per time is needed, sorted$"),
+    "times at random": (hourly(times=UNEVEN), {}, "uneven times"),
+    "a month's end missing": (
+        hourly(times=MONTHS).drop(index=50),
+        {},
+        "one row every ME are missing",
+    ),
+    "the middle of months": (
+        hourly(times=MONTHS + pd.Timedelta(days=14)),
+        {},
+        "uneven times.*data.missing drop",
+    ),
+    "29 February missing": (
+        hourly(times=pd.date_range("2023-12-01", periods=ROWS + 1).delete(90)),
+        {},
+        "1 time stamps .* after 2024-02-28",
+    ),
+    "two weeks without business": (
+        hourly(times=WORKDAYS.delete(range(50, 60))),
+        {},
+        "10 time stamps .* one row every business day",
+    ),
+    "another frequency from the middle on": (
+        hourly(times=[*HOURS[:200], *pd.date_range(HOURS[200], periods=200, freq="2h")]),
+        {},
+        "199 time stamps",
+    ),
+    "no row": (hourly()[:0], {}, "no rows"),
+    "nothing measured": (hourly(np.full(ROWS, np.nan)), {"missing": "mask"}, "no numeric column"),
+    "nothing measured to train on": (
+        hourly(np.where(np.arange(ROWS) < 290, np.nan, WAVE)),
+        {"missing": "mask"},
+        "no value in the training split: x",
+    ),
+    "nothing measured to test on": (
+        hourly(np.where(np.arange(ROWS) > 300, np.nan, WAVE)),
+        {"missing": "mask"},
+        "the test split of .* has no target that was measured",
+    ),
+    "a plan with a hole": (
+        hourly().assign(plan=at(7, np.nan)),
+        {"targets": ("x",), "future": ("plan",)},
+        "no value at 2024-03-01 07:00",
+    ),
+    "a target that is a plan": (hourly(), {"targets": ("x",), "future": ("x",)}, "named twice"),
     "the same hour twice": (pd.concat([hourly()[:9], hourly()[8:]]), {}, "repeats the time of"),
 }
 
@@ -63,6 +124,16 @@ READ = {
     "every 15 minutes": (
         hourly(times=pd.date_range("2024-01-01", periods=ROWS, freq="15min")),
         {"season": 4, "lookback": 16, "horizon": 4},
+    ),
+    "holidays of business days": (
+        hourly(times=WORKDAYS.delete([*range(50, 55), *range(90, 95)])),
+        {},
+    ),
+    "a leap day": (hourly(times=pd.date_range("2023-12-01", periods=ROWS)), {}),
+    "every 250 milliseconds": (hourly(times=pd.date_range("2024", periods=ROWS, freq="250ms")), {}),
+    "more hours missing than there": (
+        hourly()[SOME | (np.arange(ROWS) < 60)].reset_index(drop=True),
+        {"missing": "mask"},
     ),
     "a missing hour, dropped": (hourly().drop(index=9), {"missing": "drop"}),
 }
@@ -88,7 +159,7 @@ def test_is_read_right(tmp_path, name):
     assert np.isfinite(buffer.values_RD).all() and np.isfinite(buffer.units_P4C["test"]).all()
     assert min(info.std) > 0 and min(info.naive_scale) > 0
     rows = buffer.position_U[1:] - buffer.position_U[:-1]
-    if settings.get("missing") != "drop":
+    if settings.get("missing") != "drop" and "holidays" not in name:
         assert (rows == 1).all()  # a grid without holes, whatever the clocks did
     known = buffer.observed_RC[:, 0]
     back = dataset.unscale(buffer.values_RD)[known, 0]
@@ -96,6 +167,125 @@ def test_is_read_right(tmp_path, name):
     np.testing.assert_allclose(back, written, rtol=1e-5)
     batch = next(dataset.evaluation("test", 8))
     assert all(np.isfinite(x).all() for x in (batch.inputs, batch.targets, batch.units))
+
+
+DAYS = 60
+
+
+def panel(starts: tuple[str, ...] = ("2024-01-01",) * 3, freq: str = "D") -> pd.DataFrame:
+    """Series of 60 steps and very different scales."""
+    parts = []
+    for n, start in enumerate(starts):
+        noise = np.random.default_rng(n).normal(0, 0.1, DAYS)
+        values = 10.0**n * (5 + np.sin(np.arange(DAYS) * 2 * np.pi / 7) + noise)
+        times = pd.date_range(start, periods=DAYS, freq=freq)
+        parts.append(pd.DataFrame({"unique_id": f"s{n}", "ds": times, "y": values}))
+    return pd.concat(parts, ignore_index=True)
+
+
+PLAIN = panel()
+STEP, SECOND = PLAIN.groupby("unique_id").cumcount(), PLAIN["unique_id"] == "s1"
+KEPT = np.random.default_rng(1).random(len(PLAIN)) < 0.49
+
+REFUSED_PANELS = {
+    "a day twice": (pd.concat([PLAIN, PLAIN[:1]]), {}, "rows 1 and 181 are both of series 's0'"),
+    "one row each": (PLAIN[STEP == 0], {}, "no series is longer than the horizon"),
+    "an hourly series among daily ones": (
+        pd.concat([PLAIN, panel(("2024-01-01",), "h").assign(unique_id="h")]),
+        {},
+        "series 'h' has a row every 0 days 01:00:00",
+    ),
+    "a weekly series among daily ones, holes filled": (
+        pd.concat([PLAIN, panel(("2024-01-07",), "W").assign(unique_id="w")]),
+        {"missing": "mask"},
+        "series 'w' has a row every 7 days",
+    ),
+    "ends and beginnings of months": (
+        pd.concat([panel(freq="ME"), panel(("2024-01-01",), "MS").assign(unique_id="z")]),
+        {"lookback": 12, "horizon": 3},
+        "series 'z': uneven times",
+    ),
+    "a hole in one": (PLAIN.drop(index=70), {}, "series 's1': 1 time stamps"),
+    "a series without values": (
+        PLAIN.assign(y=PLAIN["y"].where(~SECOND)),
+        {"missing": "mask"},
+        "series 's1': no target has any value",
+    ),
+    "what a series is changes": (
+        PLAIN.assign(region=np.where(STEP > 30, "a", "b")),
+        {"static": ("region",)},
+        "changes within the series 's0'",
+    ),
+    "a size that one lacks": (
+        PLAIN.assign(size=np.where(SECOND, np.nan, 1.0)),
+        {"static": ("size",)},
+        "no number for the series s1",
+    ),
+    "days as they are written in Germany": (
+        PLAIN.assign(ds=PLAIN["ds"].dt.strftime("%d.%m.%Y")),
+        {},
+        "no time in ISO 8601",
+    ),
+}
+
+READ_PANELS = {
+    "rows in any order": (PLAIN.sample(frac=1, random_state=0), {}, 180),
+    "series that begin and end apart": (panel(("2024-01-01", "2019-05-05", "2030-02-02")), {}, 180),
+    "numbers for names": (PLAIN.assign(unique_id=PLAIN["unique_id"].str[1:].astype(int)), {}, 180),
+    "one of a single row": (PLAIN[~SECOND | (STEP == 0)], {}, 120),
+    "more days missing than there": (PLAIN[KEPT], {"missing": "mask"}, int(KEPT.sum())),
+    "a constant one": (PLAIN.assign(y=PLAIN["y"].where(~SECOND, 3.0)), {}, 180),
+    "all constant": (PLAIN.assign(y=3.0), {}, 180),
+    "nothing, and then a million": (PLAIN.assign(y=np.where(STEP == 59, 1e6, 0.0)), {}, 180),
+    "a region that one lacks": (
+        PLAIN.assign(region=np.where(SECOND, None, "north")),
+        {"static": ("region",)},
+        180,
+    ),
+    "local days over a change of clocks": (
+        PLAIN.assign(ds=PLAIN["ds"].dt.tz_localize("Europe/Berlin") + pd.Timedelta(0)),
+        {},
+        180,
+    ),
+    "weeks of Sundays and of Mondays": (
+        pd.concat([panel(freq="W-SUN"), panel(("2024-01-01",), "W-MON").assign(unique_id="m")]),
+        {"lookback": 12, "horizon": 3},
+        240,
+    ),
+}
+
+
+def load_panel(tmp_path, frame, settings):
+    frame.to_parquet(tmp_path / "p.parquet", index=False)
+    sizes = {"lookback": 14, "horizon": 7, **settings}
+    return PanelTable(path=str(tmp_path / "p.parquet"), **sizes).load(tmp_path / "assets")
+
+
+@pytest.mark.parametrize("name", REFUSED_PANELS)
+def test_a_panel_is_refused_with_a_reason(tmp_path, name):
+    frame, settings, message = REFUSED_PANELS[name]
+    with pytest.raises(UserError, match=message):
+        load_panel(tmp_path, frame, settings)
+
+
+@pytest.mark.parametrize("name", READ_PANELS)
+def test_a_panel_is_read_right(tmp_path, name):
+    frame, settings, measured = READ_PANELS[name]
+    dataset = load_panel(tmp_path, frame, settings)
+    buffer = dataset.buffer
+    assert buffer.observed_RC.sum() == measured
+    found = dataset.measured()[buffer.observed_RC]
+    written = frame.groupby("unique_id").filter(lambda rows: len(rows) > 7)["y"]
+    np.testing.assert_allclose(np.sort(found), np.sort(written), rtol=1e-4, atol=1e-4)
+    for split in ("train", "validation", "test"):
+        for batch in dataset.evaluation(split, 64):
+            parts = (batch.inputs, batch.targets, batch.units, batch.covariates.future)
+            assert all(np.isfinite(x).all() for x in parts)
+    ahead = dataset.info.ahead(frame[frame.groupby("unique_id")["y"].transform("size") > 7])
+    for n, times in enumerate(ahead.times("test")):
+        own = frame[frame["unique_id"].astype(str) == ahead.buffer.ids[n]]["ds"].max()
+        steps = np.diff(np.concatenate([[own.tz_localize(None).to_datetime64()], times]))
+        assert (steps == steps[0]).all() and steps[0] > np.timedelta64(0)
 
 
 def test_a_mark_of_absence_is_noticed(tmp_path, caplog):

@@ -354,3 +354,20 @@ def test_a_seasonal_window_adds_to_the_last_season():
     assert variables["params"]["profile"]["kernel"].shape == (4, 4)
     with pytest.raises(UserError, match="needs a look-back of two seasons"):
         settings.forecaster(SeriesForm(7, 6, season=4))
+
+
+def test_the_highway_adds_a_linear_forecast_of_the_look_back():
+    x = series(steps=8, features=2)
+    form = SeriesForm(8, 3, channels=2, season=3)
+    settings = SegmentModel(hidden_size=4, segment=2, window="last", highway=True)
+    known = known_from([0] * len(x))
+    variables, found = segment_forecast(settings, x, known, form)
+    kernel = variables["params"]["highway"]["kernel"]
+    level = {**variables["params"], "highway": {"kernel": np.zeros((8, 3))}}
+    _, plain = segment_forecast(settings, x, known, form, {"params": level})
+    added = np.einsum("btc,tn->bnc", x - x[:, -1:], np.asarray(kernel))
+    close(found[..., 0], plain[..., 0] + added, atol=1e-4)
+    # What the queries see of the look-back does not go through the recurrence.
+    without = {**variables["params"], "look_back": {"kernel": np.zeros((8, 4)), "bias": np.ones(4)}}
+    _, blind = segment_forecast(settings, x, known, form, {"params": without})
+    assert np.abs(blind - found).max() > 1e-3

@@ -5,7 +5,9 @@ found and put in as absent values.
 Axes: R rows of the table, G rows of the grid, D channels.
 """
 
+import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -59,7 +61,8 @@ class Frequency:
             return known[self.unit]
         if self.seconds < DAY:
             season = round(DAY / self.seconds)
-            season = season if season <= 288 else 1
+            if not 1 < season <= 288:
+                return Defaults(1, 96, 24)
             return Defaults(season, 7 * season if season <= 96 else 2 * season, max(season, 24))
         steps = 365.25 * DAY / self.seconds  # a year
         season = round(steps) if 2 <= steps <= 53 and self.seconds > 8 * DAY else 1
@@ -80,7 +83,11 @@ class Frequency:
 
     def following(self, last: pd.Timestamp, steps: int) -> pd.DatetimeIndex:
         """The times of the steps after `last`."""
-        times = pd.date_range(last, periods=steps + 1, freq=self.name)
+        name = self.name
+        # Weeks of another day go on from their own.
+        if self.unit == "W" and last.normalize().day_name()[:3].upper() != name[-3:]:
+            name = f"{round(self.seconds / DAY)}D"
+        times = pd.date_range(last, periods=steps + 1, freq=name)
         return times[times > last][:steps]
 
 
@@ -98,9 +105,18 @@ def infer(times: pd.DatetimeIndex) -> Frequency:
         edges = np.flatnonzero(steps > 1.5e9 * seconds) + 1
         stretches = np.split(np.arange(len(times)), edges)
         found = _pandas_name(times[max(stretches, key=len)])
-    if found is None:
+    if found is not None:
+        # The median is that of the holes where more than half is missing.
+        with suppress(ValueError):  # months have no one length, business days are a day apart
+            week = re.fullmatch(r"(\d*)W-\w+", found)
+            days = 7 * int(week[1] or 1) if week else 0
+            seconds = days * DAY or pd.Timedelta(to_offset(found)).total_seconds()
+    else:
         values, counts = np.unique(steps, return_counts=True)
-        found = str(to_offset(pd.Timedelta(int(values[np.argmax(counts)]), unit="ns")).freqstr)
+        commonest = int(values[np.argmax(counts)])
+        found = str(to_offset(pd.Timedelta(commonest, unit="ns")).freqstr)
+        if counts.max() > len(steps) / 5:
+            seconds = commonest / 1e9
     return Frequency(found, seconds)
 
 

@@ -327,7 +327,15 @@ def first_rows(frame: pd.DataFrame, layout: Layout) -> pd.DataFrame:
                 f"{counts.index[int(np.argmax(counts > 1))]!r}; put it under data.future or "
                 "data.inputs"
             )
-    return groups[names].first().reset_index(drop=True)
+    first = groups[names].first()
+    for column in layout.static:
+        absent = first.index[first[column.name].isna()]
+        require(
+            bool(column.categories) or len(absent) == 0,
+            f"column {column.name!r} of data.static has no number for the series "
+            f"{listing(absent, 5)}; give one, or leave the column out",
+        )
+    return first.reset_index(drop=True)
 
 
 @dataclass(frozen=True)
@@ -531,6 +539,12 @@ def say(
 def _warn(train_RD: Array, channels: tuple[str, ...], where: str) -> None:
     """Says which channels are constant, and which hold values far outside their usual range."""
     names = np.array(channels, object)
+    empty = np.isnan(train_RD).all(axis=0)
+    require(
+        not empty.any(),
+        f"{where}: no value in the training split: {listing(names[empty])}; leave these columns "
+        "out, or change data.split",
+    )
     constant = np.nanmax(train_RD, axis=0) == np.nanmin(train_RD, axis=0)
     if constant.any():
         log.warning(

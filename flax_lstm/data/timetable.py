@@ -109,7 +109,7 @@ def require_order(frame: pd.DataFrame, times: pd.DatetimeIndex, where: str) -> N
             "; times that repeat as clocks go back need their zone: --data.time-zone "
             "Europe/Berlin, for example, or write them in UTC"
         )
-    elif (column := _telling_apart(frame, times)) is not None:
+    elif times.has_duplicates and (column := _telling_apart(frame, times)) is not None:
         hint = (
             f"column {column!r} tells many series apart: train them together with --config "
             f"panel_table --data.id-column {column}, or keep the rows of one"

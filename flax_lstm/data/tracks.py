@@ -78,7 +78,7 @@ class Layout:
         tracks, reports = [], []
         for name, rows in pieces:
             place = f"{where}, series {name!r}" if self.id_column else where
-            _require_step(times[rows], frequency, place)
+            _require_step(times[rows], frequency, self.missing, place)
             track, report = self._track(
                 name, times[rows], values_RD[rows], future_RK[rows], frequency, place
             )
@@ -168,11 +168,17 @@ class Layout:
         )
 
 
-def _require_step(times: pd.DatetimeIndex, frequency: Frequency, where: str) -> None:
-    """Raises UserError for a series of another frequency."""
+def _require_step(
+    times: pd.DatetimeIndex, frequency: Frequency, missing: Missing, where: str
+) -> None:
+    """Raises UserError for a series of another frequency: by its median step, or by its shortest
+    where times that are missing are put in, for these may be more than half."""
     if len(times) < 3:
         return
-    step = float(np.median(np.diff(times.as_unit("ns").asi8))) / 1e9
+    steps = np.diff(times.as_unit("ns").asi8)
+    step = float(np.median(steps) if missing in ("error", "drop") else steps.min()) / 1e9
+    if step < frequency.seconds <= 1.2 * step:  # the shortest month
+        return
     here, there = (pd.Timedelta(seconds=s) for s in (step, frequency.seconds))
     require(
         0.9 < step / frequency.seconds < 1.1,

@@ -103,7 +103,10 @@ class SegmentForecaster(nn.Module):
     steps. From its final state all future segments are decoded at once, each by one step of the
     same cell whose input tells the segment's position and the channel. A look-back that is no
     multiple of S loses its oldest steps; a horizon that is none is decoded to the next multiple and
-    cut. What else is known (see `flax_lstm.data.base.Known`) is embedded per segment and added.
+    cut. With `highway` a linear forecast from the whole look-back, one for all channels, is added
+    to what is decoded (the autoregressive part of LSTNet, Lai et al. 2018), and the queries see the
+    whole look-back besides the state. What else is known (see `flax_lstm.data.base.Known`) is
+    embedded per segment and added.
     Outputs [B, N, C, Q].
     """
 
@@ -113,6 +116,7 @@ class SegmentForecaster(nn.Module):
     form: SeriesForm
     window: WindowName = "last"
     cycle: int = 0
+    highway: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -137,15 +141,10 @@ class SegmentForecaster(nn.Module):
             observed_BTC = known.observed
         location_B1C, scale_B1C = window_level(self.window, x_BTC, observed_BTC, form.season)
         x_BTC = (x_BTC - location_B1C) / scale_B1C
-        cycle_BNC = jnp.zeros((batch, horizon, channels), x_BTC.dtype)
-        if self.cycle:
-            shape = (self.cycle, channels)
-            cycle_WC = self.param("cycle", nn.initializers.zeros, shape, jnp.float32)
-            phase_BS = known.phase[:, None] + jnp.arange(steps + horizon)[None]
-            cycle_BSC = cycle_WC[phase_BS % self.cycle]
-            x_BTC, cycle_BNC = x_BTC - cycle_BSC[:, :steps], cycle_BSC[:, steps:]
+        x_BTC, cycle_BNC = self._cycled(x_BTC, known)
         past_BTC, level_BNC = self._level(x_BTC)
-        embedded = self._segments(x_BTC - past_BTC, "embed")
+        relative_BTC = x_BTC - past_BTC
+        embedded = self._segments(relative_BTC, "embed")
         if known is not None and known.observed is not None:
             embedded += self._segments(known.observed, "observed")
         x_RMH = nn.relu(embedded)
@@ -163,6 +162,11 @@ class SegmentForecaster(nn.Module):
             )
             query_BCMH = query_BCMH + future_BCMH
 
+        level_BNC = level_BNC + cycle_BNC
+        if self.highway:
+            seen_BCH, direct_BNC = self._highway(relative_BTC)
+            query_BCMH, level_BNC = query_BCMH + seen_BCH[:, :, None], level_BNC + direct_BNC
+
         state, _ = self.rnn(x_RMH, None, state, deterministic=deterministic)
         y_RMH = nn.Dropout(self.dropout)(
             self._decode(state, query_BCMH), deterministic=deterministic
@@ -171,7 +175,27 @@ class SegmentForecaster(nn.Module):
         y = dense(size, "hidden", None, dtype=self.dtype, name="head")(y_RMH).astype(jnp.float32)
         y_BCNQ = y.reshape(batch, channels, -1, form.outputs)[:, :, :horizon]
         y_BNCQ = y_BCNQ.swapaxes(1, 2)
-        return state, placed(y_BNCQ, level_BNC + cycle_BNC, location_B1C, scale_B1C, form)
+        return state, placed(y_BNCQ, level_BNC, location_B1C, scale_B1C, form)
+
+    def _cycled(self, x_BTC: Array, known: Any) -> tuple[Array, Array]:
+        """The look-back without the learned cycle, and the cycle [B, N, C] over the horizon."""
+        batch, steps, channels = x_BTC.shape
+        horizon = self.form.horizon
+        if not self.cycle:
+            return x_BTC, jnp.zeros((batch, horizon, channels), x_BTC.dtype)
+        shape = (self.cycle, channels)
+        cycle_WC = self.param("cycle", nn.initializers.zeros, shape, jnp.float32)
+        phase_BS = known.phase[:, None] + jnp.arange(steps + horizon)[None]
+        cycle_BSC = cycle_WC[phase_BS % self.cycle]
+        return x_BTC - cycle_BSC[:, :steps], cycle_BSC[:, steps:]
+
+    def _highway(self, relative_BTC: Array) -> tuple[Array, Array]:
+        """The whole look-back embedded [B, C, H], and the linear forecast [B, N, C], 0 at first."""
+        x_BCT = relative_BTC.swapaxes(1, 2)
+        seen_BCH = dense(self.width, dtype=self.dtype, name="look_back")(x_BCT)
+        zeros = nn.initializers.zeros
+        linear = nn.Dense(self.form.horizon, kernel_init=zeros, use_bias=False, name="highway")
+        return seen_BCH, linear(x_BCT).swapaxes(1, 2)
 
     def _decode(self, state: Any, query_BCMH: Array) -> Array:
         """[R, M, H]: one step of the cell from the final state for every segment of the horizon.
@@ -262,6 +286,8 @@ class SegmentModel:
     # of doing so the scale), none
     window: WindowName = "last"
     cycle: bool = False  # learn the shape of a season, subtracted before and added after
+    # add a linear forecast from the whole look-back, which the recurrence has to correct only
+    highway: bool = False
     dropout: float = 0.5  # before the head
     dtype: DTypeName = "float32"  # what is computed in; weights and state stay float32
     backend: BackendName = "auto"  # how the recurrence is run
@@ -303,6 +329,7 @@ class SegmentModel:
             form,
             self.window,
             form.season if self.cycle and form.season > 1 else 0,
+            self.highway,
             self.dropout,
             dtype,
         )

@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from flax_lstm.data.base import Batch, SeriesForm, Windows
 from flax_lstm.data.vocabulary import write_atomically
+from flax_lstm.data.windows import WindowDataset
 from flax_lstm.errors import UserError, require
 from flax_lstm.nn.likelihoods import (
     Likelihood,
@@ -37,6 +38,7 @@ from flax_lstm.tasks.base import (
     Task,
     weighted,
 )
+from flax_lstm.tasks.judging import linear_of
 from flax_lstm.tasks.metrics import Mean
 from flax_lstm.tasks.plots import plot_forecasts, plot_panel
 
@@ -291,6 +293,22 @@ class Forecasting(Task):
         rules = naive_forecasts(len(info.targets), info.lookback, info.horizon, info.season)
         shown = ("last_value", "seasonal_naive")
         return {name: repeated(rules[name]) for name in shown if name in rules}
+
+    def rivals(self, dataset: Any, split: str, folder: Path) -> dict[str, dict[str, float]]:
+        """`linear`: the ridge regression of `flax_lstm.tasks.judging`, where it can be fitted."""
+        linear = linear_of(dataset) if isinstance(dataset, WindowDataset) else None
+        if linear is None:
+            return {}
+        info, per_value = dataset.info, max(len(self.levels), 1)
+        measure = jax.jit(lambda outputs, batch: self.measure(outputs, batch, info))
+        total: Any = None
+        for batch in dataset.evaluation(split, 256):
+            forecast = linear(batch.inputs[..., : len(info.targets)]).astype(np.float32)
+            values = np.repeat(forecast[..., None], per_value, axis=-1)
+            sums = measure(values if self.likelihood is None else Levels(values), batch)
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        return {"linear": self.figures(total, info)}
 
     def predict(
         self,

@@ -14,6 +14,8 @@ import numpy as np
 from scipy.special import stdtr
 
 Array = np.ndarray
+EXAMPLES = 20_000  # series of training windows, at most, that the linear forecast is fitted on
+LEAST = 8  # at least
 RIDGES = tuple(10.0**n for n in range(-4, 3))  # strengths tried, as shares of the mean variance
 
 
@@ -143,12 +145,27 @@ class Linear(NamedTuple):
         return forecast + self.bias_N[None, :, None] + last_W1C
 
 
-def ridge(train: Sequence[Any], validation: Sequence[Any], channels: int) -> Linear:
+def linear_of(dataset: Any) -> Linear | None:
+    """The ridge regression fitted on a sample of a data set's training windows; None where hardly
+    any is whole."""
+    channels = len(dataset.info.targets)
+    parts = []
+    for split, count in (("train", EXAMPLES // channels), ("validation", EXAMPLES // 10)):
+        last = dataset.size(split) - 1
+        windows = np.unique(np.linspace(0, last, max(count, 1)).astype(int))
+        pieces = np.array_split(windows, -(-len(windows) // 256))
+        parts.append([dataset.batch(split, windows_B) for windows_B in pieces])
+    return ridge(parts[0], parts[1], channels)
+
+
+def ridge(train: Sequence[Any], validation: Sequence[Any], channels: int) -> Linear | None:
     """The ridge regression of the horizon on the look-back, one for all channels and series, in
     closed form (Hoerl & Kennard 1970), its strength chosen on validation. Both are batches;
-    windows with a target that was not measured are left out."""
+    windows with a target that was not measured are left out. None with fewer than eight."""
     x_ET, y_EN = _examples(train, channels)
     valid_x, valid_y = _examples(validation, channels)
+    if min(len(x_ET), len(valid_x)) < LEAST:
+        return None
     mean_T, mean_N = x_ET.mean(axis=0), y_EN.mean(axis=0)
     x_ET, y_EN = x_ET - mean_T, y_EN - mean_N
     values_T, vectors_TT = np.linalg.eigh(x_ET.T @ x_ET)
