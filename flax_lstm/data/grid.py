@@ -110,7 +110,8 @@ def infer(times: pd.DatetimeIndex) -> Frequency:
         with suppress(ValueError):  # months have no one length, business days are a day apart
             week = re.fullmatch(r"(\d*)W-\w+", found)
             days = 7 * int(week[1] or 1) if week else 0
-            seconds = days * DAY or pd.Timedelta(to_offset(found)).total_seconds()
+            offset: Any = to_offset(found)
+            seconds = days * DAY or pd.Timedelta(offset).total_seconds()
     else:
         values, counts = np.unique(steps, return_counts=True)
         commonest = int(values[np.argmax(counts)])
