@@ -17,6 +17,7 @@ from flax_lstm.inference import Run, load
 from flax_lstm.tasks.forecasting import Forecasting, naive_forecasts
 from flax_lstm.tasks.judging import Comparison, Truth, better, compare, figures, linear_of, table
 from flax_lstm.tasks.plots import plot_panel
+from flax_lstm.tasks.statistical import statistical_forecasts
 from flax_lstm.training.loop import fit
 
 Array = np.ndarray
@@ -172,11 +173,18 @@ def origins(dataset: Any, windows: int, step: int) -> Array:
     return np.sort(np.concatenate(chosen))
 
 
-def backtest(workdir: Path, windows: int = 0, step: int = 0, refit: bool = False) -> Backtest:
+def backtest(
+    workdir: Path,
+    windows: int = 0,
+    step: int = 0,
+    refit: bool = False,
+    statistical: bool = False,
+) -> Backtest:
     """Forecasts of the run in `workdir`, from origins `step` steps apart (0: one horizon).
 
     refit: train the run's config anew for every origin, on what was known by then, in the folder
     `backtest` of the run; otherwise all forecasts are those of the run's best checkpoint.
+    statistical: also ETS and AutoARIMA, see `flax_lstm.tasks.statistical`.
     Raises UserError for a run that forecasts no series.
     """
     run = load(workdir)
@@ -196,6 +204,8 @@ def backtest(workdir: Path, windows: int = 0, step: int = 0, refit: bool = False
             [task.original(dataset, "test", w, forward) for w in _parts(windows_W, size)]
         )
     rules = _rules(dataset, windows_W)
+    if statistical:
+        rules |= statistical_forecasts(dataset, windows_W)
     forecasts = {MODEL: outputs[..., task.point], **rules}
     quantiles = {MODEL: outputs} if task.levels else {}
     return Backtest(

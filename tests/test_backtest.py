@@ -2,6 +2,8 @@
 """Rolling origins over the test period of a run."""
 
 import json
+import sys
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -149,3 +151,36 @@ def test_a_refit_knows_nothing_of_what_follows(series_run):
         # The scaler is of the rows before validation, and so before the origin.
         train = pd.to_numeric(table["b"])[: before.sum() - 16]
         assert info.mean[1] == pytest.approx(train.mean())
+
+
+class Naive:
+    """Stands in for a model of statsforecast: the last season again, or the last value."""
+
+    def __init__(self, season_length: int):
+        self.season = season_length
+
+    def forecast(self, y: np.ndarray, h: int) -> dict[str, np.ndarray]:
+        return {"mean": np.resize(y[-self.season :], h)}
+
+
+def test_statistical_models_know_what_was_before_their_origin(panel_run, monkeypatch, capsys):
+    package, models = ModuleType("statsforecast"), ModuleType("statsforecast.models")
+    models.AutoETS = models.AutoARIMA = Naive
+    monkeypatch.setitem(sys.modules, "statsforecast", package)
+    monkeypatch.setitem(sys.modules, "statsforecast.models", models)
+    result = backtest(panel_run, statistical=True)
+    for name in ("ets", "arima"):
+        np.testing.assert_allclose(
+            result.forecasts[name], result.forecasts["seasonal_naive"], rtol=1e-5
+        )
+        assert name in result.figures()
+    monkeypatch.setitem(sys.modules, "statsforecast.models", None)
+    outcome = call(capsys, f"backtest {panel_run} --statistical True")
+    assert outcome.code == 2 and "pip install 'flax-lstm[stats]'" in outcome.err
+
+
+def test_ets_and_arima_of_statsforecast_find_a_season(series_run):
+    pytest.importorskip("statsforecast")
+    result = backtest(series_run, windows=1, statistical=True)
+    found = result.figures()
+    assert max(found[name]["mase"] for name in ("ets", "arima")) < found["mean"]["mase"]

@@ -22,6 +22,7 @@ class Options:
     windows: int = 0  # origins of each series, the latest; 0: all
     step: int = 0  # steps between origins; 0: one horizon
     refit: bool = False  # train anew for every origin, on what was known by then
+    statistical: bool = False  # also ETS and AutoARIMA, fitted at every origin: slow
     json: bool = False  # one JSON object on standard output
     output: Path | None = None  # where to write every forecast: .csv, .tsv, .jsonl or .parquet
     overwrite: bool = False  # replace an existing output
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm backtest") -> int:
     from flax_lstm.backtest import backtest
     from flax_lstm.runs.journal import finite
 
-    result = backtest(options.workdir, options.windows, options.step, options.refit)
+    result = backtest(
+        options.workdir, options.windows, options.step, options.refit, options.statistical
+    )
     outcome = result.comparison()
     report = {
         "windows": len(result.windows_W),

@@ -79,6 +79,10 @@ class WindowDataset:
         """Windows of a split."""
         return len(self._windows[split])
 
+    def first_rows(self, split: str) -> Array:
+        """(windows,): the row of the buffer where each window's forecast begins."""
+        return self._windows[split]
+
     def series(self, split: str) -> Array:
         """(windows,): the number of each window's series."""
         return np.searchsorted(self.buffer.begins, self._windows[split], side="right") - 1

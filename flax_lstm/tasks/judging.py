@@ -161,10 +161,10 @@ def linear_of(dataset: Any) -> Linear | None:
 def ridge(train: Sequence[Any], validation: Sequence[Any], channels: int) -> Linear | None:
     """The ridge regression of the horizon on the look-back, one for all channels and series, in
     closed form (Hoerl & Kennard 1970), its strength chosen on validation. Both are batches;
-    windows with a target that was not measured are left out. None with fewer than eight."""
+    windows with a target that was not measured are left out. None with fewer than eight, or none to validate."""
     x_ET, y_EN = _examples(train, channels)
     valid_x, valid_y = _examples(validation, channels)
-    if min(len(x_ET), len(valid_x)) < LEAST:
+    if len(x_ET) < LEAST or not len(valid_x):
         return None
     mean_T, mean_N = x_ET.mean(axis=0), y_EN.mean(axis=0)
     x_ET, y_EN = x_ET - mean_T, y_EN - mean_N
