@@ -161,7 +161,8 @@ def linear_of(dataset: Any) -> Linear | None:
 def ridge(train: Sequence[Any], validation: Sequence[Any], channels: int) -> Linear | None:
     """The ridge regression of the horizon on the look-back, one for all channels and series, in
     closed form (Hoerl & Kennard 1970), its strength chosen on validation. Both are batches;
-    windows with a target that was not measured are left out. None with fewer than eight, or none to validate."""
+    windows with a target that was not measured are left out. None with fewer than eight, or none
+    to validate."""
     x_ET, y_EN = _examples(train, channels)
     valid_x, valid_y = _examples(validation, channels)
     if len(x_ET) < LEAST or not len(valid_x):
