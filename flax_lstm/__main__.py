@@ -31,11 +31,25 @@ def guarded(command: Command, arguments: Sequence[str]) -> int:
     try:
         return quietly(command, arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {short(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:  # of a file that the user, or the machine, does not let us have
+        if error.filename is None:
+            raise
+        name = short(str(error.filename))
+        print(f"error: {name}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"error: memory is not enough: {short(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def short(message: str) -> str:
+    """What fits on a screen: the beginning and the end of a message that quotes too much."""
+    return message if len(message) <= 3000 else f"{message[:1500]} ... {message[-1500:]}"
 
 
 def quietly(command: Command, arguments: Sequence[str]) -> int:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from flax_lstm.errors import UserError, listing, nearest, require
+from flax_lstm.errors import MOST, UserError, listing, nearest, require, within
+from flax_lstm.machine.files import found_at
 
 if TYPE_CHECKING:
     from flax_lstm.data.base import Data
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Schedule = Literal["constant", "cosine", "plateau"]
 Optimizer = Literal["adamw", "sgd", "adafactor"]
+LARGE = 1e37  # about where float32 ends
+COUNTS = ("steps", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -57,34 +60,20 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps between checkpoints
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-        ):
-            value = getattr(self, name)
-            require(value >= 1, f"train.{name.replace('_', '-')} {value}: must be at least 1")
-        for name in (
-            "weight_decay",
-            "clip",
-            "warmup_steps",
-            "schedule_steps",
-            "unfreeze_every",
-            "patience",
-        ):
+        for name in COUNTS:
+            within(f"train.{name.replace('_', '-')}", getattr(self, name), 1)
+        for name in ("warmup_steps", "schedule_steps", "patience"):
+            within(f"train.{name.replace('_', '-')}", getattr(self, name), 0)
+        within("train.unfreeze-every", self.unfreeze_every, 0, 10**6)
+        for name in ("weight_decay", "clip"):
+            value, flag = getattr(self, name), f"train.{name.replace('_', '-')}"
+            require(0 <= value <= LARGE, f"{flag} {value}: must be finite and not negative")
+        for name in ("learning_rate", "epsilon"):
             value = getattr(self, name)
             require(
-                0 <= value < math.inf,
-                f"train.{name.replace('_', '-')} {value}: must be finite and not negative",
+                1 / LARGE <= value <= LARGE,
+                f"train.{name.replace('_', '-')} {value}: must be positive, and finite in float32",
             )
-        require(
-            0 < self.learning_rate < math.inf,
-            f"train.learning-rate {self.learning_rate}: must be positive",
-        )
-        require(0 < self.epsilon < math.inf, f"train.epsilon {self.epsilon}: must be positive")
         require(
             self.epsilon == 1e-8 or self.optimizer == "adamw",
             f"train.epsilon {self.epsilon} acts with train.optimizer adamw only, not with "
@@ -95,7 +84,8 @@ class TrainConfig:
             f"train.layer-decay {self.layer_decay}: must be above 0 and at most 1",
         )
         require(0 <= self.ema < 1, f"train.ema {self.ema}: must be at least 0 and below 1")
-        divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+        low = [n for n in range(1, math.isqrt(self.batch_size) + 1) if self.batch_size % n == 0]
+        divisors = sorted({*low, *(self.batch_size // n for n in low)})
         require(
             self.batch_size % self.accumulate == 0,
             f"train.accumulate {self.accumulate} does not divide train.batch-size "
@@ -113,6 +103,14 @@ class MeshConfig:
     fsdp: int = 1  # devices that share the parameters' storage
     model: int = 1  # devices that share the hidden units
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            size = getattr(self, f.name)
+            require(
+                size == -1 or 1 <= size <= MOST,
+                f"mesh.{f.name} {size}: must be a number of devices, or -1 for all that are left",
+            )
+
 
 @dataclass(frozen=True)
 class Config:
@@ -126,6 +124,14 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0  # of the initial weights, dropout and the order of examples
+
+    def __post_init__(self) -> None:
+        name = str(self.name)
+        require(
+            name not in ("", ".", "..") and not {"/", "\0"} & {*name},
+            f"name {name!r}: the folder runs/NAME cannot be called so",
+        )
+        within("seed", self.seed, 0, 2**32 - 1)
 
     @property
     def backend(self) -> str | None:
@@ -170,6 +176,7 @@ def load_config(name: str | Path) -> Config:
     """The config of a file, or a shipped one by its bare name. Executes the file's
     `get_config()`."""
     path = Path(name)
+    found_at(path)  # what can be no path is refused
     if path.suffix != ".py" and not path.is_file():
         require(
             path.name in shipped_configs() and len(path.parts) == 1,

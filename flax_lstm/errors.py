@@ -31,6 +31,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {match[0]}?" if match else ""
 
 
+# What is counted on devices has 32 bits.
+MOST = 2**31 - 1
+
+
+def within(name: str, value: float, least: float, most: float = MOST) -> None:
+    """Raises UserError for a setting outside these bounds, or that is no number."""
+    require(value >= least, f"{name} {value}: must be at least {least:,}")
+    require(value <= most, f"{name} {value}: must be at most {most:,}")
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `UserError(message)` unless the condition holds."""
     if not condition:

@@ -18,6 +18,7 @@ from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.data.language import LanguageInfo
 from flax_lstm.data.text import TextDataset, TextInfo
 from flax_lstm.errors import UserError, listing, require
+from flax_lstm.machine.files import found_at
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Outputs
@@ -59,7 +60,7 @@ class Run:
             return self._checkpoints.best() or latest
         kept = self._checkpoints.steps()
         require(
-            str(checkpoint).isdigit() and int(checkpoint) in kept,
+            str(checkpoint).isdecimal() and int(checkpoint) in kept,
             f"--checkpoint {checkpoint}: choose best, latest or one of {listing(kept)}",
         )
         return int(checkpoint)
@@ -176,9 +177,19 @@ class Run:
     def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
         """A function from a batch to the module's outputs."""
         params, steps = self.params(checkpoint), self._parts.steps
-        return lambda batch: jax.device_get(
-            steps.forward(params, None, jax.tree.map(np.asarray, batch))[1]
-        )
+
+        def forward(batch: Batch) -> np.ndarray:
+            outputs = jax.device_get(
+                steps.forward(params, None, jax.tree.map(np.asarray, batch))[1]
+            )
+            require(
+                all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(outputs)),
+                f"{self.workdir}: what the model answers to this input is not finite: the input "
+                "is too far from what it was trained on, or the training had diverged",
+            )
+            return outputs
+
+        return forward
 
     def generate(
         self,
@@ -356,7 +367,7 @@ def seeds_of(folder: Path) -> list[Path]:
 def _load(workdir: Path) -> Run:
     path = Workdir(workdir).config
     require(
-        path.exists(),
+        found_at(path) is not None,
         f"{workdir}: no run here ({path.name} is missing); name the folder that train.py wrote",
     )
     # The backend of the training may not be there where the model is used.
@@ -374,5 +385,8 @@ def checkpoints(workdir: str | Path, verify: bool = False) -> list[dict[str, Any
     run.
     """
     folder = Workdir(workdir)
-    require(folder.config.exists(), f"{workdir}: no run here ({folder.config.name} is missing)")
+    require(
+        found_at(folder.config) is not None,
+        f"{workdir}: no run here ({folder.config.name} is missing)",
+    )
     return Checkpoints(folder.checkpoints).listing(verify)

@@ -76,7 +76,7 @@ def test_unusual_values_are_read_back_equal(tmp_path):
         name='it\'s "quoted"\n and {odd} ' + "long " * 40,
         model=RecurrentModel(hidden_size=(128, 64, 3), dropout=1e-17),
         task=Forecasting(objective="quantile", quantiles=(0.1, 0.3, 0.5)),
-        seed=-3,
+        seed=3,
     )
     config = replace(
         config, data=replace(config.data, path="/tmp/ünï' \\ code.csv", targets=("a",))

@@ -348,7 +348,7 @@ GOOD = b"text,label\n" + b"".join(b"text %d,%s\n" % (i, [b"a", b"b"][i % 2]) for
         ("t.jsonl", b"\n\n", {}, "has no rows"),
         ("t.xlsx", b"x", {}, r"unknown kind of file '\.xlsx'; known extensions: \.csv"),
         ("t.csv", GOOD.replace(b"text 7", b"te\0xt 7"), {}, "NUL byte in line 9"),
-        ("t.csv", GOOD.decode().encode("utf-16"), {}, "NUL byte in line 1"),
+        ("t.csv", GOOD.decode().encode("utf-16"), {}, "is UTF-16, not UTF-8"),
         ("t.csv", GOOD.replace(b"text 7", b"te\xe9t 7"), {}, "byte 0xe9 in line 9"),
         (
             "t.csv",

@@ -42,6 +42,9 @@ USUAL = {
 }
 
 
+LONGEST = 4096  # letters of a setting: as many as a path may have
+
+
 def named(folders: tuple[Path, ...]) -> tuple[Path, ...]:
     """The folders, of which there has to be one."""
     require(len(folders) > 0, "name the folder of a run: DIR")
@@ -82,6 +85,8 @@ def parse_with_config(
 
 def check_flags(arguments: Sequence[str], *kinds: type) -> None:
     """Raises UserError for a flag that is called otherwise here, with its name."""
+    longest = max(map(len, arguments), default=0)
+    require(longest <= LONGEST, f"an argument of {longest:,} letters; {LONGEST:,} are the most")
     known = [name for kind in kinds for name in flag_names(kind)]
     for argument in arguments:
         name = argument[2:].split("=")[0].replace("_", "-")

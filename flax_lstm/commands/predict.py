@@ -49,7 +49,7 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
         "give either --text TEXT, or --prompt TEXT, or --input FILE and --output FILE",
     )
     if options.output is not None:
-        check_output(options.output, options.overwrite)
+        check_output(options.output, options.overwrite, options.input)
     from flax_lstm.inference import load
 
     run = load(*named(options.workdir))

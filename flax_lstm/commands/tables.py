@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables that commands write: whole, or not at all."""
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax_lstm.errors import UserError, listing, require
+from flax_lstm.machine.files import found_at
 
 WRITERS: dict[str, Callable[[Any, Path], None]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".tsv": lambda frame, path: frame.to_csv(path, index=False, sep="\t"),
+    # Fifteen digits are what pandas writes at most; numbers have up to seventeen.
     ".jsonl": lambda frame, path: frame.to_json(
-        path, orient="records", lines=True, date_format="iso"
+        path, orient="records", lines=True, date_format="iso", double_precision=15
     ),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
 }
@@ -19,9 +23,9 @@ WRITERS: dict[str, Callable[[Any, Path], None]] = {
 
 def write_table(table: Any, path: Path) -> None:
     """Writes the file whole, or leaves what was there."""
-    draft = path.with_name(f".{path.name}.part")
+    draft = path.with_name(f".{os.getpid()}.part")  # short: a name ends at 255 bytes
     try:
-        WRITERS[path.suffix](table, draft)
+        WRITERS[path.suffix.lower()](table, draft)
         draft.replace(path)
     except OSError as error:
         raise UserError(
@@ -29,7 +33,7 @@ def write_table(table: Any, path: Path) -> None:
         ) from error
     except Exception as error:  # what a column holds has no place in this format
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        others = listing(suffix for suffix in WRITERS if suffix != path.suffix)
+        others = listing(suffix for suffix in WRITERS if suffix != path.suffix.lower())
         raise UserError(
             f"--output {path}: the table cannot be written as {path.suffix} ({reason}); try one of "
             f"{others}"
@@ -38,14 +42,19 @@ def write_table(table: Any, path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuses, before any work, an output that could not be written or would replace something."""
+def check_output(path: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Refuses, before any work, an output that could not be written or would replace something: the
+    `source` it is made from in any case."""
     require(
-        path.suffix in WRITERS,
+        path.suffix.lower() in WRITERS,
         f"--output {path}: the extension must be one of {listing(WRITERS)}",
     )
+    found = found_at(path)
     require(path.parent.is_dir(), f"--output {path}: the folder {path.parent} does not exist")
-    require(not path.is_dir(), f"--output {path}: this is a folder")
-    require(
-        overwrite or not path.exists(), f"--output {path}: exists already; --overwrite replaces it"
-    )
+    if found is None:
+        return
+    require(not stat.S_ISDIR(found.st_mode), f"--output {path}: this is a folder")
+    require(stat.S_ISREG(found.st_mode), f"--output {path}: this is no plain file")
+    same = source is not None and source.exists() and source.samefile(path)
+    require(not same, f"--output {path}: this is the input; name another file")
+    require(overwrite, f"--output {path}: exists already; --overwrite replaces it")

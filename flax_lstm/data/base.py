@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 import pandas as pd
 
 from flax_lstm.errors import UserError
+from flax_lstm.machine.files import expanded, found_at
 
 Array = Any  # NumPy from a data set, JAX within the training step
 
@@ -194,8 +195,8 @@ class Data(Protocol):
         """Files and folders that the data are read from, as far as they are there: a run is not
         resumed on other content. Here: those that settings with `path` in their name say."""
         names = (f.name for f in fields(self) if "path" in f.name)  # type: ignore[arg-type]
-        paths = [Path(str(getattr(self, name))).expanduser() for name in names]
-        return [path for path in paths if path.name and path.exists()]
+        paths = [expanded(str(getattr(self, name))) for name in names]
+        return [path for path in paths if path.name and found_at(path) is not None]
 
     def absolute(self) -> Self:
         """The same settings with absolute paths, so that a run works from any directory."""

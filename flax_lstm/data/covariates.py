@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from flax_lstm.data.grid import DAY
-from flax_lstm.data.timetable import parse
+from flax_lstm.data.measures import deviation, how_written, numbers_of, parse, scaled, shown
 from flax_lstm.errors import UserError, listing, require
 
 Array = np.ndarray
@@ -36,13 +36,15 @@ class Column:
     def fit(cls, values: pd.Series, where: str) -> Self:
         """Numbers where all values are, categories elsewhere."""
         name = str(values.name)
-        numbers, wrong = parse(values)
+        _, wrong = parse(values)
         if not wrong.any():
-            finite = numbers[np.isfinite(numbers)]
-            require(len(finite) > 0, f"{where}: column {name!r} has no value at all")
-            constant = np.ptp(finite) == 0
-            return cls(name, (), float(finite.mean()), 1.0 if constant else float(finite.std()))
-        words = tuple(sorted(values.dropna().astype(str).unique()))
+            numbers = numbers_of(values, where)
+            known = numbers[~np.isnan(numbers)]
+            require(len(known) > 0, f"{where}: column {name!r} has no value at all")
+            return cls(name, (), *deviation(known))
+        written = how_written(values[wrong])
+        require(not written, f"{where}: column {name!r} is text, numbers {written}")
+        words = tuple(sorted({str(value) for value in values.dropna()}))
         require(
             len(words) <= CATEGORIES,
             f"{where}: column {name!r} has {len(words)} different values; {CATEGORIES} are the "
@@ -63,18 +65,22 @@ class Column:
             encoded = (codes_R[:, None] == np.arange(1, self.width + 1)).astype(np.float32)
             encoded[values.isna().to_numpy()] = np.nan
             return encoded
-        numbers, wrong = parse(values)
+        _, wrong = parse(values)
         if wrong.any():
             row = int(np.argmax(wrong))
             raise UserError(
-                f"{where}: column {self.name!r} holds {values.iloc[row]!r} in row {row + 1}, no "
-                "number as in training"
+                f"{where}: column {self.name!r} holds {shown(values.iloc[row])} in row {row + 1}, "
+                "no number as in training"
             )
-        return ((numbers - self.mean) / self.std).astype(np.float32)[:, None]
+        rows_R = np.arange(1, len(values) + 1)
+        values_R1 = numbers_of(values, where)[:, None]
+        return scaled(values_R1, self.mean, self.std, (self.name,), rows_R, where)
 
     def codes(self, values: pd.Series) -> Array:
         """(R,) int32: 1, 2, ... for the categories in order, 0 for one that was not seen."""
-        index = pd.Index(self.categories).get_indexer(pd.Index(values.astype(str)))
+        index = pd.Index(self.categories).get_indexer(
+            pd.Index([str(value) for value in values], dtype=object)
+        )
         return (index + 1).astype(np.int32)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from pandas.tseries.frequencies import to_offset
 
-from flax_lstm.errors import UserError, listing, require
+from flax_lstm.errors import UserError, listing
+from flax_lstm.machine.memory import require_room
 
 Array = np.ndarray
 Missing = Literal["error", "mask", "interpolate", "forward_fill", "drop"]
@@ -153,6 +154,12 @@ def regular(
     steps = np.diff(times.as_unit("ns").asi8)
     if frequency.seconds <= 7 * DAY and (steps == round(frequency.seconds * 1e9)).all():
         return Regular(times, values_RD, np.arange(len(times)), 0, "")
+    expected = (times[-1] - times[0]).total_seconds() / frequency.seconds
+    require_room(
+        8 * expected * (values_RD.shape[1] + 4),
+        f"{where}: a grid of one row every {_plain(frequency)} from {times[0]} to {times[-1]} has "
+        f"{expected:,.0f} rows, the table {len(times):,}; is a time wrong?",
+    )
     grid = pd.date_range(times[0], times[-1], freq=frequency.name)
     places = grid.get_indexer(times)
     if (places < 0).any():
@@ -213,20 +220,3 @@ def absent(values_RD: Array, channels: tuple[str, ...]) -> str:
         for name, rows in found.items()
         if len(rows)
     )
-
-
-def require_sane(values_RD: Array, channels: tuple[str, ...], where: str) -> None:
-    """Raises UserError for numbers whose squares leave float64, and for a spread that does."""
-    for name, values in zip(channels, values_RD.T, strict=True):
-        size = np.abs(values)
-        huge = np.flatnonzero(size > 1e100) + 1
-        require(
-            len(huge) == 0,
-            f"{where}: column {name!r} holds {values[huge[0] - 1] if len(huge) else 0:g} in row "
-            f"{listing(huge, 5)}: too large to be a measurement; leave absent values empty",
-        )
-        spread = np.nanmax(values) - np.nanmin(values) if (~np.isnan(values)).any() else 0.0
-        require(
-            spread == 0 or spread > 1e-100,
-            f"{where}: column {name!r} varies by {spread:g} only; write it in a smaller unit",
-        )

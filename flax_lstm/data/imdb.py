@@ -24,6 +24,7 @@ from flax_lstm.data.download import RemoteFile, download, verify
 from flax_lstm.data.memory import absolute_path
 from flax_lstm.data.text import Corpus, TextData, Texts, split_by_hash
 from flax_lstm.errors import UserError
+from flax_lstm.machine.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ class ImdbFiles(Corpus):
 
         Raises UserError without data and network, and for a spoilt archive.
         """
-        data_dir = Path(
+        data_dir = expanded(
             self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        ).expanduser()
+        )
         if not _is_prepared(data_dir):
             prepare(data_dir, self.archive)
         import tensorflow_datasets as tfds  # here: it takes a second, and predictions do without
@@ -141,7 +142,7 @@ def prepare(data_dir: Path, archive: str) -> None:
 
 
 def _local(archive: str) -> Path:
-    path = Path(archive).expanduser()
+    path = expanded(archive)
     if not path.is_file():
         raise UserError(f"data.archive: {path} does not exist")
     verify(path, ARCHIVE)

@@ -21,6 +21,7 @@ from flax_lstm.data.prepared import PieceBatches, Prepared
 from flax_lstm.data.preparing import Document
 from flax_lstm.data.tables import read_table, text_values
 from flax_lstm.data.text import (
+    LONGEST,
     Corpus,
     TableFiles,
     Texts,
@@ -180,11 +181,12 @@ class LanguageData(Corpus):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.sequence_length > 0,
-            f"data.sequence-length is {self.sequence_length}: give at least 1 token",
+            0 < self.sequence_length <= LONGEST,
+            f"data.sequence-length is {self.sequence_length}: give at least 1 token, at most "
+            f"{LONGEST:,}",
         )
         require(
-            self.evaluation_tokens >= 0,
+            0 <= self.evaluation_tokens <= 2**63 - 1,
             f"data.evaluation-tokens is {self.evaluation_tokens}: give 0 (all) or a number",
         )
 

@@ -7,7 +7,6 @@ on these data and no others; the data themselves are given again each time.
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +14,7 @@ import pandas as pd
 
 from flax_lstm.data.base import Data
 from flax_lstm.errors import UserError, require
+from flax_lstm.machine.files import expanded
 
 MEMORY = "memory:"
 
@@ -42,6 +42,10 @@ class InMemory(Data):
         """What the program gave, in the form in which a file would be read: a DataFrame."""
         return as_frame(table)
 
+    def table(self, inputs: Any) -> pd.DataFrame:
+        """New inputs for predictions, as a program has them, in the form of `read`."""
+        return as_frame(inputs)
+
     def held(self) -> Any:
         """The data in memory."""
         held = vars(self).get("_held")
@@ -60,7 +64,7 @@ def in_memory(path: object) -> bool:
 
 def absolute_path(path: str) -> str:
     """The path from the root; what stands for nothing or for data in memory stays."""
-    return path if not path or in_memory(path) else str(Path(path).expanduser().absolute())
+    return path if not path or in_memory(path) else str(expanded(path).absolute())
 
 
 def as_frame(table: Any) -> pd.DataFrame:
@@ -81,10 +85,26 @@ def as_frame(table: Any) -> pd.DataFrame:
         table.index.names != [None] or isinstance(table.index, pd.DatetimeIndex)
     ):
         table = table.rename_axis(index=[str(name or "time") for name in table.index.names])
-        table = table.reset_index()
-    table = table.reset_index(drop=True).rename(columns=str)
+        table = with_index(table, "data")
+    return with_names(table.reset_index(drop=True), "data")
+
+
+def with_index(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The table with its index as columns. Raises UserError where there are such columns."""
+    try:
+        return table.reset_index()
+    except ValueError as error:
+        raise UserError(f"{where}: the index of the table cannot be a column: {error}") from None
+
+
+def with_names(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The table with strings as names of its columns. Raises UserError for names that repeat, or
+    that no file can hold."""
+    table = table.set_axis([str(name) for name in table.columns], axis=1)
     repeated = table.columns[table.columns.duplicated()]
-    require(not len(repeated), f"data: more than one column is named {', '.join(repeated)}")
+    require(not len(repeated), f"{where}: more than one column is named {', '.join(repeated)}")
+    broken = [name for name in table.columns if name != name.encode(errors="replace").decode()]
+    require(not broken, f"{where}: the names of columns hold half a character: {broken!r}")
     return table
 
 

@@ -29,7 +29,7 @@ from flax_lstm.data.series import (
 from flax_lstm.data.timetable import read_series
 from flax_lstm.data.tracks import Layout, Track
 from flax_lstm.data.windows import SPLITS, scored
-from flax_lstm.errors import listing, require
+from flax_lstm.errors import MOST, listing, require
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class PanelTable(InMemory):
         for name in ("validation", "test"):
             steps = getattr(self, name)
             require(
-                steps == 0 or steps >= max(self.horizon, 1),
+                steps == 0 or max(self.horizon, 1) <= steps <= MOST,
                 f"data.{name} {steps}: must be at least data.horizon {self.horizon}, or 0 for one "
                 "horizon",
             )
@@ -113,7 +113,7 @@ class PanelTable(InMemory):
             # The largest scale of any series is the unit of sums over all of them.
             info = replace(info, std=tuple(scale.std_PD.max(axis=0).tolist()))
             info.save(assets)
-        buffer = info.buffer(tracks, scale, static)
+        buffer = info.buffer(tracks, scale, static, self.path)
         judged = info.scale_of(tracks, [int(n) for n in before_test])
         naive_PC = judged.naive_PC * judged.std_PD[:, : len(info.targets)]
         at_test = scale._replace(naive_PC=naive_PC / scale.std_PD[:, : len(info.targets)])

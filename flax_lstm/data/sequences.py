@@ -4,6 +4,7 @@
 Axes: N sequences, T time steps, D features, B rows of a batch.
 """
 
+import io
 import json
 import zipfile
 from collections import Counter
@@ -17,10 +18,12 @@ import pandas as pd
 
 from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
-from flax_lstm.data.memory import InMemory, absolute_path, in_memory
-from flax_lstm.data.tables import label_name, read_table, sort_labels
-from flax_lstm.errors import UserError, listing, require
-from flax_lstm.machine.files import write_atomically
+from flax_lstm.data.measures import FARTHEST, SMALLEST, is_several, scaled
+from flax_lstm.data.memory import InMemory, absolute_path, in_memory, with_names
+from flax_lstm.data.tables import label_name, read_bytes, read_table, sort_labels
+from flax_lstm.errors import UserError, listing, require, within
+from flax_lstm.machine.files import expanded, write_atomically
+from flax_lstm.machine.memory import require_room
 
 SPLITS = ("train", "validation", "test")
 
@@ -63,8 +66,9 @@ class SequencesInfo:
 
     def scale(self, x_TD: np.ndarray) -> np.ndarray:
         """A sequence as the model sees it: cut, mean 0, deviation 1, float32."""
-        scaled_TD = (self.cut(x_TD) - np.array(self.mean)) / np.array(self.std)
-        return scaled_TD.astype(np.float32)
+        cut_TD, names = self.cut(x_TD), [str(n) for n in range(1, self.features + 1)]
+        steps = np.arange(1, len(cut_TD) + 1)
+        return scaled(cut_TD, np.array(self.mean), np.array(self.std), names, steps, "a sequence")
 
     def _rows(self, x: Sequence[np.ndarray]) -> Rows:
         """New sequences, whose targets are 0."""
@@ -88,6 +92,10 @@ class SequencesInfo:
         if self.labels is None:
             return numbers(y, split).astype(np.float32)
         index = {label: n for n, label in enumerate(self.labels)}
+        require(
+            not any(is_several(one) for one in y),
+            f"a target of the {split} split holds several values; a label is one",
+        )
         names = [label_name(one) for one in y]
         if unknown := sorted({name for name in names if name not in index}):
             raise UserError(
@@ -179,10 +187,11 @@ class Sequences(InMemory):
     split_seed: int = 0  # another value draws another split
 
     def __post_init__(self) -> None:
-        require(self.max_length > 0, f"data.max-length {self.max_length}: must be at least 1 step")
+        within("data.max-length", self.max_length, 1)
+        within("data.split-seed", self.split_seed, 0, 2**63 - 1)
         shares = (self.validation_fraction, self.test_fraction)
         require(
-            min(shares) > 0 and sum(shares) < 1,
+            all(share > 0 for share in shares) and sum(shares) < 1,
             f"data.validation-fraction {shares[0]} and data.test-fraction {shares[1]}: must be "
             "positive and leave sequences for training",
         )
@@ -194,7 +203,8 @@ class Sequences(InMemory):
         """What a program gave, as arrays that have a fingerprint: all steps [sum T, D], the
         lengths, and the targets."""
         if isinstance(table, pd.DataFrame):
-            table = {str(name): table[name].tolist() for name in table.columns}
+            table = with_names(table, "data")
+            table = {name: table[name].tolist() for name in table.columns}
         if isinstance(table, tuple | list) and len(table) == 2:
             table = {self.x_column: table[0], self.y_column: table[1]}
         if not isinstance(table, dict) or self.x_column not in table:
@@ -204,6 +214,7 @@ class Sequences(InMemory):
             )
         x = sequences(table[self.x_column], "data")
         y = table.get(self.y_column)
+        require(y is None or np.iterable(y), "data: the targets are a list or an array [N]")
         targets = [] if y is None else list(y)
         require(
             y is None or len(targets) == len(x),
@@ -260,7 +271,7 @@ class Sequences(InMemory):
         assert train.y is not None
         steps = np.concatenate([x[-self.max_length :] for x in train.x])
         std = steps.std(axis=0)
-        constant = np.ptp(steps, axis=0) == 0
+        constant = np.ptp(steps, axis=0) <= SMALLEST
         lengths = [min(len(x), self.max_length) for x in train.x]
         labels = counts = outputs = mean = None
         every = [y for one in train.y for y in one] if self.per_step else train.y
@@ -295,13 +306,14 @@ class Sequences(InMemory):
     def _are_numbers(self, y: Sequence[Any]) -> bool:
         if self.target != "auto":
             return self.target == "numbers"
-        kind = np.asarray(y).dtype.kind
-        return kind == "f" or np.ndim(y[0]) > 0
+        if any(is_several(one) for one in y):
+            return True
+        return np.asarray(y).dtype.kind == "f"
 
     def table(self, inputs: Any) -> pd.DataFrame:
         """New sequences: an array [N, T, D], a list of arrays, or a table with lists."""
         if isinstance(inputs, pd.DataFrame):
-            return inputs
+            return with_names(inputs, "the input")
         return pd.DataFrame({self.x_column: sequences(inputs, "the input")})
 
     def read(self, path: str | Path) -> pd.DataFrame:
@@ -312,20 +324,12 @@ class Sequences(InMemory):
 
 def read_arrays(path: Path, x_column: str, y_column: str) -> Examples:
     """Sequences and targets in a file. Raises UserError."""
-    path = path.expanduser()
+    path = expanded(path)
     if path.suffix.lower() != ".npz":
         frame = read_table(path)
         found: dict[str, Any] = {str(name): frame[name].tolist() for name in frame.columns}
     else:
-        require(path.exists(), f"{path} does not exist")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"cannot read {path} as .npz of plain arrays: {error} (lists of arrays are saved "
-                "padded, with an array `lengths`)"
-            ) from None
+        found = read_npz(path)
     require(
         x_column in found,
         f"{path} has no {x_column!r} (--data.x-column); there are: {listing(found)}",
@@ -343,19 +347,39 @@ def read_arrays(path: Path, x_column: str, y_column: str) -> Examples:
     return Examples(x, None if y is None else list(y))
 
 
+def read_npz(path: Path) -> dict[str, Any]:
+    """The arrays of a file. Raises UserError for what is none, and what is too large for the memory
+    that is free."""
+    data = read_bytes(path)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        require_room(2 * size, f"{path} unpacks to arrays that are too large to be read")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except UserError:
+        raise
+    except Exception as error:  # zip, zlib and NumPy have errors of many types
+        raise UserError(
+            f"cannot read {path} as .npz of plain arrays: {error} (lists of arrays are saved "
+            "padded, with an array `lengths`)"
+        ) from None
+
+
 def numbers(y: Sequence[Any], split: str) -> np.ndarray:
     """Targets as numbers (rows, outputs), float64. Raises UserError for what is none, not finite or
-    beyond 1e30, and for rows of several lengths."""
+    so large that its square, added up, would not be, and for rows of several lengths."""
     try:
         found = np.array([np.ravel(one) for one in y], np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(
             f"the targets of the {split} split are not all numbers, of one length each; for labels "
             "there is --data.target labels"
         ) from None
     require(
-        bool((np.abs(found) < 1e30).all()),
-        f"a target of the {split} split is not finite, or beyond 1e30",
+        bool((np.abs(found) <= FARTHEST).all()),
+        f"a target of the {split} split is not finite, or beyond {FARTHEST:g}: give it in a larger "
+        "unit",
     )
     return found.reshape(len(found), -1)
 
@@ -385,13 +409,16 @@ def sequences(values: Any, where: str) -> list[np.ndarray]:
     for n, value in enumerate(values, start=1):
         try:
             # Parquet gives an array of arrays for a list of lists.
-            one = np.asarray(np.asarray(value).tolist(), np.float64)
-        except (TypeError, ValueError):
+            one = np.asarray(value)
+            if one.dtype.kind in "mMcSV":
+                raise TypeError
+            one = np.asarray(one.tolist(), np.float64)
+        except (TypeError, ValueError, OverflowError, RecursionError):
             raise UserError(f"{where}: sequence {n} is no array of numbers [T, D]") from None
         one = one[:, None] if one.ndim == 1 else one
         wanted = found[0].shape[1] if found else (one.shape[1] if one.ndim == 2 else 0)
         require(
-            one.ndim == 2 and one.shape[1] == wanted,
+            one.ndim == 2 and one.shape[1] == wanted > 0,
             f"{where}: sequence {n} has shape {one.shape}; [T, {wanted or 'D'}] is needed",
         )
         require(

@@ -19,6 +19,7 @@ import pandas as pd
 from flax_lstm.data.base import Batch, Known
 from flax_lstm.data.covariates import CYCLES, Column, calendar, columns
 from flax_lstm.data.grid import Frequency, Missing, fill
+from flax_lstm.data.measures import deviation, scaled
 from flax_lstm.data.memory import InMemory, absolute_path, in_memory
 from flax_lstm.data.timetable import (
     embedded,
@@ -30,7 +31,7 @@ from flax_lstm.data.timetable import (
 from flax_lstm.data.tracks import Layout, Track
 from flax_lstm.data.vocabulary import write_atomically
 from flax_lstm.data.windows import SPLITS, Buffer, Scale, WindowDataset, WindowForm, scored
-from flax_lstm.errors import UserError, listing, require
+from flax_lstm.errors import MOST, UserError, listing, require
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
@@ -128,8 +129,11 @@ class SeriesInfo(Layout):
             fitted.append((mean_D, std_D, np.where(scaled_C > 1e-6, scaled_C, 1.0)))
         return Scale(*(np.stack(part) for part in zip(*fitted, strict=True)))
 
-    def buffer(self, tracks: Sequence[Track], scale: Scale, static: pd.DataFrame) -> Buffer:
-        """All tracks in one buffer, scaled and filled. static: one row for each track."""
+    def buffer(
+        self, tracks: Sequence[Track], scale: Scale, static: pd.DataFrame, where: str
+    ) -> Buffer:
+        """All tracks in one buffer, scaled and filled. static: one row for each track. Raises
+        UserError for a value, or a number of static, beyond all measure."""
         counts = [track.rows for track in tracks]
         begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         values_RD = np.empty((begins[-1], len(self.channels)), np.float32)
@@ -142,7 +146,8 @@ class SeriesInfo(Layout):
                 whole_RD = whole_RD.copy()
                 for channel in whole_RD.T:
                     fill(channel, track.times.asi8, self.missing)
-            values_RD[place] = (whole_RD - scale.mean_PD[n]) / scale.std_PD[n]
+            of = (scale.mean_PD[n], scale.std_PD[n], self.channels, track.row_R)
+            values_RD[place] = scaled(whole_RD, *of, where)
             observed_RC[place] = known_RD[:, : len(self.targets)]
         times, time_R = tracks[0].times, np.arange(counts[0], dtype=np.int32)
         if len(tracks) > 1:
@@ -154,7 +159,7 @@ class SeriesInfo(Layout):
             zone = tracks[0].times.tz
             times = times if zone is None else times.tz_localize("UTC").tz_convert(zone)
             time_R = places.astype(np.int32)
-        statics = [c.encode(static[c.name], "the table") for c in self.static if not c.categories]
+        statics = [c.encode(static[c.name], where) for c in self.static if not c.categories]
         codes = [c.codes(static[c.name]) for c in self.static if c.categories]
         return Buffer(
             ids=np.array([track.id for track in tracks], object),
@@ -187,7 +192,7 @@ class SeriesInfo(Layout):
         extended = [self._extend(track) for track in tracks]
         rows = [track.rows for track in tracks]
         scale = self.scale_of(tracks, rows) if self.id_column else self.saved_scale()
-        buffer = self.buffer(extended, scale, first_rows(frame, self))
+        buffer = self.buffer(extended, scale, first_rows(frame, self), where)
         return SeriesDataset(self, buffer, scale, {"test": buffer.begins[1:] - self.horizon})
 
     def until(self, frame: pd.DataFrame, cutoff: str) -> tuple[pd.Timestamp, pd.DataFrame]:
@@ -243,6 +248,7 @@ class SeriesInfo(Layout):
             times=pd.DatetimeIndex(track.times.append(future)),
             values_RD=np.concatenate([track.values_RD, values]),
             future_RK=track.future_RK[: track.rows + self.horizon],
+            row_R=np.concatenate([track.row_R, np.zeros(self.horizon, np.int64)]),
         )
 
     def window(self, frame: pd.DataFrame) -> tuple[Batch, pd.DatetimeIndex]:
@@ -299,14 +305,9 @@ class SeriesDataset(WindowDataset):
 def _moments(values_RD: Array, season: int, targets: int) -> tuple[Array, Array, Array]:
     """Mean and deviation of each channel over what was observed (1 for a constant one, 0 and 1
     where nothing was), and the targets' mean |x[t] - x[t - season]|, 0 where there is none."""
-    absent_RD = np.isnan(values_RD)
-    if absent_RD.any():
-        known = [channel[~np.isnan(channel)] for channel in values_RD.T]
-    else:
-        known = list(values_RD.T)
-    constant = np.array([len(x) == 0 or np.ptp(x) == 0 for x in known])
-    mean_D = np.array([x.mean() if len(x) else 0.0 for x in known])
-    std_D = np.where(constant, 1.0, [x.std() if len(x) else 1.0 for x in known])
+    absent = np.isnan(values_RD).any()
+    known = [x[~np.isnan(x)] if absent else x for x in values_RD.T]
+    mean_D, std_D = np.array([deviation(x) for x in known]).T
     steps = np.abs(values_RD[season:, :targets] - values_RD[:-season, :targets])
     found = [column[~np.isnan(column)] for column in steps.T]
     return mean_D, std_D, np.array([x.mean() if len(x) else 0.0 for x in found])
@@ -373,7 +374,10 @@ class SeriesTable(InMemory):
     def __post_init__(self) -> None:
         require_sizes(self)
         rule = "give shares that sum to at most 1, such as 0.7 0.1 0.2, or whole numbers of rows"
-        require(min(self.split) > 0, f"data.split {self.split}: all three must be positive; {rule}")
+        require(
+            all(0 < share <= MOST for share in self.split),
+            f"data.split {self.split}: all three must be positive, and finite; {rule}",
+        )
         good = (
             all(n == int(n) for n in self.split)
             if max(self.split) > 1
@@ -405,7 +409,7 @@ class SeriesTable(InMemory):
         scale = info.saved_scale()
         borders = self._borders(track.rows, info.lookback, info.horizon, info.season)
         begins = (borders[0] + info.lookback, *borders[1:3])
-        buffer = info.buffer(tracks, scale, pd.DataFrame())
+        buffer = info.buffer(tracks, scale, pd.DataFrame(), self.path)
         windows = {
             split: scored(np.arange(b, e - info.horizon + 1), info.horizon, buffer.observed_RC)
             for split, b, e in zip(SPLITS, begins, borders[1:], strict=True)
@@ -490,7 +494,10 @@ def require_sizes(table: Any) -> None:
     """Raises UserError for a look-back, horizon or season that is none."""
     for name in ("lookback", "horizon", "season"):
         value = getattr(table, name)
-        require(value >= 0, f"data.{name} {value}: must be at least 1, or 0 to be found")
+        require(
+            0 <= value <= MOST,
+            f"data.{name} {value}: must be at least 1 and at most {MOST:,}, or 0 to be found",
+        )
 
 
 def absolute(table: Any) -> Any:

@@ -13,7 +13,8 @@ import numpy as np
 
 from flax_lstm.data.base import Batch, Data
 from flax_lstm.data.order import in_order
-from flax_lstm.errors import require
+from flax_lstm.errors import MOST, require, within
+from flax_lstm.machine.memory import require_room
 
 Array = np.ndarray
 
@@ -56,17 +57,21 @@ class AddingProblem(Data):
 
     def __post_init__(self) -> None:
         require(
-            self.length >= 2,
-            f"data.length {self.length}: must be at least 2, for one marker in each half",
+            2 <= self.length <= MOST,
+            f"data.length {self.length}: must be at least 2, for one marker in each half, and at "
+            f"most {MOST:,}",
         )
         for name in ("examples", "validation_examples", "test_examples"):
-            require(
-                getattr(self, name) >= 1,
-                f"data.{name.replace('_', '-')} {getattr(self, name)}: must be at least 1",
-            )
+            within(f"data.{name.replace('_', '-')}", getattr(self, name), 1)
 
     def load(self, assets: Path) -> "AddingDataset":
-        """The data set; nothing is read, fitted or saved."""
+        """The data set; nothing is read, fitted or saved. Raises UserError where its fixed examples
+        do not fit into memory."""
+        fixed = max(self.validation_examples, self.test_examples)
+        require_room(
+            12.0 * fixed * self.length,
+            f"data.length {self.length:,}: {fixed:,} sequences of so many steps",
+        )
         return AddingDataset(self)
 
     def restore(self, assets: Path) -> RegressionInfo:

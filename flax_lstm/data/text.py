@@ -25,7 +25,7 @@ from flax_lstm.data.buckets import (
     pad,
     take,
 )
-from flax_lstm.data.memory import InMemory, absolute_path, in_memory
+from flax_lstm.data.memory import InMemory, absolute_path, in_memory, with_names
 from flax_lstm.data.prepared import INDEX, SPLITS, Documents, Prepared
 from flax_lstm.data.preparing import Document, Recipe, prepare
 from flax_lstm.data.tables import (
@@ -39,8 +39,11 @@ from flax_lstm.data.tables import (
 )
 from flax_lstm.data.vectors import WordVectors, read_vectors
 from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
-from flax_lstm.errors import UserError, listing, nearest, require
+from flax_lstm.errors import MOST, UserError, listing, nearest, require, within
+from flax_lstm.machine.files import expanded, found_at
 
+MOST_WORDS = 4_000_000  # of a vocabulary
+LONGEST = 10_000_000  # tokens, of a text
 VOCABULARY = "vocabulary.json"  # in the folder of what is fitted
 
 
@@ -265,9 +268,11 @@ class Corpus(Data):
     def __post_init__(self) -> None:
         least = 4 if self.tokenizer == "word" else 260
         require(
-            self.vocabulary_size >= least,
-            f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}",
+            least <= self.vocabulary_size <= MOST_WORDS,
+            f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}, and at most "
+            f"{MOST_WORDS:,}",
         )
+        within("data.split-seed", self.split_seed, 0, 2**63 - 1)
         check_fraction("validation-fraction", self.validation_fraction)
 
     def absolute(self) -> Self:
@@ -275,7 +280,7 @@ class Corpus(Data):
 
     def files(self) -> list[Path]:
         """The index of what was prepared says by hashes what the tokens are."""
-        return [Path(self.prepared).expanduser() / INDEX] if self.prepared else super().files()
+        return [expanded(self.prepared) / INDEX] if self.prepared else super().files()
 
     @abstractmethod
     def stream(self) -> Iterator[Document]:
@@ -295,7 +300,7 @@ class Corpus(Data):
     def open_prepared(self, assets: Path) -> Prepared:
         """What was prepared, whose vocabulary is in `assets` from then on. Raises UserError where
         the settings, or the vocabulary there, are others."""
-        found = Prepared.open(Path(self.prepared).expanduser())
+        found = Prepared.open(expanded(self.prepared))
         for name in ("vocabulary_size", "tokenizer"):
             then, now = found.settings.get(name), getattr(self, name)
             flag = f"--data.{name.replace('_', '-')}"
@@ -355,9 +360,12 @@ class TextData(Corpus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.max_length > 0, f"data.max-length is {self.max_length}: give at least 1 token")
         require(
-            self.train_rows >= 0,
+            0 < self.max_length <= LONGEST,
+            f"data.max-length is {self.max_length}: give at least 1 token, at most {LONGEST:,}",
+        )
+        require(
+            0 <= self.train_rows <= MOST,
             f"data.train-rows is {self.train_rows}: give 0 (all) or a number of rows",
         )
         require(
@@ -396,7 +404,7 @@ class TextData(Corpus):
             lengths = [len(ids) for ids in rows["train"].tokens]
             info = dataclasses.replace(info, boundaries=choose_boundaries(lengths, self.max_length))
             info.save(assets)
-        vectors = Path(self.vectors).expanduser() if self.vectors else None
+        vectors = expanded(self.vectors) if self.vectors else None
         return TextDataset(info, rows, splits, vectors)
 
     def _load_prepared(self, assets: Path) -> TextDataset:
@@ -493,20 +501,21 @@ class TextData(Corpus):
         else:
             frame = pd.DataFrame({self.text_column: pd.Series(list(inputs), dtype=object)})
         require(len(frame) > 0, "predict was given no text")
+        frame = with_names(frame, "the input")
         text_values(frame, self.text_column, "the input")
         return frame
 
     def labelled(self, path: Path, assets: Path) -> TextDataset:
         """New texts with labels: a table with the training table's columns, or a folder
         LABEL/*.txt."""
-        path, info = Path(path).expanduser(), self.restore(assets)
+        path, info = expanded(path), self.restore(assets)
         new = read_texts(path, self.text_column, self.labels_of)
         return TextDataset(info, {"input": encode(info, "input", new)}, {"input": new})
 
     def read(self, path: str | Path) -> pd.DataFrame:
         """New texts for predictions: a table with the training table's text column, and any
         others."""
-        frame = read_table(Path(path).expanduser())
+        frame = read_table(expanded(path))
         text_values(frame, self.text_column, path)  # says what is wrong with it, if anything
         return frame
 
@@ -546,8 +555,9 @@ class TableFiles(Corpus, InMemory):
             bool(self.path),
             "data.path is not given: name a table or folder of texts, --data.path FILE",
         )
-        train = Path(self.path).expanduser()
-        test = Path(self.test_path).expanduser() if self.test_path else None
+        train = expanded(self.path)
+        test = expanded(self.test_path) if self.test_path else None
+        found_at(train)  # what can be no path is refused
         if test is None and (train / "train").is_dir() and (train / "test").is_dir():
             train, test = train / "train", train / "test"
         shares = {} if test is not None else {"test": self.test_fraction}

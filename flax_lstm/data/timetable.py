@@ -1,35 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables with one row per time, read strictly: whatever is wrong is said with its column and row
 (counted from 1).
-
-Axes: R rows, D channels.
 """
 
-import gzip
 import logging
-import tempfile
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from flax_lstm.data.grid import require_sane
+from flax_lstm.data.measures import how_written, is_several, parse, shown, words_of
+from flax_lstm.data.memory import with_index
 from flax_lstm.data.tables import read_table
 from flax_lstm.errors import UserError, listing, nearest, require
+from flax_lstm.machine.files import expanded, found_at
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(str(resources.files("flax_lstm") / "data" / "embedded"))
-NO_VALUE = (
-    "",
-    "na",
-    "n/a",
-    "nan",
-    "null",
-    "none",
-)  # how text files write an absent number, in any case
+# Of times: nanoseconds from 1970 on in 64 bits reach so far.
+EARLIEST, LATEST = pd.Timestamp.min, pd.Timestamp.max
 
 
 def read_series(path: str | Path) -> pd.DataFrame:
@@ -38,35 +30,23 @@ def read_series(path: str | Path) -> pd.DataFrame:
 
     Raises UserError for a file that is missing, empty, malformed, or of another kind.
     """
-    file = EMBEDDED / f"{path}.csv.gz" if str(path) in embedded() else Path(path)
-    require(not file.is_dir(), f"{file} is a folder; data.path names a table of a time series")
+    file = EMBEDDED / f"{path}.csv.gz" if str(path) in embedded() else expanded(path)
+    found = found_at(file)
     require(
-        file.exists(),
+        found is not None,
         f"{file} does not exist, nor is it an embedded series ({listing(embedded())})",
     )
-    frame = _read_gzip(file) if file.suffix.lower() == ".gz" else read_table(file)
+    frame = read_table(file)
     if not isinstance(
         frame.index, pd.RangeIndex
     ):  # Parquet keeps an index of times apart from the columns
-        frame = frame.reset_index()
+        frame = with_index(frame, str(file))
     return frame.rename(columns=str)
 
 
 def embedded() -> list[str]:
     """Names of the series that come with the package."""
     return sorted(path.name.removesuffix(".csv.gz") for path in EMBEDDED.glob("*.csv.gz"))
-
-
-def _read_gzip(file: Path) -> pd.DataFrame:
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / file.stem
-        try:
-            plain.write_bytes(gzip.decompress(file.read_bytes()))
-            return read_table(plain)
-        except UserError as error:
-            raise UserError(str(error).replace(str(plain), str(file))) from None
-        except (OSError, EOFError, ValueError) as error:
-            raise UserError(f"cannot read {file} as gzip: {error}") from None
 
 
 def require_columns(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> None:
@@ -77,23 +57,22 @@ def require_columns(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> 
             raise UserError(
                 f"{where} has no column {name!r}.{nearest(name, there)} Columns: {listing(there)}"
             )
+        require(there.count(name) == 1, f"{where} has more than one column named {name}")
+        require_plain(frame[name], where)
     require(len(set(names)) == len(names), f"{where}: a column is named twice: {listing(names)}")
     require(len(frame) > 0, f"{where} has no rows")
 
 
-def numbers(frame: pd.DataFrame, channels: tuple[str, ...], where: str) -> Array:
-    """Float64 values (R, D) of the channels, NaN where absent. Raises UserError that names column
-    and rows (counted from 1) of what is no number or no measurement."""
-    values_RD = np.empty((len(frame), len(channels)))
-    for n, name in enumerate(channels):
-        values_RD[:, n] = _numbers(frame[name], where)
-        infinite = np.flatnonzero(np.isinf(values_RD[:, n])) + 1
-        require(
-            len(infinite) == 0,
-            f"{where}: column {name!r} is infinite in row {listing(infinite, 5)}",
+def require_plain(column: pd.Series, where: str) -> None:
+    """Raises UserError for a value that holds several."""
+    if column.dtype != object:
+        return
+    row = next((n for n, value in enumerate(column, start=1) if is_several(value)), None)
+    if row is not None:
+        raise UserError(
+            f"{where}: column {column.name!r} holds {shown(column.iloc[row - 1])} in row {row}; a "
+            "single value is needed"
         )
-    require_sane(values_RD, channels, where)
-    return values_RD
 
 
 def require_order(frame: pd.DataFrame, times: pd.DatetimeIndex, where: str) -> None:
@@ -140,12 +119,12 @@ def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeInde
     those without any are local times of `zone`, where one is given: the hour that repeats as clocks
     go back is told apart by the order of the rows."""
     if not pd.api.types.is_datetime64_any_dtype(column):
-        text = column.astype(object).where(column.notna(), "").astype(str).str.strip()
+        text = pd.Series(words_of(column), dtype=object)
         bad = np.flatnonzero(
             pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True).isna()
         )
         if len(bad):
-            value = f"{text.iloc[bad[0]]!r} in row {bad[0] + 1}"
+            value = f"{shown(text.iloc[bad[0]])} in row {bad[0] + 1}"
             hint = (
                 "write times as 2024-12-31 or 2024-12-31 23:00, or name the right column with "
                 "--data.time-column"
@@ -170,6 +149,13 @@ def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeInde
         len(absent) == 0, f"{where}: column {column.name!r} has no time in row {listing(absent, 5)}"
     )
     times = pd.DatetimeIndex(column)
+    local = times.tz_localize(None)
+    outside = np.flatnonzero((local < EARLIEST) | (local > LATEST)) + 1
+    require(
+        len(outside) == 0,
+        f"{where}: column {column.name!r} has a time before {EARLIEST.year} or after {LATEST.year} "
+        f"in row {listing(outside, 5)}",
+    )
     return times if times.tz is not None or not zone else _localised(times, zone, where)
 
 
@@ -183,29 +169,6 @@ def _localised(times: pd.DatetimeIndex, zone: str, where: str) -> pd.DatetimeInd
         ) from None
 
 
-def parse(column: pd.Series) -> tuple[Array, Array]:
-    """Float64 values, NaN where absent, and where there is something that is no number."""
-    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-        values = column.to_numpy(np.float64, na_value=np.nan)
-        return values, np.zeros(len(values), bool)
-    text = column.astype(object).where(column.notna(), "").astype(str).str.strip()
-    absent = text.str.lower().isin(NO_VALUE).to_numpy()
-    values = pd.to_numeric(text.where(~absent), errors="coerce").to_numpy(np.float64)
-    return values, np.isnan(values) & ~absent
-
-
-def _numbers(column: pd.Series, where: str) -> Array:
-    values, wrong = parse(column)
-    if wrong.any():
-        rows = np.flatnonzero(wrong)
-        found = listing((f"{column.iloc[row]!r} (row {row + 1})" for row in rows), 3)
-        raise UserError(
-            f"{where}: column {column.name!r} holds what is no number: {found}; mend it or leave "
-            "it empty"
-        )
-    return values
-
-
 def numeric_columns(
     frame: pd.DataFrame, time_column: str, others: tuple[str, ...]
 ) -> tuple[str, ...]:
@@ -214,6 +177,12 @@ def numeric_columns(
     # One bad value does not make a column text: such a column stays in, and is reported when its
     # numbers are read.
     numeric = tuple(name for name in rest if not np.isnan(parse(frame[name])[0]).all())
+    for name in (name for name in rest if name not in numeric):
+        written = how_written(frame[name])
+        require(
+            not written,
+            f"column {name!r} is text, numbers {written}; or name the others: --data.targets",
+        )
     require(
         len(numeric) > 0,
         f"no numeric column to forecast besides {time_column!r}; columns: {listing(frame.columns)}",

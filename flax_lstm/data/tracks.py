@@ -14,7 +14,8 @@ import pandas as pd
 
 from flax_lstm.data.covariates import Column
 from flax_lstm.data.grid import CHOICES, Frequency, Missing, absent, fill, infer, regular
-from flax_lstm.data.timetable import numbers, read_times, require_columns, require_order
+from flax_lstm.data.measures import numbers
+from flax_lstm.data.timetable import read_times, require_columns, require_order
 from flax_lstm.errors import UserError, listing, require
 
 Array = np.ndarray
@@ -28,6 +29,7 @@ class Track(NamedTuple):
     times: pd.DatetimeIndex
     values_RD: Array  # float64, NaN where absent
     future_RK: Array  # float32; as many rows more as are known ahead
+    row_R: Array  # of the table, from 1; 0 for a time stamp that was put in
 
     @property
     def rows(self) -> int:
@@ -80,7 +82,7 @@ class Layout:
             place = f"{where}, series {name!r}" if self.id_column else where
             _require_step(times[rows], frequency, self.missing, place)
             track, report = self._track(
-                name, times[rows], values_RD[rows], future_RK[rows], frequency, place
+                name, times[rows], values_RD[rows], future_RK[rows], rows + 1, frequency, place
             )
             tracks.append(track)
             if report:
@@ -122,6 +124,7 @@ class Layout:
         times: pd.DatetimeIndex,
         values_RD: Array,
         future_RK: Array,
+        row_R: Array,
         frequency: Frequency,
         where: str,
     ) -> tuple[Track, str]:
@@ -137,6 +140,8 @@ class Layout:
         )
         require(not report or self.missing != "error", f"{where}: {report}; {CHOICES}")
         times, values_RD = grid.times, grid.values_GD
+        place_R = np.zeros(len(times), np.int64)
+        place_R[grid.rows] = row_R[:end]
         past_RK = future_RK[:end]
         if grid.missing:
             whole = np.full((len(times), past_RK.shape[1]), np.nan, np.float32)
@@ -148,13 +153,15 @@ class Layout:
             keep = ~np.isnan(values_RD).any(axis=1)
             require(bool(keep.any()), f"{where}: data.missing drop leaves no row: {absence}")
             times, values_RD, past_RK = times[keep], values_RD[keep], past_RK[keep]
+            place_R = place_R[keep]
         if np.isnan(past_RK).any():
             row = int(np.argmax(np.isnan(past_RK).any(axis=1)))
             raise UserError(
                 f"{where}: a column of data.future ({listing(c.name for c in self.future)}) has no "
                 f"value at {times[row]}; what is known in advance must be there in every row"
             )
-        return Track(name, times, values_RD, np.concatenate([past_RK, ahead_RK])), report
+        known_RK = np.concatenate([past_RK, ahead_RK])
+        return Track(name, times, values_RD, known_RK, place_R), report
 
     def _report(self, reports: Sequence[tuple[str, str]], where: str) -> None:
         if not reports:

@@ -10,7 +10,6 @@ Axes: N words found, E numbers a word.
 
 import gzip
 import logging
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flax_lstm.data.tables import plain_file
 from flax_lstm.data.vocabulary import Vocabulary
 from flax_lstm.errors import UserError, require
 
@@ -64,8 +64,7 @@ def read_vectors(path: Path, vocabulary: Vocabulary) -> WordVectors:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines with their numbers, from 1."""
-    if not path.exists():
-        raise UserError(f"data.vectors: {path} does not exist (looked from {os.getcwd()})")
+    plain_file(path)
     try:
         opener: Any = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rb") as file:

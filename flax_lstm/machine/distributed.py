@@ -157,7 +157,7 @@ def recognise(env: Environment) -> Launch | None:
         try:
             if launch := launcher(env):
                 return launch
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, ArithmeticError) as error:
             raise UserError(
                 f"the environment's variables {names}... make no sense ({error}). Unset them to "
                 "train in one process, or say --coordinator, --num-processes and --process-id "

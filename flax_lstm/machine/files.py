@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a crash leaves the old content or the new, and a full disk a line."""
+"""Paths as users give them; writing files so that a crash leaves the old content or the new, and a
+full disk a line."""
 
 import errno
 import os
@@ -10,6 +11,26 @@ from pathlib import Path
 from flax_lstm.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # whatever file it is about
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~name` resolved. Raises UserError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: ~ stands for the home of a user who is not known here") from None
+
+
+def found_at(path: Path) -> os.stat_result | None:
+    """What is at a path; None where nothing is. Raises UserError for what cannot be a path (a name
+    that is too long), and where it may not be looked at."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot look at {path}: {reason}") from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

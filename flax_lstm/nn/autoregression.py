@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_lstm.data.base import SeriesForm, Windows
-from flax_lstm.errors import UserError, require
+from flax_lstm.errors import UserError, require, within
 from flax_lstm.machine.sharding import named
 from flax_lstm.nn.layers import RNN
 from flax_lstm.nn.likelihoods import Paths, StudentT, placed
-from flax_lstm.nn.models import DTYPES, DTypeName, check_rate
+from flax_lstm.nn.models import DTYPES, WIDEST, DTypeName, check_rate
 from flax_lstm.nn.recurrence import BackendName
 from flax_lstm.nn.segments import WindowName, window_level
 from flax_lstm.nn.variants import BY_NAME, CellName
@@ -200,8 +200,8 @@ class StepModel:
     backend: BackendName = "auto"  # how the recurrence is run
 
     def __post_init__(self) -> None:
-        require(self.hidden_size > 0, f"model.hidden-size {self.hidden_size}: must be at least 1")
-        require(self.paths > 1, f"model.paths {self.paths}: must be at least 2")
+        within("model.hidden-size", self.hidden_size, 1, WIDEST)
+        within("model.paths", self.paths, 2, 10_000)
         check_rate("dropout", self.dropout)
 
     def forecaster(self, form: SeriesForm) -> StepForecaster:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_lstm.data.base import Features, SeriesForm, Tokens, Windows
-from flax_lstm.errors import ArgumentError, require
+from flax_lstm.errors import ArgumentError, require, within
 from flax_lstm.machine.sharding import named
 from flax_lstm.nn.layers import RNN, Bidirectional, Stack
 from flax_lstm.nn.likelihoods import placed
@@ -296,6 +296,9 @@ class Forecaster(nn.Module):
         return state, placed(y_BNCQ, last_BC[:, None], zero_B1C, zero_B1C + 1, self.form)
 
 
+LAYERS, WIDEST = 100, 2**20  # of any model: what is larger is a slip of the finger
+
+
 @dataclass(frozen=True)
 class RecurrentLayers:
     """The settings that every model of recurrent layers has: layers of one cell, and a head."""
@@ -317,12 +320,10 @@ class RecurrentLayers:
     backend: BackendName = "auto"  # how the recurrence is run
 
     def __post_init__(self) -> None:
-        require(
-            min(self.sizes) > 0,
-            f"model.hidden-size {self.hidden_size}: every size must be at least 1",
-        )
-        require(self.num_layers > 0, f"model.num-layers {self.num_layers}: must be at least 1")
-        require(self.dense >= 0, f"model.dense {self.dense}: must be 0 (none) or a width")
+        within("model.num-layers", self.num_layers, 1, LAYERS)
+        for size in self.sizes:
+            within("model.hidden-size", size, 1, WIDEST)
+        within("model.dense", self.dense, 0, WIDEST)
         for name in ("dropout", "recurrent_dropout", "weight_dropout", "head_dropout"):
             check_rate(name, getattr(self, name))
 
@@ -331,7 +332,10 @@ class RecurrentLayers:
         """The width of each layer."""
         if isinstance(self.hidden_size, int):
             return (self.hidden_size,) * max(self.num_layers, 1)
-        require(len(self.hidden_size) > 0, "model.hidden-size: name at least one size")
+        require(
+            0 < len(self.hidden_size) <= LAYERS,
+            f"model.hidden-size: name from one to {LAYERS} sizes",
+        )
         require(
             self.num_layers in (1, len(self.hidden_size)),
             f"model.num-layers {self.num_layers} does not agree with the {len(self.hidden_size)} "
@@ -488,7 +492,7 @@ class Embed(nn.Embed):
 
 
 def check_embedding(size: int, dropout: float) -> None:
-    require(size > 0, f"model.embed-size {size}: must be at least 1")
+    within("model.embed-size", size, 1, WIDEST)
     check_rate("embed_dropout", dropout)
 
 

@@ -18,10 +18,10 @@ import numpy as np
 from flax import linen as nn
 
 from flax_lstm.data.base import SeriesForm, Windows
-from flax_lstm.errors import require
+from flax_lstm.errors import require, within
 from flax_lstm.nn.layers import RNN
 from flax_lstm.nn.likelihoods import placed
-from flax_lstm.nn.models import DTYPES, DTypeName, dense
+from flax_lstm.nn.models import DTYPES, WIDEST, DTypeName, dense
 from flax_lstm.nn.recurrence import BackendName
 from flax_lstm.nn.variants import BY_NAME, CellName
 
@@ -293,8 +293,8 @@ class SegmentModel:
     backend: BackendName = "auto"  # how the recurrence is run
 
     def __post_init__(self) -> None:
-        require(self.hidden_size > 1, f"model.hidden-size {self.hidden_size}: must be at least 2")
-        require(self.segment >= 0, f"model.segment {self.segment}: must be 0 (automatic) or more")
+        within("model.hidden-size", self.hidden_size, 2, WIDEST)
+        within("model.segment", self.segment, 0)
         require(
             0 <= self.dropout < 1, f"model.dropout {self.dropout}: must be at least 0 and below 1"
         )

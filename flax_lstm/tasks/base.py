@@ -9,7 +9,7 @@ as a NumPy array.
 Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q quantiles.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -156,6 +156,20 @@ class Examiner(Protocol):
     def plot(self, found: dict[str, Any], path: Path) -> None:
         """Draws what `examine` found."""
         ...
+
+
+def beside(table: pd.DataFrame, new: Mapping[str, Any]) -> pd.DataFrame:
+    """The table with new columns. Its own of these names are kept as `NAME_input`, or with more of
+    `_input` where the table has that, too."""
+    taken = {*table.columns, *new}
+    names = {}
+    for name in table.columns:
+        own = name
+        while own in (taken if own != name else new):
+            own = f"{own}_input"
+        names[name] = own
+        taken.add(own)
+    return pd.concat([table.rename(columns=names), pd.DataFrame(new, index=table.index)], axis=1)
 
 
 def vocabulary_size(info: object) -> int:

@@ -33,6 +33,7 @@ from flax_lstm.tasks.base import (
     SequenceBuilder,
     Sums,
     Task,
+    beside,
     has_target_per_step,
     vocabulary_size,
     weighted,
@@ -190,8 +191,7 @@ class Classification(Task):
             "probability": shares[np.arange(len(best)), best],
             **{f"probability_{label}": shares[:, k] for k, label in enumerate(info.labels)},
         }
-        result = table.rename(columns={name: f"{name}_input" for name in new})
-        result = pd.concat([result, pd.DataFrame(new, index=table.index)], axis=1)
+        result = beside(table, new)
         if len(empty := np.flatnonzero(lengths == 0)):
             logger.warning(
                 "warning: nothing to read in %d row(s), %s: the answer is a guess",
@@ -212,5 +212,4 @@ class Classification(Task):
         ][: len(table)]
         names = [[info.labels[k] for k in row.argmax(axis=-1)] for row in map(np.asarray, rows)]
         best = [np.asarray(row).max(axis=-1, initial=0).tolist() for row in rows]
-        lists = {"predicted": names, "probability": best}
-        return pd.concat([table, pd.DataFrame(lists, index=table.index)], axis=1)
+        return beside(table, {"predicted": names, "probability": best})

@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax_lstm.data.base import Batch, SeriesForm, Windows
 from flax_lstm.data.vocabulary import write_atomically
 from flax_lstm.data.windows import WindowDataset
-from flax_lstm.errors import UserError, require
+from flax_lstm.errors import UserError, require, within
 from flax_lstm.nn.likelihoods import (
     Likelihood,
     NegativeBinomial,
@@ -36,6 +36,7 @@ from flax_lstm.tasks.base import (
     Monitor,
     Sums,
     Task,
+    beside,
     weighted,
 )
 from flax_lstm.tasks.judging import linear_of
@@ -92,6 +93,8 @@ class Forecasting(Task):
             len(self.stretch) in (0, len(self.quantiles)),
             f"task.stretch {self.stretch}: one factor for each of task.quantiles, or none",
         )
+        for factor in self.stretch:
+            within("task.stretch", factor, 0)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -368,7 +371,6 @@ class Forecasting(Task):
         stamps = pd.DatetimeIndex(np.repeat(times.ravel(), channels))
         ids = dataset.buffer.ids[dataset.series(split)[windows_W]]
         columns: dict[str, Any] = {
-            info.id_column: np.repeat(ids, horizon * channels),
             "time": stamps if zone is None else stamps.tz_localize(zone, ambiguous="NaT"),
             "channel": np.tile(np.asarray(info.targets, object), windows * horizon),
             "horizon": np.tile(np.repeat(np.arange(1, horizon + 1), channels), windows),
@@ -379,7 +381,11 @@ class Forecasting(Task):
             paths_WNCS = np.concatenate(drawn)
             count = paths_WNCS.shape[-1]
             columns |= {f"path{n + 1}": paths_WNCS[..., n].ravel() for n in range(count)}
-        return pd.DataFrame({name: column for name, column in columns.items() if name})
+        forecasts = pd.DataFrame(columns)
+        if not info.id_column:
+            return forecasts
+        series = pd.DataFrame({info.id_column: np.repeat(ids, horizon * channels)})
+        return beside(series, columns)
 
     def original(
         self, dataset: Any, split: str, windows_B: np.ndarray, forward: Forward

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flax_lstm.data.vocabulary import END, PAD, UNKNOWN
-from flax_lstm.errors import require
+from flax_lstm.errors import require, within
+
+MOST_TOKENS = 100_000  # of one answer
 
 
 def choose(
@@ -43,8 +45,12 @@ def continue_text(
     advance: takes the ids that come next in the text, from its beginning, and gives logits [V] for
     the one that follows them; it keeps the state in between.
     """
-    require(tokens >= 1, f"--tokens {tokens}: give at least 1")
-    require(temperature >= 0, f"--temperature {temperature}: must be 0 (the likeliest) or positive")
+    within("--tokens", tokens, 1, MOST_TOKENS)
+    within("--seed", seed, 0, 2**63 - 1)
+    require(
+        temperature == 0 or 1e-6 <= temperature <= 1e6,
+        f"--temperature {temperature}: must be 0 (the likeliest), or from 1e-6 to 1e6",
+    )
     require(0 < top_p <= 1, f"--top-p {top_p}: must be above 0 and at most 1")
     generator = np.random.default_rng(seed)
     found: list[int] = []

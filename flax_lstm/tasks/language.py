@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, Documents
-from flax_lstm.errors import require
+from flax_lstm.errors import MOST, require
 from flax_lstm.nn.models import Factored
 from flax_lstm.tasks.base import (
     Array,
@@ -41,7 +41,7 @@ class LanguageModeling(Task):
 
     def __post_init__(self) -> None:
         require(
-            self.candidates >= 0,
+            0 <= self.candidates <= MOST,
             f"task.candidates {self.candidates}: must be 0 (all words) or a number of words",
         )
 

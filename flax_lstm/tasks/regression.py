@@ -18,6 +18,7 @@ from flax_lstm.tasks.base import (
     SequenceBuilder,
     Sums,
     Task,
+    beside,
     has_target_per_step,
     vocabulary_size,
     weighted,
@@ -54,7 +55,8 @@ class SequenceRegression(Task):
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
     ) -> pd.DataFrame:
-        """The table with a column `predicted`, or `predicted_1` and so on for several numbers."""
+        """The table with a column `predicted`, or `predicted_1` and so on for several numbers; its
+        own of these names become `predicted_input` and so on."""
         batches = [*info.batches(info.inputs(table), batch_size)]
         parts = [forward(batch) for batch in batches]
         if has_target_per_step(info):
@@ -63,11 +65,11 @@ class SequenceRegression(Task):
                 for batch, outputs_BTO in zip(batches, parts, strict=True)
                 for outputs_TO, length in zip(outputs_BTO, batch.lengths, strict=True)
             ]
-            return table.assign(predicted=rows[: len(table)])
+            return beside(table, {"predicted": rows[: len(table)]})
         outputs = np.concatenate(parts)[: len(table)].astype(np.float64)
         names = [f"predicted_{n}" for n in range(1, outputs.shape[1] + 1)]
         columns = dict(zip(names if len(names) > 1 else ["predicted"], outputs.T, strict=True))
-        return table.assign(**columns)
+        return beside(table, columns)
 
     def baselines(self, info: Measured) -> dict[str, Baseline]:
         mean = np.asarray(info.target_mean, np.float32)

@@ -12,6 +12,7 @@ from flax_lstm.machine.sharding import check_batch_size, make_mesh
 from flax_lstm.nn.recurrence import noting
 from flax_lstm.training.optim import learning_rate, make_optimizer
 from flax_lstm.training.pairing import check_parts
+from flax_lstm.training.room import sample_of
 from flax_lstm.training.steps import Steps, make_steps
 
 
@@ -55,7 +56,7 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
             optimizer,
             schedule,
             mesh,
-            info.sample(train.batch_size),
+            sample_of(info, train.batch_size),
             seed=config.seed,
             accumulate=train.accumulate,
             ema=train.ema,

@@ -33,6 +33,7 @@ from flax_lstm.training.evaluation import evaluate, evaluate_baselines
 from flax_lstm.training.pairing import check_parts
 from flax_lstm.training.profiling import STEPS, Profiler
 from flax_lstm.training.progress import Progress
+from flax_lstm.training.room import check_room
 from flax_lstm.training.signals import Signals, Stopped
 from flax_lstm.training.steps import TrainState
 from flax_lstm.training.vectors import with_vectors
@@ -162,6 +163,7 @@ class Session:
         self.dataset: Dataset = first_then_all(self._load)
         config.task.check(self.dataset)
         parts = around.assemble(config, self.dataset.info)
+        check_room(config, self.dataset.info, parts.steps)
         self.tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         self.checkpoints = Checkpoints(folder.checkpoints, self.tell)
         self.latest = first_then_all(self.checkpoints.newest_intact)
