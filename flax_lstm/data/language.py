@@ -17,6 +17,7 @@ from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.imdb import ImdbFiles
 from flax_lstm.data.memory import in_memory
+from flax_lstm.data.order import permutation
 from flax_lstm.data.prepared import PieceBatches, Prepared
 from flax_lstm.data.preparing import Document
 from flax_lstm.data.tables import read_table, text_values
@@ -86,7 +87,7 @@ class LanguageBatches:
 
         @functools.lru_cache(maxsize=1)  # of some 100 MB; steps come in order
         def lanes(epoch: int) -> Lanes:
-            order = np.random.default_rng([seed, epoch]).permutation(len(documents))
+            order = permutation(len(documents), seed, epoch)
             return Lanes(_stream([documents[i] for i in order]), batch_size, sequence_length)
 
         self._lanes = lanes
