@@ -536,3 +536,28 @@ def test_data_does_not_import_jax(module):
         )
     }
     assert "numpy" in imported and not imported & {"jax", "flax", "optax"}
+
+
+def test_holidays_are_known_in_advance(tmp_path):
+    pytest.importorskip("holidays")
+    times = pd.date_range("2023-11-01", periods=120, freq="D")
+    frame = pd.DataFrame({"time": times, "y": np.arange(120.0) % 7})
+    frame.to_csv(tmp_path / "days.csv", index=False)
+    settings = {"lookback": 14, "horizon": 7, "season": 7, "calendar": False}
+    table = SeriesTable(path=str(tmp_path / "days.csv"), holidays="DE", **settings)
+    dataset = table.load(tmp_path / "assets")
+    assert dataset.info.covariates == 1
+    marked = times[dataset.buffer.calendar_UK[:, 0] > 0]
+    assert [str(day.date()) for day in marked] == ["2023-12-25", "2023-12-26", "2024-01-01"]
+    # Those of the days to forecast are known as well.
+    ahead = dataset.info.ahead(frame[times < "2023-12-20"])
+    known = ahead.batch("test", np.array([0])).covariates.future[0, -7:, 0]
+    assert known.tolist() == [0, 0, 0, 0, 0, 1, 1]  # 20 to 26 December
+
+
+def test_a_country_that_is_none_is_said(tmp_path):
+    pytest.importorskip("holidays")
+    hours = pd.DataFrame({"t": pd.date_range("2024-01-01", periods=200, freq="h"), "y": 1.0})
+    hours.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(UserError, match=r"data\.holidays XX: no such country; known: .*DE"):
+        SeriesTable(path=str(tmp_path / "t.csv"), holidays="XX").load(tmp_path / "assets")
