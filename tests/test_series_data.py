@@ -491,7 +491,7 @@ def test_errors_of_the_settings(table, tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lookback": -1}, "data.lookback -1: must be at least 1, or 0 to be found"),
+        ({"lookback": -1}, "data.lookback -1: must be at least 1 and at most"),
         ({"horizon": -1}, "data.horizon -1"),
         ({"season": -1}, "data.season -1"),
         ({"split": (0.7, 0.2, 0.2)}, "shares that sum to at most 1"),
