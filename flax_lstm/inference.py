@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flax_lstm.data.language import LanguageInfo
 from flax_lstm.data.text import TextDataset, TextInfo
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import found_at
+from flax_lstm.nn.words import with_tables
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Outputs
@@ -29,6 +31,7 @@ from flax_lstm.tasks.generation import continue_text
 from flax_lstm.training.assembly import assemble
 from flax_lstm.training.checkpoint import Checkpoints
 from flax_lstm.training.evaluation import add_up, evaluate
+from flax_lstm.training.steps import apply
 
 logger = logging.getLogger(__name__)
 
@@ -175,13 +178,17 @@ class Run:
         return Outputs(outputs[:size], np.concatenate([b.targets for b in batches])[:size])
 
     def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
-        """A function from a batch to the module's outputs."""
+        """A function from a batch to the module's outputs. Words are read by `with_tables` where
+        that is possible: what `evaluate` says is the same but for rounding."""
         params, steps = self.params(checkpoint), self._parts.steps
+        module = self.config.task.build(self.config.model, self.info)
+        reader = with_tables(module, params) if self._parts.mesh.size == 1 else None
+        run: Callable[..., Any] = steps.forward
+        if reader is not None:
+            run, params = jax.jit(partial(apply, reader[0])), reader[1]
 
         def forward(batch: Batch) -> np.ndarray:
-            outputs = jax.device_get(
-                steps.forward(params, None, jax.tree.map(np.asarray, batch))[1]
-            )
+            outputs = jax.device_get(run(params, None, jax.tree.map(np.asarray, batch))[1])
             require(
                 all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(outputs)),
                 f"{self.workdir}: what the model answers to this input is not finite: the input "

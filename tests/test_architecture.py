@@ -26,7 +26,7 @@ ALLOWED = {
     "training/steps": {"data", "machine", "tasks"},
     "training/optim": set(),
     "training": {"config", "data", "machine", "nn", "runs", "tasks"},
-    "inference": {"config", "data", "machine", "runs", "tasks", "training"},
+    "inference": {"config", "data", "machine", "nn", "runs", "tasks", "training"},
     "backtest": {"inference", "tasks", "training"},
     "plan": {"config", "machine", "training"},
     "convert": {"nn"},

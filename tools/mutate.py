@@ -628,6 +628,18 @@ BREAKAGES = {
         "ROUNDED = True",
         "tests/test_bfloat16.py::test_the_native_kernel_rounds_what_it_multiplies_and_nothing_else",
     ),
+    "native kernel: a word is looked up in another place": Breakage(
+        "flax_lstm/nn/recurrence/native/kernel.h",
+        "f.words[z.place(mine.row[r], mine.time(r, s, f.reverse))]",
+        "f.words[z.place(mine.row[r], s)]",
+        "tests/test_words.py::test_tables_give_what_embeddings_give",
+    ),
+    "a table of words lacks the bias": Breakage(
+        "flax_lstm/nn/words.py",
+        "+ weights.bias_GH[None]",
+        "",
+        "tests/test_words.py::test_tables_give_what_embeddings_give",
+    ),
     "native kernel: shapes are not checked": Breakage(
         "flax_lstm/nn/recurrence/native/binding.cc",
         "if (problem_.empty() && found != wanted",

@@ -3,6 +3,7 @@
 `RNN` in a step of one's own, as an agent's."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,9 @@ from flax_lstm import RNN, Classification, GRUCell, RecurrentModel, SequenceRegr
 from flax_lstm.data.base import Batch
 from flax_lstm.machine.malloc import trim_malloc
 from flax_lstm.machine.sharding import make_mesh, put_batch
+from flax_lstm.nn.words import with_tables
 from flax_lstm.training.optim import learning_rate, make_optimizer
-from flax_lstm.training.steps import TrainState, make_steps
+from flax_lstm.training.steps import TrainState, apply, make_steps
 from peers.optax_step import make_step
 
 
@@ -76,8 +78,11 @@ def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
         params["embed"] = {"embedding": weights.embedding}
     params = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, steps.abstract.params)
     placed = [put_batch(batch, mesh) for batch in batches]
-    if not w.train:
-        return lambda n: np.asarray(steps.forward(params, None, placed[n])[1])
+    if not w.train:  # as `Run.forward` does it
+        forward, module = steps.forward, task.build(model, info)
+        if (reader := with_tables(module, params)) is not None:
+            forward, params = jax.jit(partial(apply, reader[0])), reader[1]
+        return lambda n: np.asarray(forward(params, None, placed[n])[1])
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), None, None)
     state = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), state, steps.abstract)
 

@@ -8,6 +8,7 @@ A backend is a module with two functions, or more:
     supports(cell, x_BTD, recurrent_dropout, resets) -> None, or the reason why not
     run_stack(cell, weights, x_BTD, lengths_B, states) -> (states, y_BTH), where one call can run
     several layers
+    run_words(...), as run without gradients, of words whose Wx + b is in a table
     NATIVE: whether it calls code that is not JAX's own
     ROUNDS: it takes the weights as they are kept, and rounds them itself
     run_states(...), as run -> (state, (y_BTH, states)), where it has the state after every step

@@ -152,6 +152,32 @@ def run_states(
     return end, (y_BTH, jax.tree.unflatten(jax.tree.structure(begin), held))
 
 
+def run_words(
+    cell: Any,
+    weights: Weights,
+    table_VGH: Array,
+    words_BT: Array,
+    lengths_B: Array | None,
+    state: Any,
+    reverse: bool,
+) -> tuple[Any, Array]:
+    """`run` without gradients, where Wx + b of a step is a row of a table, by its word. A word that
+    is none takes the first or the last row."""
+    leaves, structure = jax.tree.flatten(state)
+    c_BH, h_BH = leaves if len(leaves) == 2 else (None, *leaves)
+    if lengths_B is None:
+        lengths_B = jnp.full(words_BT.shape[0], words_BT.shape[1])
+    recurrent_bias_H = placed(weights.recurrent_bias_H)
+    given = (table_VGH, weights.recurrent_JGH, recurrent_bias_H, placed(c_BH), h_BH)
+    floats = [array.astype(jnp.float32) for array in given]
+    whole = (words_BT.astype(jnp.int32), *floats, lengths_B.astype(jnp.int32))
+    shapes = [(*words_BT.shape, cell.features), floats[3].shape, h_BH.shape]
+    ways = {"reverse": reverse, "half": halved(cell, table_VGH)}
+    y_BTH, c, h = call_native("words", shapes, whole, ways)
+    ends = [end for end in (there(c), h) if end is not None]
+    return jax.tree.unflatten(structure, ends), y_BTH.astype(cell.compute_dtype(table_VGH))
+
+
 def call(
     how: How,
     weights: Weights,
@@ -233,11 +259,14 @@ def operands(inputs: Inputs, marks: Marks) -> tuple[list[Array], list[Array]]:
     return weights, [*state, marks.lengths_B, placed(marks.reset_BT, bool)]
 
 
-def call_native(name: str, how: How, shapes: Any, arrays: Any) -> Any:
+def call_native(name: str, shapes: Any, arrays: Any, settings: dict[str, bool]) -> Any:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     function = jax.ffi.ffi_call(f"flax_lstm_{name}", results, vmap_method="sequential")
-    settings = {"reverse": how.reverse, "time_major": how.time_major, "half": how.half}
     return tuple(function(*arrays, **settings))
+
+
+def settings(how: How) -> dict[str, bool]:
+    return {"reverse": how.reverse, "time_major": how.time_major, "half": how.half}
 
 
 def native_forward(how: How, save: bool, *arrays: Array) -> Any:
@@ -250,7 +279,7 @@ def native_forward(how: How, save: bool, *arrays: Array) -> Any:
         (*x.shape[:2], gates, hidden) if save else NONE,
         (*x.shape[:2], hidden) if save and gates > 1 else NONE,
     ]
-    return call_native("forward", how, shapes, arrays)
+    return call_native("forward", shapes, arrays, settings(how))
 
 
 def native_backward(how: How, *arrays: Array) -> Any:
@@ -259,7 +288,7 @@ def native_backward(how: How, *arrays: Array) -> Any:
     bias, bias_H = (gates, hidden), (hidden,) if gates == 3 else NONE
     weights = [input_DGH.shape, recurrent_JGH.shape, bias, bias_H]
     shapes = [x.shape, *weights, c_BH.shape, h_BH.shape, mask_BJ.shape]
-    return call_native("backward", how, shapes, arrays)
+    return call_native("backward", shapes, arrays, settings(how))
 
 
 # Where the rows of the batch are in the arguments and results of both: nowhere in weights, first in

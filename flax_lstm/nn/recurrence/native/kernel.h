@@ -275,6 +275,24 @@ void product(long rows, long width, const typename Number::Element* a, long lda,
   }
 }
 
+// The same for one row and several panels, `panel` elements apart, with results `next` floats apart. The sums of a single panel are
+// too few: each addition would wait for the one before.
+template <class Number, int PANELS>
+void row_product(const typename Number::Element* a, const typename Number::Element* b, long panel, long depth, bool add, float* c,
+                 long next) {
+  Vec sum[PANELS][2];
+  for (int p = 0; p < PANELS; ++p)
+    for (int v = 0; v < 2; ++v) sum[p][v] = add ? load(c + p * next + v * LANES) : Vec{};
+  for (long k = 0; k < depth; k += Number::PAIR) {
+    const auto s = Number::one(a + k);
+    for (int p = 0; p < PANELS; ++p)
+      for (int v = 0; v < 2; ++v)
+        Number::multiply_add(sum[p][v], s, Number::many(b + p * panel + k * COLS + v * LANES * Number::PAIR));
+  }
+  for (int p = 0; p < PANELS; ++p)
+    for (int v = 0; v < 2; ++v) store(c + p * next + v * LANES, sum[p][v]);
+}
+
 // ----------------------------------------------------------------------------------------------------------- memory
 class Memory {  // floats for one task, taken piece by piece
  public:
@@ -570,12 +588,15 @@ void forward_task(const Forward& f, const Rows& mine) {
       for (long block = 0; block < blocks; ++block) {
         const long width = z.width(block);
         float* gate_panel[G];
-        for (long g = 0; g < G; ++g) {
-          const long p = block * G + g;
-          gate_panel[g] = panels + (p * m + at) * COLS;
-          const bool apart = Cell::HAS_Q && g == 2;
-          product<Number, false>(n, width, h_in, ldh, recurrent + p * depth * COLS, depth, !apart, apart ? q : gate_panel[g]);
-        }
+        for (long g = 0; g < G; ++g) gate_panel[g] = panels + ((block * G + g) * m + at) * COLS;
+        const Element* weights = recurrent + block * G * depth * COLS;
+        constexpr long ADDED = G - Cell::HAS_Q;  // the recurrent part of the GRU's candidate is apart
+        if (n == 1)
+          row_product<Number, ADDED>(h_in, weights, depth * COLS, depth, true, gate_panel[0], m * COLS);
+        else
+          for (long g = 0; g < ADDED; ++g)
+            product<Number, false>(n, width, h_in, ldh, weights + g * depth * COLS, depth, true, gate_panel[g]);
+        if (Cell::HAS_Q) product<Number, false>(n, width, h_in, ldh, weights + ADDED * depth * COLS, depth, false, q);
         for (long r = 0; r < n; ++r) {
           const long b = mine.row[r], at_y = place[r] * H;
           for (long i = 0; i < width; i += LANES) {
@@ -730,9 +751,18 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
         if (Cell::HAS_Q) before[H] = 1;
       }
       const Element* a = Cell::HAS_Q ? da_recurrent : da + at * gates_depth;
-      for (long block = 0; block < blocks; ++block)
-        product<Number, false>(n, z.width(block), a, gates_depth, recurrent + block * gates_depth * COLS, gates_depth, false,
-                               through + block * rows * COLS);
+      constexpr long TOGETHER = 4;
+      for (long block = 0; block < blocks;) {
+        const Element* weights = recurrent + block * gates_depth * COLS;
+        float* to = through + block * rows * COLS;
+        if (n == 1 && block + TOGETHER <= blocks) {
+          row_product<Number, TOGETHER>(a, weights, gates_depth * COLS, gates_depth, false, to, rows * COLS);
+          block += TOGETHER;
+        } else {
+          product<Number, false>(n, z.width(block), a, gates_depth, weights, gates_depth, false, to);
+          block += 1;
+        }
+      }
       if (f.reset) {
         clear_fresh(f.reset, mine, z, s, f.reverse, direct, stride, H);
         clear_fresh(f.reset, mine, z, s, f.reverse, dcell, stride, H);
