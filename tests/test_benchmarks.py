@@ -2,6 +2,7 @@
 """The speed benchmark from end to end on a tiny workload, with the implementations that are always
 there."""
 
+import itertools
 import json
 import math
 import os
@@ -134,6 +135,64 @@ def test_resets_and_layer_normalisation_have_a_reference(monkeypatch):
         expected = reference_loss(work)
         for step in (ours.make(work, "auto"), linen.make(work)):
             assert math.isclose(step(0), expected, rel_tol=1e-4), workload
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The GPU's benchmark, of one cell in two cases and formats, and what it says of `fused`."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    monkeypatch.setattr(gpu, "CELLS", {"lstm": gpu.CELLS["lstm"]})
+    monkeypatch.setattr(gpu, "CASES", {"resets": gpu.CASES["resets"]})
+    monkeypatch.setattr(gpu, "BACKEND_NAMES", ("cudnn", "fused"))
+    makers = {name: gpu.MAKERS[name] for name in ("ours-cudnn", "ours-fused", "flax", "torch")}
+    monkeypatch.setattr(gpu, "MAKERS", makers)
+    exact = gpu.NUMBERS["float32"]._replace(cases=("resets",))
+    monkeypatch.setattr(gpu, "NUMBERS", {"float32": exact, "bfloat16": gpu.NUMBERS["bfloat16"]})
+    monkeypatch.setitem(sys.modules, "torch", None)  # is missing
+    return gpu
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_benchmark_of_a_gpu_on_a_cpu(gpu, monkeypatch, capsys, tmp_path):
+    """It compares, times, reports who is not here, and is silent about nothing."""
+    command = f"gpu.py --sizes 2x3x4 --parity 4x5x4 --repeats 2 --json {tmp_path / 'f.json'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    assert gpu.main() == 0
+    figures, text = json.loads((tmp_path / "f.json").read_text()), capsys.readouterr().out
+    statuses = {(r["backend"], r["numbers"]): r["status"] for r in figures["parity"]}
+    assert statuses == {
+        ("cudnn", "float32"): "unsupported",
+        ("cudnn", "bfloat16"): "unsupported",
+        ("fused", "float32"): "ok",
+        ("fused", "bfloat16"): "ok",
+    }
+    near, far = (r["distance"] for r in figures["parity"] if r["status"] == "ok")
+    assert near < 1e-6 < 1e-3 < far  # bfloat16 is told from float32
+    timed = {(r["implementation"], r["numbers"]): r for r in figures["times"]}
+    assert timed.keys() == set(itertools.product(gpu.MAKERS, gpu.NUMBERS))
+    assert timed["torch", "float32"]["status"] == "missing"
+    for who in ("ours-fused", "flax"):
+        assert timed[who, "bfloat16"]["forward_ms"] > 0 < timed[who, "bfloat16"]["both_ms"]
+        assert f"| B2 T3 H4 | lstm | bfloat16 | {who} |" in text
+    assert "- torch: missing" in text and "- ours-cudnn: unsupported" in text
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_benchmark_of_a_gpu_says_who_is_wrong(gpu, monkeypatch):
+    fused = gpu.BACKENDS["fused"]
+    run = fused.run
+
+    def wrong(*arguments, **options):
+        state, y_BTH = run(*arguments, **options)
+        return state, y_BTH * 1.001
+
+    monkeypatch.setattr(fused, "run", wrong)
+    rows = [r for r in gpu.parity(gpu.Shape(4, 5, 4)) if r["backend"] == "fused"]
+    # A thousandth is within what bfloat16 can tell apart.
+    assert {r["numbers"]: r["status"] for r in rows} == {"float32": "wrong", "bfloat16": "ok"}
+    assert "WRONG: resets" in gpu.parity_table(rows)
 
 
 def test_weak_scaling_over_three_devices():

@@ -70,7 +70,7 @@ class WordLayer(nn.Module):
         reverse: bool,
     ) -> tuple[Any, Array]:
         weights, dtype = cell.weights(1), like(cell)  # of one input, which nothing reads
-        backend = resolve(self.backend, cell, dtype, layer="/".join(self.path))
+        backend: Any = resolve(self.backend, cell, dtype, layer="/".join(self.path))
         if hasattr(backend, "run_words"):
             arguments = (weights, table_VGH, words_BT, lengths_B, state, reverse)
             return backend.run_words(cell, *arguments)
@@ -107,22 +107,22 @@ def with_tables(module: nn.Module, params: Any) -> tuple[nn.Module, Any] | None:
     if not isinstance(first, RNN | Bidirectional):
         return None
     rnns = first.directions()
-    if not all(fits(rnn) for rnn in rnns):
+    cells = tuple(rnn.cell for rnn in rnns if fits(rnn) and isinstance(rnn.cell, Cell))
+    if len(cells) < len(rnns):
         return None
-    sizes = [4 * embed.num_embeddings * rnn.cell.gates * rnn.cell.features for rnn in rnns]
-    if sum(sizes) > LARGEST:
+    if sum(4 * embed.num_embeddings * cell.gates * cell.features for cell in cells) > LARGEST:
         return None
 
     layers = params["recurrent"]
     below = layers["layers_0"]
     sides = [below] if len(rnns) == 1 else [below["forward"], below["backward"]]
     words: dict[str, Any] = {}
-    for n, (rnn, side) in enumerate(zip(rnns, sides, strict=True)):
+    for n, (cell, side) in enumerate(zip(cells, sides, strict=True)):
         own = side["cell"]
         weights = Weights(own["input"], own["recurrent"], own["bias"])
-        words[f"table_{n}"] = table(rnn.cell, params["embed"]["embedding"], weights)
+        words[f"table_{n}"] = table(cell, params["embed"]["embedding"], weights)
         words[f"cells_{n}"] = own | {"input": own["input"][:1]}
-    layer = WordLayer(tuple(rnn.cell for rnn in rnns), embed.num_embeddings, rnns[0].backend)
+    layer = WordLayer(cells, embed.num_embeddings, rnns[0].backend)
     reader = module.clone(
         recurrent=stack.clone(layers=(layer, *rest)), embed=None, embed_dropout=0.0
     )
