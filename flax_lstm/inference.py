@@ -20,6 +20,8 @@ from flax_lstm.data.language import LanguageInfo
 from flax_lstm.data.text import TextDataset, TextInfo
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import found_at
+from flax_lstm.nn.models import DTYPES, DTypeName
+from flax_lstm.nn.words import with_tables
 from flax_lstm.nn.words import with_tables
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
@@ -348,14 +350,16 @@ class Ensemble(Run):
         return lambda batch: pooled([task.final(f(batch), batch) for task, f in forwards])
 
 
-def load(workdir: str | Path, *others: str | Path) -> Run:
+def load(workdir: str | Path, *others: str | Path, dtype: DTypeName | None = None) -> Run:
     """The trained model in a work directory, ready to `evaluate` and `predict`. Its config is read
     as data, not run.
 
+    dtype: what is computed in, where that shall be another than in training: "bfloat16" is faster
+    on processors and accelerators that have it, and a little less exact (see docs/backends.md).
     Of several folders, or of a folder that `--seeds` filled, the runs are averaged: an `Ensemble`.
     """
     folders = [seed for folder in (workdir, *others) for seed in seeds_of(Path(folder))]
-    runs = [_load(folder) for folder in folders]
+    runs = [_load(folder, dtype) for folder in folders]
     return Ensemble(Path(workdir), runs) if len(runs) > 1 else runs[0]
 
 
@@ -371,7 +375,7 @@ def seeds_of(folder: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def _load(workdir: Path) -> Run:
+def _load(workdir: Path, dtype: DTypeName | None) -> Run:
     path = Workdir(workdir).config
     require(
         found_at(path) is not None,
@@ -379,6 +383,9 @@ def _load(workdir: Path) -> Run:
     )
     # The backend of the training may not be there where the model is used.
     config = read_config(path).with_backend("auto")
+    if dtype is not None:
+        require(dtype in DTYPES, f"dtype {dtype}: choose one of {listing(DTYPES)}")
+        config = replace(config, model=replace(config.model, dtype=dtype))
     return Run(workdir, config)
 
 

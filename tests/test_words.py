@@ -111,3 +111,8 @@ def test_a_trained_model_predicts_by_tables_what_it_is_evaluated_by(tmp_path: Pa
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     module = run.config.task.build(run.config.model, run.info)
     assert with_tables(module, run.params()) is not None
+
+    rough = flax_lstm.load(tmp_path / "run", dtype="bfloat16").forward()(batch)
+    assert 0 < np.linalg.norm(rough - found) < 2 * EPS * np.linalg.norm(found)
+    with pytest.raises(flax_lstm.errors.UserError, match=r"float16.*float32, bfloat16"):
+        flax_lstm.load(tmp_path / "run", dtype="float16")
