@@ -22,7 +22,6 @@ from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import found_at
 from flax_lstm.nn.models import DTYPES, DTypeName
 from flax_lstm.nn.words import with_tables
-from flax_lstm.nn.words import with_tables
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Outputs
