@@ -157,6 +157,7 @@ def test_what_is_missing_is_said(environment, flags, message):
         ({**SLURM, "SLURM_JOB_ID": ""}, "SLURM_"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": ""}, "OMPI_"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_"),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": "0"}, "SLURM_"),
         ({**TPU, "TPU_WORKER_ID": "x"}, "TPU_"),
         ({"SKYPILOT_NODE_IPS": "", "SKYPILOT_NODE_RANK": "0"}, "SKYPILOT_"),
         (
@@ -177,8 +178,13 @@ def test_a_port_is_a_port(port):
 
 
 def test_numbers_of_processes_and_seconds_have_bounds():
-    with pytest.raises(UserError, match="0 processes"):
-        find_launch({}, "here:1", 0, 0)
+    for processes in (0, -1, 10**23):
+        with pytest.raises(UserError, match=f"{processes} processes: there must be at least one"):
+            find_launch({}, "here:1", processes, 0)
+    for host in ("a" * 64, "\ud800", "..", "[::1"):
+        with pytest.raises(UserError, match="not the name of a machine") as told:
+            find_launch({}, f"{host}:1", 2, 0)
+        assert len(str(told.value)) < 200
     with pytest.raises(UserError, match=r"--local-processes 100000: must be from 1 to \d+ here"):
         run_locally(100000, [])
     for seconds in (float("nan"), float("inf"), -1.0, 0.0):

@@ -40,6 +40,7 @@ CONNECT_SECONDS = 300  # for all processes to start and find each other
 HEARTBEAT_SECONDS = 30  # after which a silent process counts as lost, and the others end
 SHUTDOWN_SECONDS = 30  # that a process waits for the others at its end
 LOCAL = "unix:"  # begins the address of a socket of this machine, a path in the place of host:port
+MOST = 1_000_000  # processes
 PORT = 8476  # of the coordinator, where neither launcher nor user names one
 
 
@@ -196,7 +197,10 @@ def find_launch(
         processes=launch.processes if num_processes is None else num_processes,
         process=launch.process if process_id is None else process_id,
     )
-    require(launch.processes >= 1, f"{launch.processes} processes: there must be at least one")
+    require(
+        1 <= launch.processes <= MOST,
+        f"{launch.processes} processes: there must be at least one, and {MOST:,} at most",
+    )
     if launch.processes == 1:
         return None
     require(
@@ -210,6 +214,12 @@ def find_launch(
     )
     if launch.coordinator.startswith(LOCAL):
         return launch
+    try:
+        launch.coordinator.encode("idna")
+    except UnicodeError:
+        raise UserError(
+            f"coordinator {launch.coordinator[:100]!r}: not the name of a machine ({launch.launcher})"
+        ) from None
     alone = launch.coordinator.endswith("]")  # an address of version 6 without a port
     named = None if alone else re.fullmatch(r"(.+):(\d{1,9})", launch.coordinator.removesuffix(":"))
     if not named:
