@@ -39,6 +39,19 @@ def test_a_link_is_not_taken(cache, tmp_path):
         private_cache_folder()
 
 
+def test_what_killed_processes_left_is_removed_after_an_hour(cache):
+    (cache / "tmpold").mkdir(parents=True)
+    (cache / "tmpold" / "half.so").write_bytes(b"half")
+    (cache / ".key.npz.123").write_bytes(b"half")
+    for path in (cache / "tmpold", cache / ".key.npz.123"):
+        os.utime(path, (0, 0))
+    (cache / "tmpnew").mkdir()
+    (cache / "key.npz").write_bytes(b"whole")
+    os.utime(cache / "key.npz", (0, 0))
+    private_cache_folder()
+    assert {path.name for path in cache.iterdir()} == {"tmpnew", "key.npz"}
+
+
 def test_only_a_file_as_it_was_kept_is_intact(cache):
     library = private_cache_folder() / "kernel.so"
     library.write_bytes(b"\x7fELF and more")

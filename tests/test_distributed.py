@@ -181,7 +181,7 @@ def test_numbers_of_processes_and_seconds_have_bounds():
     for processes in (0, -1, 10**23):
         with pytest.raises(UserError, match=f"{processes} processes: there must be at least one"):
             find_launch({}, "here:1", processes, 0)
-    for host in ("a" * 64, "\ud800", "..", "[::1"):
+    for host in ("a" * 64, "\ud800", ".."):
         with pytest.raises(UserError, match="not the name of a machine") as told:
             find_launch({}, f"{host}:1", 2, 0)
         assert len(str(told.value)) < 200

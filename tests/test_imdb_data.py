@@ -17,6 +17,7 @@ import small_runs
 from flax_lstm.data import download as downloading
 from flax_lstm.data import imdb
 from flax_lstm.data.download import RemoteFile, download
+from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.data.imdb import Imdb
 from flax_lstm.data.language import ImdbLanguage
 from flax_lstm.data.vocabulary import UNKNOWN, Vocabulary
@@ -51,6 +52,21 @@ def make_archive(path: Path) -> RemoteFile:
                 info.size = len(review)
                 tar.addfile(info, io.BytesIO(review.encode()))
     return remote("http://unused", path.read_bytes())
+
+
+def test_a_run_knows_the_reviews_by_their_content_alone(tmp_path):
+    """Not by the names of versions and times that lie beside them."""
+    data = Imdb(data_dir=str(tmp_path))
+    assert content_sha256(data.files()) is None
+    folder = tmp_path / "imdb_reviews" / "plain_text" / "1.0.0"
+    folder.mkdir(parents=True)
+    records = folder / "imdb_reviews-train.array_record-00000-of-00001"
+    records.write_bytes(b"a fine film")
+    before = content_sha256(data.files())
+    (folder / "dataset_info.json").write_text("{}")
+    assert content_sha256(data.files()) == before is not None
+    records.write_bytes(b"a fine firm")
+    assert content_sha256(ImdbLanguage(data_dir=str(tmp_path)).files()) != before
 
 
 def remote(url: str, content: bytes) -> RemoteFile:

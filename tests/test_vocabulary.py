@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vocabularies: ids, round trips, sameness."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -84,7 +86,7 @@ def test_large_corpora_are_encoded_once(tmp_path, monkeypatch):
         return [ids.tolist() for ids in Vocabulary.train_cached(texts, 100).encode_cached(texts)]
 
     assert encoded() == expected
-    files = sorted((tmp_path / "flax_lstm").iterdir())
+    files = sorted((tmp_path / "flax_lstm").glob("*.npz"))
     assert len(files) == 2
     with monkeypatch.context() as patch:
         patch.setattr(Vocabulary, "train", None)
@@ -109,7 +111,33 @@ def test_old_files_leave_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "FILES_KEPT", 2)
     for key in "abc":
         cache.remember(key, lambda: {"x": np.arange(3)})
-    assert len(list((tmp_path / "flax_lstm").iterdir())) == 2
+    names = {path.name for path in (tmp_path / "flax_lstm").iterdir()}
+    assert names == {f"{key}.{kind}" for key in "bc" for kind in ("npz", "sha256")}
+
+
+def test_a_spoilt_or_planted_file_is_made_anew(tmp_path, monkeypatch):
+    """Whatever byte is spoilt: zip's own sums leave out names, methods and flags."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def make():
+        made.append(1)
+        return {"x": np.arange(3)}
+
+    cache.remember("a", make)
+    cache.remember("a", make)
+    assert len(made) == 1
+    path = tmp_path / "flax_lstm" / "a.npz"
+    content = path.read_bytes()
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :])
+        assert cache.remember("a", make)["x"].tolist() == [0, 1, 2]
+    damaged = len(range(0, len(content), 7))
+    assert len(made) == 1 + damaged
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+        cache.remember("a", make)
+        assert len(made) == 2 + damaged
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ root; elsewhere files that cannot grow stand for them.
 
 import argparse
 import ctypes
+import functools
 import json
 import multiprocessing
 import os
@@ -175,36 +176,56 @@ def compared(folder: Path, whole: Any, code: int, said: str) -> str:
 # --- damage to files, many times in one process
 
 
+@functools.cache
+def copied(whole: Path, place: Path) -> tuple[Path, Any]:
+    """A copy of a run, and the form of its state."""
+    from flax_lstm import load
+
+    run = place / f"copy-{whole.parent.name}"
+    shutil.copytree(whole, run)
+    return run, load(run)._parts.steps.abstract  # type: ignore[union-attr]
+
+
 def damaged(whole: Path, place: Path, seed: int) -> str:
     """A bit flipped, a file cut, emptied or deleted, in the latest checkpoint or the assets of a
-    copy of a run: whether it is refused at use, and passed over at resume."""
+    copy of a run: whether it is refused at use, and passed over at resume. The doors are those that
+    `load` and `fit` go through; every twentieth time it is `load` itself."""
     from flax_lstm import UserError, load
+    from flax_lstm.runs.workdir import Workdir
     from flax_lstm.training.checkpoint import Checkpoints
 
     generator = np.random.default_rng(seed)
-    run = place / f"bytes{seed}"
-    shutil.copytree(whole, run)
+    run, abstract = copied(whole, place)
     *_, before, latest = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
-    places = (run / "checkpoints" / str(latest), run / "assets")
-    files = [p for part in places for p in sorted(part.rglob("*")) if p.is_file()]
+    checkpoint, assets = run / "checkpoints" / str(latest), run / "assets"
+    files = [p for part in (checkpoint, assets) for p in sorted(part.rglob("*")) if p.is_file()]
     path = files[int(generator.integers(len(files)))]
+    content = path.read_bytes()
     kind = hurt(path, generator)
     try:
-        load(run).params("latest")
-        if path.parent.name == "assets" and path.name == "manifest.json" and kind == "deleted":
-            return "harmless: the manifest of the assets alone is gone"
-        return "silently wrong"
+        if generator.integers(20) == 0:
+            load(run).params("latest")
+        else:
+            Workdir(run).check_assets()
+            Checkpoints(run / "checkpoints").restore_params(latest, abstract)
+        alone = kind == "deleted" and path == assets / "manifest.json"
+        outcome = (
+            "harmless: the manifest of the assets alone is gone" if alone else "silently wrong"
+        )
     except UserError as error:
-        if path.name not in str(error):
-            return "not refused"
-    if path.is_relative_to(places[1]):
-        return "refused, naming the file"
-    with Checkpoints(run / "checkpoints", lambda told: None) as checkpoints:
-        used = checkpoints.newest_intact()
-    aside = (run / "checkpoints" / f"{latest}.damaged").is_dir()
-    shutil.rmtree(run)
-    same = used == before and aside
-    return "refused, naming the file; set aside at resume" if same else "lost"
+        outcome = "refused, naming the file" if path.name in str(error) else "not refused"
+    if outcome not in BAD and path.is_relative_to(checkpoint):
+        with Checkpoints(run / "checkpoints", lambda told: None) as checkpoints:
+            used = checkpoints.newest_intact()
+        aside = checkpoint.with_suffix(".damaged")
+        if used != before or not aside.is_dir():
+            outcome = "lost"
+        else:
+            aside.rename(checkpoint)
+            path = checkpoint / path.relative_to(checkpoint)
+            outcome = "refused, naming the file; passed over at resume"
+    path.write_bytes(content)
+    return outcome
 
 
 def hurt(path: Path, generator: np.random.Generator) -> str:

@@ -379,6 +379,18 @@ BREAKAGES = {
         "own = True",
         "tests/test_cache.py::test_a_planted_file_is_not_intact",
     ),
+    "a spoilt file of the cache is believed": Breakage(
+        "flax_lstm/data/cache.py",
+        "    if intact(path):",
+        "    if path.exists():",
+        "tests/test_vocabulary.py::test_a_spoilt_or_planted_file_is_made_anew",
+    ),
+    "changed reviews go unnoticed": Breakage(
+        "flax_lstm/data/imdb.py",
+        '.glob("*.array_record*")',
+        '.glob("nothing")',
+        "tests/test_imdb_data.py::test_a_run_knows_the_reviews_by_their_content_alone",
+    ),
     "process 0 listens everywhere": Breakage(
         "flax_lstm/machine/distributed.py",
         "                if meant or not loopback:\n",

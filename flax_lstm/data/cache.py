@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results that take long and depend on their inputs alone, kept in the user's cache folder.
 
-Everything here can be deleted at any time. Spoilt files are noticed (zip checksums) and made anew.
+Everything here can be deleted at any time. Spoilt files, and those of other users, are noticed
+(`machine.cache.intact`) and made anew.
 """
 
 import contextlib
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from flax_lstm.machine.cache import cache_folder
+from flax_lstm.machine.cache import cache_folder, intact, keep, private_cache_folder
 
 FILES_KEPT = 16  # the ones used last
 
@@ -29,24 +29,25 @@ def fingerprint(parts: Iterable[str]) -> str:
 def remember(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """What `make` returns, or returned earlier for the same key."""
     path = cache_folder() / f"{key}.npz"
-    with (
-        contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile),
-        np.load(path) as saved,
-    ):
-        arrays = dict(saved)
-        path.touch()
-        return arrays
+    if intact(path):
+        with contextlib.suppress(OSError), np.load(path) as saved:
+            arrays = dict(saved)
+            path.touch()
+            return arrays
     arrays = make()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a full or read-only disk costs time only
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_cache_folder()
         with partial.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types the names it reserves
+        partial.chmod(0o600)
         partial.replace(path)
+        keep(path)
         for old in sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)[
             :-FILES_KEPT
         ]:
             old.unlink()
+            old.with_suffix(".sha256").unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
     return arrays

@@ -52,15 +52,22 @@ class ImdbFiles(Corpus):
             archive=absolute_path(self.archive),
         )
 
+    def folder(self) -> Path:
+        """Of TensorFlow Datasets."""
+        named = self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        return expanded(named)
+
+    def files(self) -> list[Path]:
+        """Of what is prepared, the reviews alone: what else lies there names versions and times."""
+        return [*super().files(), *sorted((self.folder() / FOLDER).glob("*.array_record*"))]
+
     def reviews(self, split: str) -> Texts:
         """The "train", "test" or "unsupervised" reviews (label ""); prepares the data first where
         that is not done.
 
         Raises UserError without data and network, and for a spoilt archive.
         """
-        data_dir = expanded(
-            self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        )
+        data_dir = self.folder()
         if not _is_prepared(data_dir):
             prepare(data_dir, self.archive)
         import tensorflow_datasets as tfds  # here: it takes a second, and predictions do without

@@ -11,8 +11,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from flax_lstm.machine.files import write_atomically
@@ -36,7 +38,17 @@ def private_cache_folder() -> Path:
     if not is_own(folder):
         raise PermissionError(errno.EPERM, "belongs to another user", str(folder))
     folder.chmod(0o700)
+    _remove_drafts(folder)
     return folder
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Of processes that were killed: folders to compile in, files half written. None is used for an
+    hour."""
+    for draft in (*folder.glob("tmp*/"), *folder.glob(".*.npz.*")):
+        with contextlib.suppress(OSError):
+            if draft.stat().st_mtime < time.time() - 3600:
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
 def is_own(path: Path) -> bool:

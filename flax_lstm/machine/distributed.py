@@ -217,9 +217,8 @@ def find_launch(
     try:
         launch.coordinator.encode("idna")
     except UnicodeError:
-        raise UserError(
-            f"coordinator {launch.coordinator[:100]!r}: not the name of a machine ({launch.launcher})"
-        ) from None
+        shown = f"{launch.coordinator[:100]!r} ({launch.launcher})"
+        raise UserError(f"coordinator {shown}: not the name of a machine") from None
     alone = launch.coordinator.endswith("]")  # an address of version 6 without a port
     named = None if alone else re.fullmatch(r"(.+):(\d{1,9})", launch.coordinator.removesuffix(":"))
     if not named:
