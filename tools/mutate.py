@@ -397,6 +397,13 @@ BREAKAGES = {
         "                if not loopback:\n",
         "tests/test_distributed.py::test_process_0_listens_where_the_coordinator_is_named_and_nowhere_else",
     ),
+    "who was killed is not named": Breakage(
+        "flax_lstm/machine/distributed.py",
+        "key=lambda one: one[1])",
+        "key=lambda one: one[0])",
+        "tests/test_distributed.py::"
+        "test_the_process_that_was_killed_is_named_and_not_one_that_it_brought_down",
+    ),
     "local processes meet where anybody comes": Breakage(
         "flax_lstm/machine/distributed.py",
         'f"{LOCAL}{private}/0"',

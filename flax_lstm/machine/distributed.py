@@ -508,7 +508,8 @@ def await_all(children: Sequence[subprocess.Popen[bytes]]) -> int:
         if None not in codes:
             return 0
         time.sleep(0.1)
-    index, code = next((index, code) for index, code in enumerate(codes) if code)
+    # One that was killed counts first, for it brought the others down.
+    index, code = min(((n, code) for n, code in enumerate(codes) if code), key=lambda one: one[1])
     deadline = time.monotonic() + SHUTDOWN_SECONDS
     if code < 0:
         print(
