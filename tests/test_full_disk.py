@@ -108,10 +108,20 @@ def test_plots_that_find_no_room_cost_a_line(tmp_path, capsys):
 
 
 def test_a_run_whose_folder_is_removed_ends_with_a_line(tmp_path):
+    """And what it had written by then is in nobody's way."""
     run = tmp_path / "run"
     with pytest.raises(UserError, match="was removed while it trained") as told:
         fit(small_runs.adding_run(), run, at_step(2, lambda: shutil.rmtree(run)))
     assert len(str(told.value).splitlines()) == 1
+    (run / "checkpoints" / "3.unproven.orbax-checkpoint-tmp").mkdir(parents=True)
+    MetricsLog(run / "metrics.jsonl").append(3, "train", {"loss": 1.0}, 0.0)
+    assert fit(small_runs.adding_run(), run)["steps"] == 10
+    assert len([row for row in small_runs.rows(run) if row["step"] < 4]) == 1
+    for name in ("checkpoints/3", "notes"):
+        other = tmp_path / name.replace("/", "-")
+        (other / name).mkdir(parents=True)
+        with pytest.raises(UserError, match="holds other things and no run"):
+            fit(small_runs.adding_run(), other)
 
 
 def test_errors_about_other_files_are_left_alone(tmp_path):

@@ -82,9 +82,10 @@ class Workdir:
             f"--workdir {self}: a file of that name is in the way; name another folder",
         )
         if not self.config.exists() and self.path.exists():
-            others = {*self.path.iterdir()} - {self.lock, self._draft}
+            # A run whose folder is removed while it trains writes on until it notices.
+            late = set() if self._kept() else {self.metrics, self.discarded, self.checkpoints}
             require(
-                not others,
+                {*self.path.iterdir()} <= {self.lock, self._draft, *late},
                 f"--workdir {self}: the folder holds other things and no run; name a new or empty "
                 "folder",
             )
@@ -147,10 +148,13 @@ class Workdir:
     def _failed_at_its_start(self) -> bool:
         """Whether it holds what a run writes before its first checkpoint, and nothing else."""
         early = {self.config, self.assets, self.checkpoints, self.metrics, self.discarded}
-        kept = self.checkpoints.glob("*")
-        saved = any(path.name.isdigit() or path.suffix == ".damaged" for path in kept)
         early |= {self.tensorboard, self.data, self.lock, self._draft}
-        return not saved and {*self.path.iterdir()} <= early
+        return not self._kept() and {*self.path.iterdir()} <= early
+
+    def _kept(self) -> bool:
+        """Whether there is a checkpoint, damaged or not."""
+        found = self.checkpoints.glob("*")
+        return any(path.name.isdigit() or path.suffix == ".damaged" for path in found)
 
     def data_sha256(self) -> str | None:
         """The fingerprint of the data that the run began with; None where there is none."""
