@@ -212,22 +212,26 @@ def find_launch(
         bool(launch.coordinator),
         f"{launch.launcher} does not say where process 0 is; name it by --coordinator HOST:PORT",
     )
-    if launch.coordinator.startswith(LOCAL):
-        return launch
+    return launch._replace(coordinator=with_port(launch.coordinator))
+
+
+def with_port(coordinator: str) -> str:
+    """host:port, or unix:path. Raises UserError where it is neither."""
+    if coordinator.startswith(LOCAL):
+        return coordinator
     try:
-        launch.coordinator.encode("idna")
+        coordinator.encode("idna")
     except UnicodeError:
-        shown = f"{launch.coordinator[:100]!r} ({launch.launcher})"
-        raise UserError(f"coordinator {shown}: not the name of a machine") from None
-    alone = launch.coordinator.endswith("]")  # an address of version 6 without a port
-    named = None if alone else re.fullmatch(r"(.+):(\d{1,9})", launch.coordinator.removesuffix(":"))
+        raise UserError(f"coordinator {coordinator[:100]!r}: not the name of a machine") from None
+    alone = coordinator.endswith("]")  # an address of version 6 without a port
+    named = None if alone else re.fullmatch(r"(.+):(\d{1,9})", coordinator.removesuffix(":"))
     if not named:
-        return launch._replace(coordinator=f"{launch.coordinator}:{PORT}")
+        return f"{coordinator}:{PORT}"
     require(
         1 <= int(named[2]) <= 65535,
-        f"coordinator {launch.coordinator}: a port is a number from 1 to 65535",
+        f"coordinator {coordinator}: a port is a number from 1 to 65535",
     )
-    return launch
+    return coordinator
 
 
 def init_distributed(
