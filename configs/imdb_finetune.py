@@ -16,12 +16,12 @@ def get_config() -> Config:
     return Config(
         name="imdb_finetune",
         data=Imdb(vocabulary_size=30_000, max_length=400),
-        task=Classification(),
+        task=Classification(label_smoothing=0.1),
         model=TextModel(
             cell="lstm",
             hidden_size=512,
             embed_size=256,
-            embed_dropout=0.1,
+            embed_dropout=0.2,
             dropout=0.3,
             recurrent_dropout=0.1,
             pooling="concat",
@@ -29,7 +29,7 @@ def get_config() -> Config:
             head_dropout=0.3,
         ),
         train=TrainConfig(
-            steps=2_800,
+            steps=1_000,
             batch_size=32,
             learning_rate=2e-3,
             layer_decay=0.8,
@@ -38,7 +38,7 @@ def get_config() -> Config:
             warmup_steps=50,
             schedule="cosine",
             ema=0.995,
-            eval_every=700,
-            checkpoint_every=350,
+            eval_every=250,
+            checkpoint_every=125,
         ),
     )

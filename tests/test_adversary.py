@@ -186,8 +186,7 @@ def test_a_run_of_words_in_two_parts(tmp_path):
     plain = small_runs.fit(config, tmp_path / "plain", test=False)
     task = Classification(adversarial=1.0, virtual=1.0, linear=False)
     moved = small_runs.fit(replace(config, task=task), tmp_path / "moved", test=False)
-    again = small_runs.fit(replace(config, task=task), tmp_path / "again", test=False)
-    assert moved["params_sha256"] == again["params_sha256"] != plain["params_sha256"]
+    assert moved["params_sha256"] != plain["params_sha256"]
 
 
 @pytest.mark.parametrize("size", [-1.0, float("nan"), float("inf")])
