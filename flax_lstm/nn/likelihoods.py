@@ -8,7 +8,6 @@ without a unit. Targets are scaled as the data say in `units` (see `flax_lstm.da
 Axes: B batch, N horizon, C target channels, P parameters, Q quantiles, S sample paths.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from scipy import special
 from flax_lstm.data.base import SeriesForm
 
 Array = jax.Array
+HALVINGS = 24  # of an interval of counts
 LEAST = 1e-3  # spread at least, in units of the window; dispersion of counts at least
 
 
@@ -129,11 +129,22 @@ class NegativeBinomial:
     def quantiles(self, parameters: Array, levels: Sequence[float], units_BUC: Array) -> Array:
         """The smallest counts whose probability of not being exceeded reaches the level, halved
         down from Cantelli's bounds; the distribution function is the incomplete beta function."""
-        mean, size = self.moments(parameters, units_BUC)
-        deviation = jnp.sqrt(mean + mean**2 / size)
-        counts = jnp.stack(
-            [_count_quantile(level, mean, size, deviation) for level in levels], axis=-1
-        )
+        mean, size = (x[..., None] for x in self.moments(parameters, units_BUC))
+        share, deviation = size / (size + mean), jnp.sqrt(mean + mean**2 / size)
+        level = jnp.asarray(levels, mean.dtype).reshape((1,) * (mean.ndim - 1) + (-1,))
+        reach = jnp.sqrt((1 - level) / level)
+        below = jnp.floor(jnp.maximum(mean - deviation * reach, 0)) - 1
+        above = jnp.ceil(mean + deviation / reach) + 1
+
+        def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            below, above = bounds
+            middle = jnp.floor((below + above) / 2)
+            reached = jax.scipy.special.betainc(size, middle + 1, share) >= level
+            inside = (middle > below) & (middle < above)
+            below = jnp.where(inside & ~reached, middle, below)
+            return below, jnp.where(inside & reached, middle, above)
+
+        counts = jax.lax.fori_loop(0, HALVINGS, halve, (below, above))[1]
         offset, std = units_BUC[:, 0, None, :, None], units_BUC[:, 3, None, :, None]
         return counts / std - offset
 
@@ -141,22 +152,6 @@ class NegativeBinomial:
 def in_counts(scaled_BNC: Array, units_BUC: Array) -> Array:
     """Scaled values in the units of the data."""
     return (scaled_BNC + units_BUC[:, 0, None]) * units_BUC[:, 3, None]
-
-
-def _count_quantile(level: float, mean: Array, size: Array, deviation: Array) -> Array:
-    below = jnp.floor(jnp.maximum(mean - deviation * math.sqrt((1 - level) / level), 0)) - 1
-    above = jnp.ceil(mean + deviation * math.sqrt(level / (1 - level))) + 1
-    share = size / (size + mean)
-
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        below, above = bounds
-        middle = jnp.floor((below + above) / 2)
-        reached = jax.scipy.special.betainc(size, middle + 1, share) >= level
-        inside = (middle > below) & (middle < above)
-        below = jnp.where(inside & ~reached, middle, below)
-        return below, jnp.where(inside & reached, middle, above)
-
-    return jax.lax.fori_loop(0, 24, halve, (below, above))[1]
 
 
 def path_quantiles(paths: Paths, levels: Sequence[float]) -> Array:
