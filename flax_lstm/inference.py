@@ -115,7 +115,7 @@ class Run:
     def _warn_of_other_data(self) -> None:
         before, found = self.data_sha256(), None
         with suppress(OSError):  # what cannot be read is named when the data are
-            found = content_sha256(self.config.data.files())
+            found = content_sha256(self.config.data.files(), self.config.data.below)
         if before and found and before != found:
             logger.warning(
                 "warning: the data are not those that %s was trained on (SHA-256 of their content "

@@ -42,7 +42,7 @@ USUAL = {
 }
 
 
-LONGEST = 4096  # letters of a setting: as many as a path may have
+LONGEST = 1024  # letters of a setting: what is longer is no path, and fills the screen
 
 
 def named(folders: tuple[Path, ...]) -> tuple[Path, ...]:

@@ -169,6 +169,8 @@ class Data(Protocol):
     """
 
     gives: ClassVar[type | None] = None
+    # Which files are read below a folder that a setting names, as `Path.glob` takes it
+    below: ClassVar[tuple[str, ...]] = ("**/*",)
 
     def load(self, assets: Path) -> Dataset:
         """Reads the data. What is fitted on the training split (vocabulary, scaler) is read from

@@ -3,7 +3,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flax_lstm.machine.cache import cache_folder
@@ -12,15 +12,16 @@ from flax_lstm.machine.files import write_atomically
 LARGE = 1 << 24  # bytes in all from which on the hash is remembered
 
 
-def content_sha256(paths: Iterable[Path]) -> str | None:
-    """SHA-256 over the content of files, and of all files below folders, with their names below
-    them; None where there is none. Names of the paths themselves and times do not count.
+def content_sha256(paths: Iterable[Path], below: Sequence[str] = ("**/*",)) -> str | None:
+    """SHA-256 over the content of files, and of those files below folders that one of the patterns
+    `below` finds, with their names below them; None where there is none. Names of the paths
+    themselves and times do not count.
 
     For much content it is remembered in the user's cache folder, by path, size and time of change.
 
     Raises OSError for a file that cannot be read.
     """
-    files = sorted((name, path) for given in paths for name, path in _below(given))
+    files = sorted((name, path) for given in paths for name, path in _below(given, below))
     if not files:
         return None
     stats = [(path, path.stat()) for _, path in files]
@@ -39,11 +40,12 @@ def content_sha256(paths: Iterable[Path]) -> str | None:
     return found
 
 
-def _below(given: Path) -> Iterable[tuple[str, Path]]:
+def _below(given: Path, patterns: Sequence[str]) -> Iterable[tuple[str, Path]]:
     """Files with the names that count."""
     if given.is_file():
         return [("", given)]
-    found = (path for path in given.rglob("*") if path.is_file())
+    every = {path for pattern in patterns for path in given.glob(pattern)}
+    found = (path for path in every if path.is_file())
     return [(path.relative_to(given).as_posix(), path) for path in found]
 
 

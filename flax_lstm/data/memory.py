@@ -7,7 +7,7 @@ on these data and no others; the data themselves are given again each time.
 
 import hashlib
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,8 @@ class InMemory(Data):
     """Settings of data that are read from the file `path`, or given in memory (`holding`)."""
 
     path: str
+
+    below: ClassVar[tuple[str, ...]] = ()  # `path` names a file
 
     def holding(self, table: Any) -> Self:
         """The same settings for data in memory. Raises UserError for other data than the settings

@@ -580,6 +580,8 @@ class TextTable(TableFiles, TextData):
     copies of a text stay together.
     """
 
+    below: ClassVar[tuple[str, ...]] = ("*/*.txt", "t*/*/*.txt")  # LABEL, train/LABEL, test/LABEL
+
     # Column of the table with the labels: names or numbers, two or more different ones
     label_column: str = "label"
     weight_column: str = ""  # column with how much a row counts in training; empty: all alike

@@ -126,7 +126,7 @@ def open_run(folder: Workdir, wanted: Config, resume_with: Sequence[str]) -> Con
     found = None
     if is_first():
         with suppress(OSError):  # what cannot be read is named when the data are
-            found = content_sha256(wanted.data.files())
+            found = content_sha256(wanted.data.files(), wanted.data.below)
     return folder.open(wanted, is_first(), resume_with, found)
 
 
