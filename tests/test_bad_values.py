@@ -36,6 +36,7 @@ from flax_lstm.data import (
     SeriesTable,
     TextTable,
 )
+from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.data.measures import FARTHEST, parse
 from flax_lstm.data.tables import read_table, sort_labels
 from flax_lstm.machine import memory
@@ -307,6 +308,24 @@ def test_paths_that_are_none(tmp_path):
                     replace(data, path=str(path)).absolute().load(tmp_path / "assets")
     SERIES.to_csv(tmp_path / "mark.csv", index=False, encoding="utf-8-sig")
     assert list(read_table(tmp_path / "mark.csv").columns) == list(SERIES.columns)
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_read_through(tmp_path):
+    """All of a disk would be hashed before it is told that a file is needed."""
+    for path in (tmp_path / "good" / "1.txt", tmp_path / "good" / "deep" / "er" / "2.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text("a film")
+    (tmp_path / "other").write_text("of somebody")
+    for data, texts in (
+        (SeriesTable(), 0),
+        (Sequences(), 0),
+        (TextTable(), 1),
+        (LanguageTable(), 6),
+    ):
+        found = replace(data, path=str(tmp_path))
+        alone = [path for pattern in found.below for path in tmp_path.glob(pattern)]
+        assert len(alone) == texts
+        assert (content_sha256(found.files(), found.below) is None) == (texts == 0)
 
 
 def test_half_a_character_becomes_a_question_mark(tmp_path):

@@ -905,6 +905,78 @@ BREAKAGES = {
         'for batch in dataset.evaluation("train", 256):',
         "tests/test_backtest.py::test_figures_over_all_origins_are_those_of_evaluate",
     ),
+    "a value that no figure could hold is let through": Breakage(
+        "flax_lstm/data/measures.py",
+        "far_RD = np.abs(scaled_RD) > FARTHEST",
+        "far_RD = np.abs(scaled_RD) > np.inf",
+        "tests/test_bad_values.py::test_a_number_that_no_figure_could_hold_is_told_by_column_and_row",
+    ),
+    "a spread whose square is 0 divides": Breakage(
+        "flax_lstm/data/measures.py",
+        "constant = np.ptp(known) <= SMALLEST",
+        "constant = np.ptp(known) == 0",
+        "tests/test_bad_values.py::test_a_spread_in_training_that_float64_cannot_square_is_none",
+    ),
+    "damage within a gzip file is not told": Breakage(
+        "flax_lstm/data/tables.py",
+        "except (gzip.BadGzipFile, EOFError, zlib.error) as error:",
+        "except gzip.BadGzipFile as error:",
+        "tests/test_bad_values.py::test_every_damage_to_a_compressed_file_is_told",
+    ),
+    "a gzip bomb inflates to its end": Breakage(
+        "flax_lstm/data/tables.py",
+        "require(size < BOMB * packed,",
+        "require(True,",
+        "tests/test_bad_values.py::test_what_inflates_without_end_is_refused_before_it_fills_the_memory",
+    ),
+    "half a character reaches a label": Breakage(
+        "flax_lstm/data/tables.py",
+        'return str(value).strip().encode(errors="replace").decode()',
+        "return str(value).strip()",
+        "tests/test_bad_values.py::test_half_a_character_becomes_a_question_mark",
+    ),
+    "a column of the user's own is lost": Breakage(
+        "flax_lstm/tasks/base.py",
+        "        names[name] = own\n",
+        "        names[name] = name\n",
+        "tests/test_bad_values.py::test_the_users_columns_are_kept_whatever_they_are_called",
+    ),
+    "predictions replace their input": Breakage(
+        "flax_lstm/commands/tables.py",
+        "require(not same,",
+        "require(True,",
+        "tests/test_bad_values.py::test_outputs_that_cannot_be",
+    ),
+    "a draft is called by the whole name": Breakage(
+        "flax_lstm/commands/tables.py",
+        'path.with_name(f".{os.getpid()}.part")',
+        'path.with_name(f".{path.name}.part")',
+        "tests/test_bad_values.py::test_what_a_format_cannot_hold_leaves_no_file",
+    ),
+    "a seed of 33 bits": Breakage(
+        "flax_lstm/config.py",
+        'within("seed", self.seed, 0, 2**32 - 1)',
+        'within("seed", self.seed, 0, 2**33 - 1)',
+        "tests/test_bad_values.py::test_seeds_that_jax_would_take_for_one_another_are_refused",
+    ),
+    "layers without end": Breakage(
+        "flax_lstm/nn/models.py",
+        'within("model.num-layers", self.num_layers, 1, LAYERS)',
+        'within("model.num-layers", min(self.num_layers, LAYERS), 1)',
+        "tests/test_bad_values.py::test_settings_have_bounds",
+    ),
+    "what does not fit into memory is tried": Breakage(
+        "flax_lstm/training/room.py",
+        "        stored + kept <= free,",
+        "        True,",
+        "tests/test_bad_values.py::test_what_does_not_fit_into_memory_is_refused_before_it_is_allocated",
+    ),
+    "the limit of a container does not count": Breakage(
+        "flax_lstm/machine/memory.py",
+        "*map(_of_group, _groups())",
+        "UNLIMITED",
+        "tests/test_bad_values.py::test_the_limit_of_a_container_counts",
+    ),
 }
 
 

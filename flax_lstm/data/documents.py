@@ -28,7 +28,8 @@ def stream_documents(path: Path, text_column: str) -> Iterator[str]:
     """
     if not path.is_dir():
         return _texts(path, text_column)
-    files = sorted(file for file in path.rglob("*") if kind(file) in (".txt", *LINES, *PARQUET))
+    kinds = (".txt", *LINES, *PARQUET)
+    files = sorted(p for p in path.rglob("*") if kind(p) in kinds and p.is_file())
     if not files:
         raise UserError(
             f"{path} holds no file of texts: {listing(('.txt', *LINES, *PARQUET))}, also as .gz"
@@ -44,7 +45,7 @@ def kind(path: Path) -> str:
 def _texts(path: Path, column: str) -> Iterator[str]:
     """The texts of a file."""
     if kind(path) == ".txt":
-        yield _whole(path)
+        yield read_text(path)
     elif kind(path) in LINES:
         for first, rows in _json_rows(path):
             yield from _checked(pd.DataFrame(rows, dtype=object), column, path, first)
@@ -57,16 +58,6 @@ def _texts(path: Path, column: str) -> Iterator[str]:
 
 def _checked(frame: pd.DataFrame, column: str, path: Path, first: int) -> list[str]:
     return text_values(frame, column, f"{path}, rows from {first:,} on")
-
-
-def _whole(path: Path) -> str:
-    if path.suffix != ".gz":
-        return read_text(path)
-    try:
-        with gzip.open(path) as file:
-            return file.read().decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -109,6 +100,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, pd.DataFrame]]:
             for batch in file.iter_batches(ROWS):
                 yield first, batch.to_pandas()
                 first += len(batch)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # pyarrow's errors have many types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read {path} as Parquet: {reason}") from None

@@ -266,6 +266,8 @@ class LanguageTable(TableFiles, LanguageData):
     """Your own documents: the text column of a table, or all files of texts below a folder (.txt,
     .jsonl, .ndjson, each also as .gz, and .parquet)."""
 
+    below: ClassVar[tuple[str, ...]] = ("**/*",)
+
     def documents(self) -> dict[str, list[str]]:
         return {name: rows.texts for name, rows in self.table_splits(self._texts).items()}
 
