@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("flax_lstm", "configs", "launch", "tests", "docs", "examples")
+FOLDERS = ("flax_lstm", "benchmarks", "configs", "launch", "tests", "docs", "examples")
 
 
 class Breakage(NamedTuple):
