@@ -4,7 +4,8 @@ language model `imdb_lm`, fine-tuned as in `imdb_finetune`.
     python train.py --config imdb_lm
     python train.py --config rotten_tomatoes_finetune --init-from runs/imdb_lm
 
-docs/results.md has the accuracy, beside the linear model's.
+Test accuracy 0.789 +- 0.001 (seeds 0 to 2), 0.756 without the language model; 4 to 11 minutes on
+two cores that other work shared: docs/results.md.
 """
 
 from flax_lstm import Classification, Config, TextModel, TrainConfig
