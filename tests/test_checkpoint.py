@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_lstm import UserError
+from flax_lstm.training import checkpoint
 from flax_lstm.training.checkpoint import Checkpoints
 from flax_lstm.training.progress import Best, Progress
 from flax_lstm.training.steps import TrainState
@@ -221,6 +222,20 @@ def test_a_save_that_fails_costs_a_line_and_the_next_one_is_tried(tmp_path):
     assert len(said) == 1 and str(tmp_path) in said[0] and len(said[0].splitlines()) == 1
     assert "step 2 cannot be saved" in said[0] and "the last good one is of step 1" in said[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+
+
+def test_among_several_processes_a_save_that_fails_ends_the_run_with_its_own_error(
+    tmp_path, monkeypatch
+):
+    """The others wait for it: also where it fails before there is a writer."""
+
+    def fail(self, step, items):
+        raise OSError("the other is gone")
+
+    monkeypatch.setattr(Checkpoints, "_write", fail)
+    monkeypatch.setattr(checkpoint, "process_count", lambda: 2)
+    with pytest.raises(OSError, match="the other is gone"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(TrainState(*[np.int32(1)] * len(TrainState._fields)), Progress())
 
 
 def test_a_checkpoint_of_another_model_names_the_parameters(tmp_path):

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 import small_runs
 
@@ -230,6 +231,16 @@ def test_the_process_that_was_killed_is_named_and_not_one_that_it_brought_down(c
     assert await_all(children) == 1
     assert "process 1 was ended by signal 9" in capfd.readouterr().err
     assert children[2].returncode == -signal.SIGKILL
+
+
+def test_an_error_that_another_process_caused_is_told_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    lost = "UNKNOWN: Gloo AllGather failed: Connection reset by peer"
+    for told, short in ((lost, True), ("RESOURCE_EXHAUSTED: out of memory", False)):
+        distributed.leave(jax.errors.JaxRuntimeError(f"{told}\nframes"))
+        said = capsys.readouterr().err
+        assert told in said and ("frames" not in said) == short
+        assert "The same command goes on from the last checkpoint" in said
 
 
 def test_a_socket_that_is_not_there_or_comes_late(tmp_path):

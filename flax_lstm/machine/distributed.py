@@ -41,6 +41,7 @@ HEARTBEAT_SECONDS = 30  # after which a silent process counts as lost, and the o
 SHUTDOWN_SECONDS = 30  # that a process waits for the others at its end
 LOCAL = "unix:"  # begins the address of a socket of this machine, a path in the place of host:port
 MOST = 1_000_000  # processes
+LOST = ("Gloo", "onnection", "eartbeat", "oordination")  # in errors that another's end has caused
 PORT = 8476  # of the coordinator, where neither launcher nor user names one
 
 
@@ -440,8 +441,12 @@ def stop_agreed(step: int) -> bool:
 def leave(error: Exception) -> None:
     """Ends this process at once after an error that the others do not know of, so that they notice
     now and not at the end of a time limit."""
-    traceback.print_exception(error)
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    others = isinstance(error, jax.errors.JaxRuntimeError)
+    if others and any(word in str(error) for word in LOST):
+        print(str(error).splitlines()[0], file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    if others:
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} ends; if the lines "
             "above speak of a "

@@ -265,9 +265,9 @@ class Checkpoints:
         """Goes on without this checkpoint. Among several processes the others wait for it, so that
         there all end."""
         assert self._saving
+        step, self._saving = self._saving.step, None
         if process_count() > 1:
             raise error
-        step, self._saving = self._saving.step, None
         self._failed = _reason(error)
         self._remove_leftovers()
         last = self.latest()
