@@ -36,6 +36,7 @@ from flax_lstm.data import (
     SeriesTable,
     TextTable,
 )
+from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.data.measures import FARTHEST, parse
 from flax_lstm.data.tables import read_table, sort_labels
@@ -291,6 +292,18 @@ def test_files_that_are_something_else(tmp_path, case):
     (tmp_path / f"t{suffix}").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_table(tmp_path / f"t{suffix}")
+
+
+def test_a_spoilt_text_in_parquet_is_told(tmp_path):
+    """Whatever byte of it, and pandas would give it out as a text that nothing can read."""
+    path = tmp_path / "t.parquet"
+    SERIES.to_parquet(path, compression=None)
+    content = path.read_bytes()
+    at = content.index(b"2024-01-02 03") + 10
+    path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    for read in (read_table, lambda p: list(stream_documents(p, "when"))):
+        with pytest.raises(UserError, match=r"cannot read .* as Parquet: .*UTF"):
+            read(path)
 
 
 def test_paths_that_are_none(tmp_path):

@@ -98,6 +98,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, pd.DataFrame]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS):
+                batch.validate(full=True)
                 yield first, batch.to_pandas()
                 first += len(batch)
     except Exception as error:  # pyarrow's errors have many types

@@ -225,6 +225,7 @@ def _read_parquet(data: bytes, path: Path) -> pd.DataFrame:
         raise UserError(f"cannot read {path} as Parquet: {_first_line(error)}") from None
     require_room(8 * cells, f"{path} has {cells:,} values, too many to read")
     try:
+        file.read().validate(full=True)  # texts that are no UTF-8 are found late without
         return pd.read_parquet(io.BytesIO(data))
     except Exception as error:
         raise UserError(f"cannot read {path} as Parquet: {_first_line(error)}") from None
