@@ -351,6 +351,10 @@ def test_half_a_character_becomes_a_question_mark(tmp_path):
     assert dataset.info.labels == ("bad", "good?")
     held = TextTable(vocabulary_size=50).holding(pd.DataFrame(rows, dtype=object))
     assert held.load(tmp_path / "held").info.labels == ("bad", "good?")
+    ids = pd.Series(["a\ud800"] * 100 + ["b"] * 100, dtype=object)
+    names = panel().assign(unique_id=ids)
+    dataset = PanelTable(**SETTINGS).holding(names).load(tmp_path / "panel")
+    assert [*dataset.buffer.ids] == ["a?", "b"]
     music = "a \U0001f3b5 film"  # a pair of them is a character
     path.write_text(json.dumps({"text": music, "label": "x"}))
     assert read_table(path)["text"][0] == music

@@ -107,7 +107,17 @@ def with_names(table: pd.DataFrame, where: str) -> pd.DataFrame:
     require(not len(repeated), f"{where}: more than one column is named {', '.join(repeated)}")
     broken = [name for name in table.columns if name != name.encode(errors="replace").decode()]
     require(not broken, f"{where}: the names of columns hold half a character: {broken!r}")
+    for name in table.columns:
+        given = table[name].tolist() if table[name].dtype.kind == "O" else []
+        if any(isinstance(value, str) and _whole(value) != value for value in given):
+            whole = [_whole(value) if isinstance(value, str) else value for value in given]
+            table[name] = pd.Series(whole, table.index, dtype=object)
     return table
+
+
+def _whole(text: str) -> str:
+    """The text with a question mark for half a character, which nothing in UTF-8 can hold."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def fingerprint(data: Any) -> str:
