@@ -355,6 +355,8 @@ def test_half_a_character_becomes_a_question_mark(tmp_path):
     names = panel().assign(unique_id=ids)
     dataset = PanelTable(**SETTINGS).holding(names).load(tmp_path / "panel")
     assert [*dataset.buffer.ids] == ["a?", "b"]
+    sequences = Sequences().holding(([[1.0]] * 40, ["up\ud800", "down"] * 20))
+    assert sequences.load(tmp_path / "sequences").info.labels == ("down", "up?")
     music = "a \U0001f3b5 film"  # a pair of them is a character
     path.write_text(json.dumps({"text": music, "label": "x"}))
     assert read_table(path)["text"][0] == music
