@@ -15,7 +15,10 @@ from flax_lstm.training.pairing import check_parts, noun, offers, shipped
 TEXTS = {"Imdb", "RottenTomatoes", "TextTable"}
 TOGETHER = {
     "Classification": (TEXTS | {"Sequences"}, {"TextModel", "RecurrentModel"}),
-    "Forecasting": ({"SeriesTable", "PanelTable"}, {"RecurrentForecaster", "SegmentModel"}),
+    "Forecasting": (
+        {"SeriesTable", "PanelTable"},
+        {"RecurrentForecaster", "SegmentModel", "StepModel"},
+    ),
     "LanguageModeling": ({"ImdbLanguage", "LanguageTable"}, {"LanguageModel"}),
     "Tagging": ({"TagTable"}, {"TextModel"}),
     "SequenceRegression": ({"AddingProblem", "Sequences"}, {"RecurrentModel"}),
