@@ -191,8 +191,8 @@ def test_columns_of_every_type_are_numbers_or_not():
 
 def test_a_time_that_is_far_away_does_not_fill_the_memory(tmp_path):
     seconds = pd.date_range("2024-01-01", periods=100, freq="s").astype(str).to_numpy(object)
-    early = np.concatenate([["1900-01-01 00:00:00"], seconds[1:]])
-    with pytest.raises(UserError, match=r"from 1900.* is a time wrong|has a row every"):
+    early = np.concatenate([["1700-01-01 00:00:00"], seconds[1:]])
+    with pytest.raises(UserError, match=r"from 1700.* is a time wrong"):
         loaded(SERIES.assign(when=early), tmp_path, missing="mask", targets=("load",))
     for time in ("9999-12-31", "0001-01-01"):
         frame = with_value(SERIES, 99 if time > "2" else 0, "when", time)
@@ -264,7 +264,7 @@ OTHERS = {
     "UTF-16, big": (".jsonl", b"\xfe\xff" + '{"a": 1}'.encode("utf-16-be"), "is UTF-16"),
     "UTF-32": (".csv", "when,load\n1,2\n".encode("utf-32"), "is UTF-32"),
     "Parquet": (".csv", b"PAR1\x15\x04", "a Parquet file: its name should end in .parquet"),
-    "gzip": (".csv", gzip.compress(b"a,b\n1,2\n"), "its name should end in .gz"),
+    "gzip": (".csv", gzip.compress(b"a,b\n1,2\n", mtime=0), "its name should end in .gz"),
     "a spreadsheet": (".csv", b"PK\x03\x04....", "a zip archive"),
     "no gzip": (".csv.gz", b"a,b\n1,2\n", "as gzip: Not a gzipped file"),
     "semicolons": (".csv", b"when;load\n1;2\n", "one column, 'when;load'"),

@@ -182,7 +182,8 @@ def _require_step(
     where times that are missing are put in, for these may be more than half."""
     if len(times) < 3:
         return
-    steps = np.diff(times.as_unit("ns").asi8)
+    # Increasing times of centuries apart: their difference has no sign.
+    steps = np.diff(times.as_unit("ns").asi8).view(np.uint64)
     step = float(np.median(steps) if missing in ("error", "drop") else steps.min()) / 1e9
     if step < frequency.seconds <= 1.2 * step:  # the shortest month
         return
