@@ -199,7 +199,7 @@ def test_spoilt_folders_are_said(corpus, tmp_path, capsys):
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
         ("a.jsonl", b'{"text": 1}\n', "rows from 1 on: column 'text' holds a value of type int"),
         ("a.jsonl.gz", b"no gzip", "cannot read"),
-        ("a.txt.gz", gzip.compress(b"\xff\xfe", mtime=0), "cannot read"),
+        ("a.txt.gz", gzip.compress(b"\xff\xfe", mtime=0), "is UTF-16, not UTF-8"),
         ("a.parquet", b"no table", "as Parquet"),
         ("a.pdf", b"", "holds no file of texts: .txt, .jsonl"),
     ],
