@@ -3,6 +3,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
@@ -134,6 +135,7 @@ def test_errors_about_other_files_are_left_alone(tmp_path):
 def test_late_answers_to_a_save_that_failed_are_not_shown(monkeypatch):
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
     quiet_late_answers()
     for error in (RuntimeError("Event loop is closed"), RuntimeError("something else")):
         sys.unraisablehook(SimpleNamespace(exc_value=error))
@@ -147,3 +149,14 @@ def test_a_file_is_written_whole_or_stays(tmp_path):
     with pytest.raises(OSError):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_errors_of_the_disk_that_orbax_leaves_lying_are_no_tracebacks(caplog, monkeypatch):
+    """asyncio tells of a task whose error nobody took; of other errors it still does."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    logger = logging.getLogger("asyncio")
+    monkeypatch.setattr(logger, "filters", [])
+    quiet_late_answers()
+    for error in (OSError(28, "No space left on device"), ValueError("another")):
+        logger.error("Task exception was never retrieved", exc_info=error)
+    assert [record.exc_info[0] for record in caplog.records] == [ValueError]

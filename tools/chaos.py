@@ -78,6 +78,7 @@ def session(arguments: list[str], place: Path, said: Path, how: How) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.chdir(place)
+    os.environ["XLA_FLAGS"] = ""  # one device, whatever the caller asked for
     if how.cache:
         os.environ["XDG_CACHE_HOME"] = str(how.cache)
     if how.largest:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`flax-lstm train`: trains, or resumes the run in the work directory."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -131,7 +132,8 @@ def tune(arguments: Sequence[str]) -> None:
 
 def quiet_late_answers() -> None:
     """TensorStore answers Orbax also when Orbax has given a save up for want of room and closed its
-    loop. Python would print a traceback for each answer; that the save failed is told anyway."""
+    loop, and Orbax leaves errors of the disk in tasks that it does not look after. Python would
+    print a traceback for each; that the save failed is told anyway."""
     show = sys.unraisablehook
 
     def hook(late: Any) -> None:
@@ -139,6 +141,9 @@ def quiet_late_answers() -> None:
             show(late)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], OSError))
+    )
 
 
 def without(arguments: Sequence[str], flag: str) -> list[str]:
