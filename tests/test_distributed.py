@@ -241,6 +241,12 @@ def test_an_error_that_another_process_caused_is_told_in_a_line(monkeypatch, cap
         said = capsys.readouterr().err
         assert told in said and ("frames" not in said) == short
         assert "The same command goes on from the last checkpoint" in said
+    error = TimeoutError("Timed out at a barrier")  # as Orbax raises it
+    error.__cause__ = jax.errors.JaxRuntimeError("ABORTED: CoordinationServiceError")
+    distributed.leave(error)
+    said = capsys.readouterr().err
+    assert "Timed out at a barrier" in said and "Traceback" not in said
+    assert "The same command goes on from the last checkpoint" in said
 
 
 def test_a_socket_that_is_not_there_or_comes_late(tmp_path):

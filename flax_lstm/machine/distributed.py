@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -438,11 +438,19 @@ def stop_agreed(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised for, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def leave(error: Exception) -> None:
     """Ends this process at once after an error that the others do not know of, so that they notice
     now and not at the end of a time limit."""
-    others = isinstance(error, jax.errors.JaxRuntimeError)
-    if others and any(word in str(error) for word in LOST):
+    told = [str(cause) for cause in causes(error) if isinstance(cause, jax.errors.JaxRuntimeError)]
+    others = len(told) > 0
+    if any(word in text for text in told for word in LOST):
         print(str(error).splitlines()[0], file=sys.stderr)
     else:
         traceback.print_exception(error)
