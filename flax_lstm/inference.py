@@ -24,10 +24,9 @@ from flax_lstm.nn.models import DTYPES, DTypeName
 from flax_lstm.nn.words import with_tables
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
-from flax_lstm.tasks.base import Examiner, Outputs
+from flax_lstm.tasks.base import Examiner, Forecaster, Outputs
 from flax_lstm.tasks.examination import log_softmax
 from flax_lstm.tasks.explanation import Explanation, integrated_gradients, leave_one_out
-from flax_lstm.tasks.forecasting import Forecasting
 from flax_lstm.tasks.generation import continue_text
 from flax_lstm.training.assembly import assemble
 from flax_lstm.training.checkpoint import Checkpoints
@@ -100,13 +99,16 @@ class Run:
         data: what `fit` was given as `data`, if it was; other data are refused.
         file: a file of new labelled data, judged instead of a split.
         """
-        split = self._split(split, file)
-        dataset = self.dataset(data, file)
-        step, parts = self.step(checkpoint), self._parts
+        split, dataset = self._split(split, file), self.dataset(data, file)
+        step, size = self.step(checkpoint), dataset.size(split)
+        figures = self._figures(dataset, split, step)
+        return {**figures, "split": split, "step": step, "examples": size}
+
+    def _figures(self, dataset: Dataset, split: str, step: Any) -> dict[str, float]:
+        """The task's figures of a split, by the checkpoint of a step."""
+        task, parts, params = self.config.task, self._parts, self.params(step)
         batches = dataset.evaluation(split, self.config.train.batch_size)
-        params = self.params(step)
-        figures = evaluate(parts.steps, params, self.config.task, dataset.info, batches, parts.mesh)
-        return {**figures, "split": split, "step": step, "examples": dataset.size(split)}
+        return evaluate(parts.steps, params, task, dataset.info, batches, parts.mesh)
 
     def data_sha256(self) -> str | None:
         """The fingerprint of the data of the training; None where they were no files."""
@@ -277,13 +279,13 @@ class Run:
 
         inputs: a DataFrame with the columns of the training data; for texts also one text, or a
             list or Series of them; for sequences of numbers also a list of arrays.
-        cutoffs, paths: of forecasts, see `Forecasting.predict`.
+        cutoffs, paths: of forecasts, see `flax_lstm.tasks.base.Forecaster`.
         """
         table, task = self.config.data.table(inputs), self.config.task
         settings = (table, self.info, self.forward(checkpoint))
         batch_size = min(self.config.train.batch_size, 256)
-        if isinstance(task, Forecasting):
-            return task.predict(*settings, batch_size, cutoffs, paths)
+        if isinstance(task, Forecaster):
+            return task.forecast(*settings, batch_size, cutoffs, paths)
         require(
             not cutoffs and not paths,
             f"{self.workdir}: cutoffs and paths are for runs that forecast",
@@ -322,7 +324,9 @@ class Ensemble(Run):
             f"{first.workdir} is a language model: these are not averaged; name one folder",
         )
 
-    def step(self, checkpoint: str | int = "best") -> Any:
+    def step(self, checkpoint: Any = "best") -> Any:
+        if isinstance(checkpoint, list):
+            return checkpoint
         return [run.step(checkpoint) for run in self.members]
 
     def params(self, checkpoint: str | int = "best") -> Any:
@@ -331,20 +335,12 @@ class Ensemble(Run):
     def __repr__(self) -> str:
         return f"Ensemble({', '.join(map(repr, self.members))})"
 
-    def evaluate(
-        self,
-        split: str = "test",
-        checkpoint: str | int = "best",
-        data: Any = None,
-        file: str | Path | None = None,
-    ) -> dict[str, Any]:
-        split, dataset = self._split(split, file), self.dataset(data, file)
-        figures = self._measured(dataset, split, self.forward(checkpoint))
-        step, size = self.step(checkpoint), dataset.size(split)
-        return {**figures, "split": split, "step": step, "examples": size}
+    def _figures(self, dataset: Dataset, split: str, step: Any) -> dict[str, float]:
+        return self._measured(dataset, split, self.forward(step))
 
-    def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
-        forwards = [(run.config.task, run.forward(checkpoint)) for run in self.members]
+    def forward(self, checkpoint: Any = "best") -> Callable[[Batch], np.ndarray]:
+        steps = zip(self.members, self.step(checkpoint), strict=True)
+        forwards = [(run.config.task, run.forward(step)) for run, step in steps]
         pooled = self.config.task.pooled
         return lambda batch: pooled([task.final(f(batch), batch) for task, f in forwards])
 
@@ -367,7 +363,7 @@ def seeds_of(folder: Path) -> list[Path]:
     found = {
         int(number): path
         for path in folder.glob("seed-*")
-        if (number := path.name.removeprefix("seed-")).isdigit() and Workdir(path).config.exists()
+        if (number := path.name.removeprefix("seed-")).isdecimal() and Workdir(path).config.exists()
     }
     if Workdir(folder).config.exists() or not found:
         return [folder]

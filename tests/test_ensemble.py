@@ -105,5 +105,13 @@ def test_seeds_are_trained_in_folders_of_their_own(tmp_path, capsys):
     assert capsys.readouterr().err.count("this run is finished") == 2
     assert main([*flags, "--workdir", str(tmp_path / "many" / "seed-5")]) == 2
     assert "holds a run of one seed" in capsys.readouterr().err
+    assert main([*flags, "--seeds", "3", "--no-test"]) == 0  # the third has not read the test
+    assert "adding_problem: validation, 3 seeds" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "many" / "seed-\u00b2").mkdir()
+    (tmp_path / "many" / "seed-\u00b2" / "config.py").touch()
+    assert len(load(tmp_path / "many").members) == 3
+    last = ["--seed", str(2**32 - 1), "--workdir", str(tmp_path / "beyond")]
+    assert main([*flags, *last]) == 2  # before the first of them is trained
+    assert not (tmp_path / "beyond").exists()
     assert main([*flags, "--seeds", "0"]) == 2
     assert "--seeds 0" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 from utilsforecast import losses
 
+from flax_lstm.tasks import judging
 from flax_lstm.tasks.judging import Linear, Truth, compare, diebold_mariano, figures, ridge
 
 SERIES, HORIZON, SEASON, LEVELS = 5, 6, 3, (0.1, 0.5, 0.9)
@@ -137,3 +138,17 @@ def test_the_linear_forecast_is_that_of_scikit_learn():
     assert isinstance(found, Linear)
     forecast = found(validation.inputs)
     np.testing.assert_allclose(forecast.shape, (20, 4, 2))
+
+
+def test_the_linear_forecast_sees_the_latest_of_a_long_past(monkeypatch):
+    """So that its matrix of steps by steps stays small."""
+    from flax_lstm.data.base import Batch
+
+    monkeypatch.setattr(judging, "LONGEST", 5)
+    generator = np.random.default_rng(0)
+    walk = generator.normal(size=(60, 12, 2)).cumsum(axis=1)
+    whole = Batch(walk[:, :8], walk[:, 8:], None, np.ones((60, 4, 2)))
+    latest = whole._replace(inputs=walk[:, 3:8])
+    found, expected = (ridge([batch], [batch], 2) for batch in (whole, latest))
+    np.testing.assert_array_equal(found.weights_TN, expected.weights_TN)
+    np.testing.assert_array_equal(found(whole.inputs), expected(latest.inputs))

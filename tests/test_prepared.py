@@ -6,6 +6,8 @@ Axes: B lanes, T tokens of a window.
 
 import gzip
 import json
+import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -191,6 +193,43 @@ def test_spoilt_folders_are_said(corpus, tmp_path, capsys):
     part.unlink()
     with pytest.raises(UserError, match="it has no file"):
         Prepared.open(tmp_path / "t")
+
+
+def test_a_byte_that_differs_is_noticed_before_training_from_it(corpus, tmp_path):
+    folder, data = corpus
+    shutil.copytree(folder / "tokens", tmp_path / "t")
+    part = tmp_path / "t" / "00001.train.tokens"
+    content = bytearray(part.read_bytes())
+    content[2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(UserError, match=r"00001\.train\.tokens is not as it was prepared"):
+        replace(data, prepared=str(tmp_path / "t")).load(tmp_path / "assets")
+
+
+def test_a_damaged_note_costs_its_part_and_damaged_settings_are_said(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "CHARACTERS", 1000)
+    folder, data = corpus
+    shutil.copytree(folder / "tokens", tmp_path / "t")
+    note = tmp_path / "t" / "00001.note.json"
+    for content in ("{", "{}", "[]", note.read_text()[:50], '{"texts_sha256": 1}'):
+        note.write_text(content)
+        data.prepare(tmp_path / "t")
+        assert note.read_bytes() == (folder / "tokens" / note.name).read_bytes()
+    whole = json.loads(note.read_text())
+    note.write_text(json.dumps(whole | {"parts": 1}))
+    data.prepare(tmp_path / "t")
+    assert json.loads(note.read_text()) == whole
+    for content in ("{", "[]", "1"):
+        (tmp_path / "t" / "settings.json").write_text(content)
+        with pytest.raises(UserError, match=r"cannot read .*settings\.json: delete"):
+            data.prepare(tmp_path / "t")
+
+
+def test_a_pipe_is_no_file_of_texts(tmp_path):
+    """Reading it might never end."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="is no plain file"):
+        [*stream_documents(tmp_path / "a.jsonl", "text")]
 
 
 @pytest.mark.parametrize(

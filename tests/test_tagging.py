@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.special
 import small_runs
 
 from flax_lstm import Tagging, UserError, load
@@ -139,6 +140,15 @@ def test_a_run_learns_its_tags_and_answers(tmp_path, capsys):
         assert row.predicted == ", ".join(given)
     told = run.evaluate(file=tmp_path / "t.jsonl")
     assert told["examples"] == 90 and told["f1"] > 0.6
+    again = run.predict(frame.assign(predicted="mine", predicted_input="theirs"))
+    assert again.columns.is_unique and {"mine", "theirs"} <= {*again.iloc[0].astype(str)}
     assert main(["predict", str(tmp_path / "run"), "--text", "a war film"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [*said["probabilities"]] == TAGS and {*said["tags"]} <= {*TAGS}
+
+
+def test_several_models_give_tags_by_their_mean_probability():
+    logits = np.array([[[0.5, -800.0]], [[-3.0, 800.0]]])
+    pooled = Tagging().pooled([*logits])
+    mean = scipy.special.expit(logits).mean(axis=0)
+    np.testing.assert_allclose(scipy.special.expit(pooled), mean, rtol=1e-12)

@@ -43,11 +43,7 @@ def make(work: Work, library: str) -> Callable[[int], None]:
     def direction(
         time: int, batch: int, features: int, hidden: int, columns: int, input_grad: bool
     ) -> Callable[[], None]:
-        x, h, gates = (
-            array(time * batch, features),
-            array(time * batch, hidden),
-            array(time * batch, columns),
-        )
+        x, h, gates = (array(time * batch, width) for width in (features, hidden, columns))
         weights, recurrent = array(features, columns), array(hidden, columns)
         x_grad, h_grad = array(time * batch, features), array(time * batch, hidden)
         weights_grad, recurrent_grad = array(features, columns), array(hidden, columns)

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
 
 
 def classify(run: Any, text: str, checkpoint: str) -> dict[str, Any]:
-    """What a classifier says of one text."""
+    """What a model says of one text."""
     import pandas as pd
 
     column = getattr(run.info, "text_column", None)
@@ -78,15 +78,5 @@ def classify(run: Any, text: str, checkpoint: str) -> dict[str, Any]:
         f"--text: {run.workdir} is not a run on texts; give --input and --output",
     )
     result = run.predict(pd.DataFrame({column: [text]}), checkpoint)
-    row = result.iloc[0]
-    tags = getattr(run.info, "tags", None)
-    if tags is not None:
-        shares = {tag: row[f"probability_{tag}"].item() for tag in tags}
-        return {"tags": [t for t, p in shares.items() if p >= 0.5], "probabilities": shares}
-    return {
-        "label": str(row["predicted"]),
-        "probability": row["probability"].item(),
-        "probabilities": {
-            str(label): row[f"probability_{label}"].item() for label in run.info.labels
-        },
-    }
+    answer: dict[str, Any] = run.config.task.answer(result.iloc[0], run.info)
+    return answer

@@ -102,15 +102,16 @@ def train_seeds(
 
     from flax_lstm.machine.distributed import is_first
     from flax_lstm.runs.report import report_seeds
+    from flax_lstm.runs.workdir import Workdir
 
     require(1 < seeds <= MOST_SEEDS, f"--seeds {seeds}: choose a number from 1 to {MOST_SEEDS}")
     folder = workdir or Path("runs") / config.name
     require(
-        not (folder / "config.py").exists(),
+        not Workdir(folder).config.exists(),
         f"--workdir {folder}: holds a run of one seed; name another folder for --seeds {seeds}",
     )
-    numbers = range(config.seed, config.seed + seeds)
-    results = [train(replace(config, seed=n), folder / f"seed-{n}") for n in numbers]
+    configs = [replace(config, seed=config.seed + n) for n in range(seeds)]
+    results = [train(one, folder / f"seed-{one.seed}") for one in configs]
     if is_first():
         report_seeds(results, folder, Console(stderr=True))
 

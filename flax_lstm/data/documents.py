@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from flax_lstm.data.tables import read_table, read_text, text_values
+from flax_lstm.data.tables import plain_file, read_table, read_text, text_values
 from flax_lstm.errors import UserError, listing
 
 LINES = (".jsonl", ".ndjson")
@@ -44,6 +44,7 @@ def kind(path: Path) -> str:
 
 def _texts(path: Path, column: str) -> Iterator[str]:
     """The texts of a file."""
+    plain_file(path)
     if kind(path) == ".txt":
         yield read_text(path)
     elif kind(path) in LINES:

@@ -3,7 +3,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from flax_lstm.machine.cache import cache_folder
@@ -24,16 +24,32 @@ def content_sha256(paths: Iterable[Path], below: Sequence[str] = ("**/*",)) -> s
     files = sorted((name, path) for given in paths for name, path in _below(given, below))
     if not files:
         return None
-    stats = [(path, path.stat()) for _, path in files]
+    return remembered([path for _, path in files], lambda: _hash(files))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, remembered like the above."""
+
+    def read() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return remembered([path], read)
+
+
+def remembered(paths: Sequence[Path], digest: Callable[[], str]) -> str:
+    """The digest of these files, from the user's cache folder where they are large and were neither
+    written nor moved since."""
+    stats = [(path, path.stat()) for path in paths]
     if sum(stat.st_size for _, stat in stats) < LARGE:
-        return _hash(files)
+        return digest()
     seen = "".join(f"{p.absolute()}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ino}\0" for p, s in stats)
     key = hashlib.sha256(seen.encode(errors="surrogateescape")).hexdigest()
     kept = cache_folder() / "fingerprints" / key
     with contextlib.suppress(OSError):
         if len(found := kept.read_text()) == 64:
             return found
-    found = _hash(files)
+    found = digest()
     with contextlib.suppress(OSError):  # a full or read-only disk costs time only
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(kept, found)

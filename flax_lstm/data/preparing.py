@@ -7,6 +7,7 @@ The documents are taken in parts of some megabytes. Of each the texts are encode
 its note is passed over when the command is given again.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -74,7 +75,9 @@ def _begin(folder: Path, recipe: Recipe) -> None:
         strange = [file.name for file in folder.iterdir() if file.name != "lock"]
         require(not strange, f"{folder} holds other files ({listing(strange)}): name a new folder")
         write_atomically(path, json.dumps(wanted))
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = saved(path)
+    require(found is not None, f"cannot read {path}: delete {folder} and prepare again")
+    assert found is not None
     differ = [
         f"{name} {found.get(name)!r} there, {value!r} now"
         for name, value in wanted.items()
@@ -121,11 +124,12 @@ def _part(folder: Path, number: int, documents: list[Document], vocabulary: Voca
     """Encodes and writes a part, unless that was done."""
     texts_sha256 = _sha256(documents)
     path = folder / f"{number:05}{NOTE}"
-    if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["texts_sha256"] == texts_sha256:
-            parts = {split: Part(*row) for split, row in saved["parts"].items()}
-            return Note(texts_sha256, parts, saved["token_counts"], saved["labels"])
+    found = saved(path) or {}
+    if found.get("texts_sha256") == texts_sha256:
+        # Of a note that is damaged there is nothing to keep: its part is written again.
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            parts = {split: Part(*row) for split, row in found["parts"].items()}
+            return Note(texts_sha256, parts, found["token_counts"], found["labels"])
     dtype, parts = np.dtype(f"<u{bytes_a_token(vocabulary)}"), {}
     counts_V = np.zeros(vocabulary.size, np.int64)
     labels = {
@@ -148,6 +152,15 @@ def _part(folder: Path, number: int, documents: list[Document], vocabulary: Voca
     write_atomically(path, json.dumps(note._asdict()))
     log.info("part %s: %s tokens", number, f"{sum(part.tokens for part in parts.values()):,}")
     return note
+
+
+def saved(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none, or another thing."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _sha256(documents: Iterable[Document]) -> str:

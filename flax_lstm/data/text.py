@@ -25,6 +25,7 @@ from flax_lstm.data.buckets import (
     pad,
     take,
 )
+from flax_lstm.data.fingerprint import file_sha256
 from flax_lstm.data.memory import InMemory, absolute_path, in_memory, with_names
 from flax_lstm.data.prepared import INDEX, SPLITS, Documents, Prepared
 from flax_lstm.data.preparing import Document, Recipe, prepare
@@ -299,8 +300,9 @@ class Corpus(Data):
 
     def open_prepared(self, assets: Path) -> Prepared:
         """What was prepared, whose vocabulary is in `assets` from then on. Raises UserError where
-        the settings, or the vocabulary there, are others."""
+        the settings, or the vocabulary there, are others, and where a byte is not as it was."""
         found = Prepared.open(expanded(self.prepared))
+        found.verify(file_sha256)
         for name in ("vocabulary_size", "tokenizer"):
             then, now = found.settings.get(name), getattr(self, name)
             flag = f"--data.{name.replace('_', '-')}"

@@ -85,12 +85,12 @@ def report(result: dict[str, Any], folder: Workdir, console: Console) -> None:
 
 def report_seeds(results: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
     """Prints each figure's mean and standard deviation (n - 1) over seeds."""
-    split = "test" if results[0]["test"] else "validation"
+    split = "test" if all(result["test"] for result in results) else "validation"
     table = Table(title=f"{results[0]['name']}: {split}, {len(results)} seeds")
     for heading in ("", "mean", "deviation", "least", "most"):
         table.add_column(heading, justify="right" if heading else "left")
     for name in distinct(results[0][split]):
-        values = np.array([result[split][name] for result in results], np.float64)
+        values = np.array([result[split].get(name) for result in results], np.float64)
         shown = (values.mean(), values.std(ddof=1), values.min(), values.max())
         table.add_row(name, *("-" if np.isnan(value) else f"{value:.4g}" for value in shown))
     console.print(table)

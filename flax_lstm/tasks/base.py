@@ -118,7 +118,8 @@ class Task(Protocol):
         return {}
 
     def final(self, outputs: np.ndarray, batch: Batch) -> np.ndarray:
-        """The module's outputs as figures and predictions take them; done twice is as once."""
+        """The module's outputs as figures and predictions take them, calibrated: what a task that
+        is not calibrated itself has nothing to add to."""
         return outputs
 
     def pooled(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
@@ -131,8 +132,31 @@ class Task(Protocol):
         """Predictions for a table of new inputs."""
         raise UserError(f"{type(self).__name__} has no predictions for a table of inputs")
 
+    def answer(self, row: pd.Series, info: Any) -> dict[str, Any]:
+        """A row of `predict`, for one text, as it is printed in JSON."""
+        raise UserError(f"{type(self).__name__} has no answer for one text; give it a table")
+
     def illustrate(self, dataset: Any, forward: Forward, folder: Path) -> None:
         """Draws into the folder what helps to judge the model."""
+
+
+@runtime_checkable
+class Forecaster(Protocol):
+    """A task whose predictions are of times to come."""
+
+    def forecast(
+        self,
+        table: pd.DataFrame,
+        info: Any,
+        forward: Forward,
+        batch_size: int,
+        cutoffs: Sequence[str] = (),
+        paths: bool = False,
+    ) -> pd.DataFrame:
+        """Predictions for a table of new inputs. cutoffs: from what was known at each of these
+        times, instead of the end of the table. paths: with the sample paths of a model that draws
+        them."""
+        ...
 
 
 class Outputs(NamedTuple):

@@ -200,6 +200,14 @@ class Classification(Task):
             )
         return result
 
+    def answer(self, row: pd.Series, info: Labelled) -> dict[str, Any]:
+        shares = {str(label): float(row[f"probability_{label}"]) for label in info.labels}
+        return {
+            "label": str(row["predicted"]),
+            "probability": float(row["probability"]),
+            "probabilities": shares,
+        }
+
     def _predict_steps(
         self, table: pd.DataFrame, info: Any, batches: list[Batch], parts: list[np.ndarray]
     ) -> pd.DataFrame:

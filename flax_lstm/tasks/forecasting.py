@@ -314,6 +314,12 @@ class Forecasting(Task):
         return {"linear": self.figures(total, info)}
 
     def predict(
+        self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
+    ) -> pd.DataFrame:
+        """See `forecast`."""
+        return self.forecast(table, info, forward, batch_size)
+
+    def forecast(
         self,
         table: pd.DataFrame,
         info: Any,
@@ -336,7 +342,7 @@ class Forecasting(Task):
         parts = []
         for cutoff in cutoffs:
             stamp, known = info.until(table, cutoff)
-            part = self.predict(known, info, forward, batch_size, paths=paths)
+            part = self.forecast(known, info, forward, batch_size, paths=paths)
             part.insert(1 if info.id_column else 0, "cutoff", stamp)
             parts.append(part)
         return pd.concat(parts, ignore_index=True)

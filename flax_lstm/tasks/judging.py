@@ -16,6 +16,7 @@ from scipy.special import stdtr
 Array = np.ndarray
 EXAMPLES = 20_000  # series of training windows, at most, that the linear forecast is fitted on
 LEAST = 8  # at least
+LONGEST = 2048  # steps of the look-back, at most, that it sees: the latest
 RIDGES = tuple(10.0**n for n in range(-4, 3))  # strengths tried, as shares of the mean variance
 
 
@@ -140,7 +141,7 @@ class Linear(NamedTuple):
     def __call__(self, inputs_WTC: Array) -> Array:
         """[W, N, C]."""
         last_W1C = inputs_WTC[:, -1:]
-        relative = (inputs_WTC - last_W1C).astype(np.float64)
+        relative = (inputs_WTC[:, -LONGEST:] - last_W1C).astype(np.float64)
         forecast = np.einsum("wtc,tn->wnc", relative, self.weights_TN)
         return forecast + self.bias_N[None, :, None] + last_W1C
 
@@ -185,7 +186,8 @@ def _examples(batches: Sequence[Any], channels: int) -> tuple[Array, Array]:
     inputs, targets = [], []
     for batch in batches:
         whole_BC = (np.asarray(batch.weights) > 0).all(axis=1)
-        x_BCT = np.swapaxes(np.asarray(batch.inputs, np.float64)[..., :channels], 1, 2)
+        x_BTC = np.asarray(batch.inputs[:, -LONGEST:, :channels], np.float64)
+        x_BCT = np.swapaxes(x_BTC, 1, 2)
         y_BCN = np.swapaxes(np.asarray(batch.targets, np.float64), 1, 2)
         last_BC1 = x_BCT[..., -1:]
         inputs.append((x_BCT - last_BC1)[whole_BC])

@@ -4,6 +4,7 @@
 Axes: B batch, K tags.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from flax_lstm.tasks.base import (
     SequenceBuilder,
     Sums,
     Task,
+    beside,
     vocabulary_size,
     weighted,
 )
@@ -71,6 +73,12 @@ class Tagging(Task):
             "f1_micro": float(2 * both_K.sum() / max(either_K.sum(), 1e-12)),
         }
 
+    def pooled(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits of the mean probabilities, from their logarithms so that none is lost."""
+        logits = np.asarray(outputs, np.float64)
+        yes, no = (np.logaddexp.reduce(-np.logaddexp(0, -x)) for x in (logits, -logits))
+        return np.asarray(yes - no)
+
     def baselines(self, info: Tagged) -> dict[str, Baseline]:
         """`shares`: each tag as likely as it is among the training rows."""
         share_K = np.clip(np.asarray(info.tag_shares, np.float32), 1e-6, 1 - 1e-6)
@@ -90,5 +98,8 @@ class Tagging(Task):
             "predicted": [", ".join(np.array(info.tags)[row >= 0.5]) for row in shares_NK],
             **{f"probability_{tag}": shares_NK[:, k] for k, tag in enumerate(info.tags)},
         }
-        result = table.rename(columns={name: f"{name}_input" for name in new})
-        return pd.concat([result, pd.DataFrame(new, index=table.index)], axis=1)
+        return beside(table, new)
+
+    def answer(self, row: pd.Series, info: Tagged) -> dict[str, Any]:
+        shares = {tag: float(row[f"probability_{tag}"]) for tag in info.tags}
+        return {"tags": [tag for tag, p in shares.items() if p >= 0.5], "probabilities": shares}

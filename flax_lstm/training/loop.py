@@ -226,9 +226,7 @@ class Session:
             if params is not None:
                 self.state, told = initial_params(self.state, params)
                 self.console.print(told)
-            words = getattr(self.dataset, "word_vectors", lambda: None)()
-            if words is not None:
-                self.state = with_vectors(self.state, words)
+            self.state = with_vectors(self.state, self.dataset)
         else:
             self.state, self.progress = self.checkpoints.restore(self.latest, self.steps.abstract)
             self.console.print(f"resuming from step {self.latest} of {self.folder}")

@@ -4,7 +4,7 @@
 Axes: N words found, V vocabulary, E features of a token's embedding.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,22 @@ from flax_lstm.errors import UserError, require
 from flax_lstm.training.steps import TrainState
 
 
-def with_vectors(state: TrainState, words: WordVectors) -> TrainState:
-    """The first state with the words' vectors in their rows of the embedding; other words begin as
-    ever. Raises UserError for a model without an embedding, or of another width."""
+@runtime_checkable
+class HasVectors(Protocol):
+    """Data that may have word vectors."""
+
+    def word_vectors(self) -> WordVectors | None:
+        """What the embedding of a new run begins with."""
+        ...
+
+
+def with_vectors(state: TrainState, dataset: Any) -> TrainState:
+    """The first state with the data's word vectors, if there are any, in their rows of the
+    embedding; other words begin as ever. Raises UserError for a model without an embedding, or of
+    another width."""
+    words = dataset.word_vectors() if isinstance(dataset, HasVectors) else None
+    if words is None:
+        return state
     params: Any = state.params
     try:
         table_VE = params["embed"]["embedding"]
