@@ -371,3 +371,28 @@ def test_the_highway_adds_a_linear_forecast_of_the_look_back():
     without = {**variables["params"], "look_back": {"kernel": np.zeros((8, 4)), "bias": np.ones(4)}}
     _, blind = segment_forecast(settings, x, known, form, {"params": without})
     assert np.abs(blind - found).max() > 1e-3
+
+
+@pytest.mark.parametrize("window", ["last", "standard", "seasonal"])
+def test_with_a_highway_training_begins_at_the_naive_forecast(window):
+    x, form = series(steps=8, features=1), SeriesForm(8, 5, season=3)
+    settings = SegmentModel(hidden_size=4, segment=2, window=window, highway=True)
+    module, known = settings.forecaster(form), known_from([0] * len(x))
+    lengths = np.full(len(x), 8, np.int32)
+    variables = module.init(jax.random.key(0), x, lengths, None, known)
+    _, found = segment_forecast(settings, x, known, form, variables)
+    naive = x[:, [5, 6, 7, 5, 6], 0] if window == "seasonal" else np.repeat(x[:, -1], 5, axis=1)
+    close(found[..., 0, 0], naive, atol=1e-5)
+
+
+def test_the_highway_can_make_the_last_value_of_the_last_season():
+    x, form = series(steps=8, features=1), SeriesForm(8, 5, season=3)
+    settings = SegmentModel(hidden_size=4, segment=2, window="seasonal", highway=True)
+    module, known = settings.forecaster(form), known_from([0] * len(x))
+    lengths = np.full(len(x), 8, np.int32)
+    params = module.init(jax.random.key(0), x, lengths, None, known)["params"]
+    undone_TN = np.zeros((8, 5), np.float32)
+    undone_TN[[5, 6, 7, 5, 6], range(5)] = -1
+    variables = {"params": {**params, "highway": {"kernel": undone_TN}}}
+    _, found = segment_forecast(settings, x, known, form, variables)
+    close(found[..., 0, 0], np.repeat(x[:, -1], 5, axis=1), atol=1e-5)

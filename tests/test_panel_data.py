@@ -218,3 +218,20 @@ def test_a_last_run_can_train_on_what_validated(tmp_path):
         assert np.isclose(last, y[-6:-3], rtol=1e-5).all(axis=1).any()
         assert not np.isclose(last[:, -1], y[-3], rtol=1e-5).any()
     assert whole.size("test") == apart.size("test") and whole.size("validation") == 3
+
+
+@pytest.mark.parametrize(
+    ("frequency", "rows", "expected"),
+    [
+        ("MS", 60, (12, 24, 7)),
+        ("MS", 90, (12, 28, 11)),
+        ("W", 225, (52, 104, 13)),
+        ("D", 300, (7, 56, 7)),
+    ],
+)
+def test_a_look_back_holds_two_seasons_where_the_rows_allow_it(tmp_path, frequency, rows, expected):
+    times = pd.date_range("2000-01-01", periods=rows, freq=frequency)
+    frame = pd.DataFrame({"unique_id": "a", "ds": times, "y": np.arange(rows) % 5.0})
+    sizes = {"lookback": 0, "horizon": 0, "season": 0}
+    info = load(tmp_path, frame, **sizes).info
+    assert (info.season, info.lookback, info.horizon) == expected

@@ -871,9 +871,27 @@ BREAKAGES = {
     ),
     "the highway sees values, not what they are relative to": Breakage(
         "flax_lstm/nn/segments.py",
-        "self._highway(relative_BTC)",
-        "self._highway(x_BTC)",
+        "self._highway(x_BTC, relative_BTC)",
+        "self._highway(x_BTC, x_BTC)",
         "tests/test_models.py::test_the_highway_adds_a_linear_forecast_of_the_look_back",
+    ),
+    "the highway sees nothing of the last season": Breakage(
+        "flax_lstm/nn/segments.py",
+        "last_BSC = x_BTC[:, -season:] - x_BTC[:, -1:]",
+        "last_BSC = x_BTC[:, -season:] - x_BTC[:, -season:]",
+        "tests/test_models.py::test_the_highway_can_make_the_last_value_of_the_last_season",
+    ),
+    "with a highway the forecast begins anywhere": Breakage(
+        "flax_lstm/nn/segments.py",
+        "initial = nn.initializers.zeros if self.highway else GLOROT",
+        "initial = GLOROT",
+        "tests/test_models.py::test_with_a_highway_training_begins_at_the_naive_forecast",
+    ),
+    "short series are given a look-back without a season": Breakage(
+        "flax_lstm/data/series.py",
+        "room = max(room, two_seasons)",
+        "room = max(room, 1)",
+        "tests/test_panel_data.py::test_a_look_back_holds_two_seasons_where_the_rows_allow_it",
     ),
     "a number of a series may be absent": Breakage(
         "flax_lstm/data/series.py",

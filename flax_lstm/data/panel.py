@@ -154,11 +154,13 @@ class PanelTable(InMemory):
     def _settle(self, layout: Layout, tracks: Sequence[Track], frequency: Frequency) -> SeriesInfo:
         rows = int(np.median([track.rows for track in tracks]))
         held = max(rows // 4, 1)
-        season, lookback, horizon = settle(self, frequency, max(rows - 2 * held, 1), held)
+        # As many rows train as the horizon leaves, which is known by then.
+        _, _, horizon = settle(self, frequency, max(rows - 2 * held, 1), held)
+        held_out = (self.validation or horizon) + (self.test or horizon)
+        season, lookback, _ = settle(self, frequency, max(rows - held_out, 1), horizon)
         log.info("%s: %d series of %d rows (median)", self.path, len(tracks), rows)
         longest = max(tracks, key=lambda track: track.rows)
         say(self.path, longest.times, frequency, season, lookback, horizon)
-        held_out = (self.validation or horizon) + (self.test or horizon)
         short = any(t.rows - held_out < lookback + horizon for t in tracks)
         return SeriesInfo(
             **{name: getattr(layout, name) for name in Layout.__dataclass_fields__},

@@ -522,6 +522,10 @@ def settle(table: Any, frequency: Frequency, train: int, others: int) -> tuple[i
     natural = frequency.defaults
     horizon = table.horizon or max(min(natural.horizon, others, max(train // 4, 1)), 1)
     room = max((train - horizon) // 2, 1)
+    two_seasons = 2 * (table.season or natural.season)
+    if two_seasons + horizon <= train:
+        # Without two seasons in it no look-back tells the season: that is worth more than windows.
+        room = max(room, two_seasons)
     lookback = table.lookback or min(natural.lookback, room)
     season = table.season or (natural.season if 2 * natural.season <= lookback else 1)
     return season, lookback, horizon

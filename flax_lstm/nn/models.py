@@ -70,12 +70,19 @@ def uniform_embedding(key: Array, shape: tuple[int, int], dtype: Any = jnp.float
     return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
 
 
+GLOROT = nn.initializers.glorot_uniform()
+
+
 def dense(
-    width: int, rows: str | None = None, columns: str | None = None, **settings: Any
+    width: int,
+    rows: str | None = None,
+    columns: str | None = None,
+    initial: Any = GLOROT,
+    **settings: Any,
 ) -> nn.Dense:
-    """`nn.Dense` with Glorot's initial weights, whose kernel's axes have these names (see
-    `sharding.RULES`)."""
-    kernel = named(nn.initializers.glorot_uniform(), rows, columns)
+    """`nn.Dense` with Glorot's initial weights, or others, whose kernel's axes have these names
+    (see `sharding.RULES`)."""
+    kernel = named(initial, rows, columns)
     return nn.Dense(
         width, kernel_init=kernel, bias_init=named(nn.initializers.zeros, columns), **settings
     )

@@ -21,7 +21,7 @@ from flax_lstm.data.base import SeriesForm, Windows
 from flax_lstm.errors import require, within
 from flax_lstm.nn.layers import RNN
 from flax_lstm.nn.likelihoods import placed
-from flax_lstm.nn.models import DTYPES, WIDEST, DTypeName, dense
+from flax_lstm.nn.models import DTYPES, GLOROT, WIDEST, DTypeName, dense
 from flax_lstm.nn.recurrence import BackendName
 from flax_lstm.nn.variants import BY_NAME, CellName
 
@@ -164,7 +164,7 @@ class SegmentForecaster(nn.Module):
 
         level_BNC = level_BNC + cycle_BNC
         if self.highway:
-            seen_BCH, direct_BNC = self._highway(relative_BTC)
+            seen_BCH, direct_BNC = self._highway(x_BTC, relative_BTC)
             query_BCMH, level_BNC = query_BCMH + seen_BCH[:, :, None], level_BNC + direct_BNC
 
         state, _ = self.rnn(x_RMH, None, state, deterministic=deterministic)
@@ -172,9 +172,11 @@ class SegmentForecaster(nn.Module):
             self._decode(state, query_BCMH), deterministic=deterministic
         )
         size = self.segment * form.outputs
-        y = dense(size, "hidden", None, dtype=self.dtype, name="head")(y_RMH).astype(jnp.float32)
-        y_BCNQ = y.reshape(batch, channels, -1, form.outputs)[:, :, :horizon]
-        y_BNCQ = y_BCNQ.swapaxes(1, 2)
+        # With a highway the forecast begins as what it is relative to, and training moves it away.
+        initial = nn.initializers.zeros if self.highway else GLOROT
+        head = dense(size, "hidden", None, initial, dtype=self.dtype, name="head")
+        y_BCNQ = head(y_RMH).astype(jnp.float32).reshape(batch, channels, -1, form.outputs)
+        y_BNCQ = y_BCNQ[:, :, :horizon].swapaxes(1, 2)
         return state, placed(y_BNCQ, level_BNC, location_B1C, scale_B1C, form)
 
     def _cycled(self, x_BTC: Array, known: Any) -> tuple[Array, Array]:
@@ -189,10 +191,16 @@ class SegmentForecaster(nn.Module):
         cycle_BSC = cycle_WC[phase_BS % self.cycle]
         return x_BTC - cycle_BSC[:, :steps], cycle_BSC[:, steps:]
 
-    def _highway(self, relative_BTC: Array) -> tuple[Array, Array]:
+    def _highway(self, x_BTC: Array, relative_BTC: Array) -> tuple[Array, Array]:
         """The whole look-back embedded [B, C, H], and the linear forecast [B, N, C], 0 at first."""
         x_BCT = relative_BTC.swapaxes(1, 2)
         seen_BCH = dense(self.width, dtype=self.dtype, name="look_back")(x_BCT)
+        if self.window == "seasonal":
+            # Relative to itself the last season is nothing; relative to its last value it can be
+            # undone, where the last value is the better forecast.
+            season = self.form.season
+            last_BSC = x_BTC[:, -season:] - x_BTC[:, -1:]
+            x_BCT = jnp.concatenate([x_BCT[..., :-season], last_BSC.swapaxes(1, 2)], axis=-1)
         zeros = nn.initializers.zeros
         linear = nn.Dense(self.form.horizon, kernel_init=zeros, use_bias=False, name="highway")
         return seen_BCH, linear(x_BCT).swapaxes(1, 2)
