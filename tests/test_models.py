@@ -396,3 +396,12 @@ def test_the_highway_can_make_the_last_value_of_the_last_season():
     variables = {"params": {**params, "highway": {"kernel": undone_TN}}}
     _, found = segment_forecast(settings, x, known, form, variables)
     close(found[..., 0, 0], np.repeat(x[:, -1], 5, axis=1), atol=1e-5)
+
+
+def test_channels_that_are_not_told_apart_follow_one_rule():
+    x_BT1, form = series(steps=8, features=1), SeriesForm(8, 3, channels=2, season=3)
+    x = np.concatenate([x_BT1, x_BT1], axis=-1)
+    for apart in (True, False):
+        settings = SegmentModel(hidden_size=4, segment=2, apart=apart)
+        _, found = segment_forecast(settings, x, known_from([0] * len(x)), form)
+        assert (np.abs(found[:, :, 0] - found[:, :, 1]).max() < 1e-6) != apart

@@ -881,6 +881,12 @@ BREAKAGES = {
         "last_BSC = x_BTC[:, -season:] - x_BTC[:, -season:]",
         "tests/test_models.py::test_the_highway_can_make_the_last_value_of_the_last_season",
     ),
+    "channels are told apart in any case": Breakage(
+        "flax_lstm/nn/segments.py",
+        "if not self.apart:",
+        "if not self:",
+        "tests/test_models.py::test_channels_that_are_not_told_apart_follow_one_rule",
+    ),
     "with a highway the forecast begins anywhere": Breakage(
         "flax_lstm/nn/segments.py",
         "initial = nn.initializers.zeros if self.highway else GLOROT",

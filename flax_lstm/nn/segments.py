@@ -117,6 +117,7 @@ class SegmentForecaster(nn.Module):
     window: WindowName = "last"
     cycle: int = 0
     highway: bool = False
+    apart: bool = True
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -239,9 +240,13 @@ class SegmentForecaster(nn.Module):
         return dense(self.width, dtype=self.dtype, name=name)(x_RMS)
 
     def _queries(self, future: int) -> Array:
-        """[1, C, M, H]: which segment of the horizon and which channel is asked for."""
+        """[1, C, M, H]: which segment of the horizon and, if `apart`, which channel is asked
+        for."""
         half, channels = self.width // 2, self.form.channels
         normal = nn.initializers.normal(1.0)
+        if not self.apart:
+            position_MH = self.param("position", normal, (future, self.width))
+            return jnp.broadcast_to(position_MH, (1, channels, *position_MH.shape))
         position_MH = self.param("position", normal, (future, half))
         channel_CH = self.param("channel", normal, (channels, self.width - half))
         query_CMH = jnp.concatenate(
@@ -296,6 +301,7 @@ class SegmentModel:
     cycle: bool = False  # learn the shape of a season, subtracted before and added after
     # add a linear forecast from the whole look-back, which the recurrence has to correct only
     highway: bool = False
+    apart: bool = True  # tell the decoder which channel it forecasts; False: one rule for all
     dropout: float = 0.5  # before the head
     dtype: DTypeName = "float32"  # what is computed in; weights and state stay float32
     backend: BackendName = "auto"  # how the recurrence is run
@@ -338,6 +344,7 @@ class SegmentModel:
             self.window,
             form.season if self.cycle and form.season > 1 else 0,
             self.highway,
+            self.apart,
             self.dropout,
             dtype,
         )
