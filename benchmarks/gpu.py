@@ -22,7 +22,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from flax_lstm import RNN, Bidirectional, GRUCell, LSTMCell
 from flax_lstm.errors import UserError
 from flax_lstm.nn.recurrence import BACKENDS
 
+THREADS = min(12, os.cpu_count() or 1)  # that compile
 CELLS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell}
 BACKEND_NAMES = (*BACKENDS, "scan")
 
@@ -141,27 +143,38 @@ def distance(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
 
 
 def parity(shape: Shape) -> list[dict[str, Any]]:
-    """A row for each cell, case, format and backend."""
-    rows = []
-    for cell, (case, settings) in itertools.product(CELLS, CASES.items()):
-        both = settings.get("both", False)
-        exact = NUMBERS["float32"]
+    """A row for each cell, case, format and backend. They compile beside each other."""
+
+    def references(asked: tuple[str, str]) -> Any:
+        cell, case = asked
+        settings = CASES[case]
+        scan = layer(cell, "scan", jnp.float32, shape.hidden, settings.get("both", False))
         with jax.default_device(jax.devices("cpu")[0]):
-            scan = layer(cell, "scan", jnp.float32, shape.hidden, both)
-            expected = everything(scan, settings, shape, exact)
-        for (name, numbers), backend in itertools.product(NUMBERS.items(), BACKEND_NAMES):
-            if case not in numbers.cases:
-                continue
-            row = {"cell": cell, "case": case, "numbers": name, "backend": backend}
-            try:
-                module = layer(cell, backend, numbers.dtype, shape.hidden, both)
-                far = distance(everything(module, settings, shape, numbers), expected)
-            except UserError as error:
-                rows.append(row | {"status": "unsupported", "reason": str(error)})
-                continue
-            status = "ok" if far <= numbers.allowed else "wrong"
-            rows.append(row | {"status": status, "distance": far, "allowed": numbers.allowed})
-    return rows
+            return everything(scan, settings, shape, NUMBERS["float32"])
+
+    def compare(asked: tuple[str, str, str, str]) -> dict[str, Any]:
+        cell, case, name, backend = asked
+        settings, numbers = CASES[case], NUMBERS[name]
+        row = {"cell": cell, "case": case, "numbers": name, "backend": backend}
+        module = layer(cell, backend, numbers.dtype, shape.hidden, settings.get("both", False))
+        try:
+            found = everything(module, settings, shape, numbers)
+        except UserError as error:
+            return row | {"status": "unsupported", "reason": str(error)}
+        far = distance(found, expected[cell, case])
+        status = "ok" if far <= numbers.allowed else "wrong"
+        return row | {"status": status, "distance": far, "allowed": numbers.allowed}
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        cases = list(itertools.product(CELLS, CASES))
+        expected = dict(zip(cases, pool.map(references, cases), strict=True))
+        asked = [
+            (cell, case, name, backend)
+            for (cell, case), (name, numbers) in itertools.product(cases, NUMBERS.items())
+            if case in numbers.cases
+            for backend in BACKEND_NAMES
+        ]
+        return list(pool.map(compare, asked))
 
 
 # --- times: each gives, for a cell, a shape and a format, the two functions that are timed
@@ -274,27 +287,37 @@ class Clock(NamedTuple):
 
 
 def timed(
-    cell: str, shape: Shape, name: str, clock: Clock, repeats: int
+    cell: str, shape: Shape, name: str, clock: Clock, repeats: int, only: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each implementation; their turns alternate. What is begun after the time is up is
-    left out, and says so."""
-    numbers, functions = NUMBERS[name], {}
-    for who, make in MAKERS.items():
-        row = {"implementation": who, "cell": cell, "shape": str(shape), "numbers": name}
-        if not clock.left():
-            yield row | {"status": "left out", "reason": "the time was up"}
-            continue
+    """A row for each implementation; they compile beside each other, and then their turns
+    alternate. What is begun after the time is up is left out, and says so."""
+    numbers = NUMBERS[name]
+
+    def row(who: str) -> dict[str, Any]:
+        return {"implementation": who, "cell": cell, "shape": str(shape), "numbers": name}
+
+    def ready(who: str) -> Any:
+        """Its two functions, each called once, or the row that says why there are none."""
         try:
-            pair = make(cell, shape, numbers)
+            pair = MAKERS[who](cell, shape, numbers)
             for function in pair:
                 function()
-            functions[who] = pair
+            return pair
         except UserError as error:
-            yield row | {"status": "unsupported", "reason": str(error)}
+            return row(who) | {"status": "unsupported", "reason": str(error)}
         except Exception as error:  # whatever a library says; the others go on
             status = "missing" if isinstance(error, ImportError) else "failed"
             reason = f"{type(error).__name__}: {str(error)[:200]}"
-            yield row | {"status": status, "reason": reason}
+            return row(who) | {"status": status, "reason": reason}
+
+    if not clock.left():
+        for who in only:
+            yield row(who) | {"status": "left out", "reason": "the time was up"}
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        made = dict(zip(only, pool.map(ready, only), strict=True))
+    yield from (found for found in made.values() if isinstance(found, dict))
+    functions = {who: found for who, found in made.items() if not isinstance(found, dict)}
     seconds: dict[str, list[list[float]]] = {who: [[], []] for who in functions}
     for _ in range(repeats):
         for who, pair in functions.items():
@@ -303,12 +326,11 @@ def timed(
                 function()
                 times.append(time.perf_counter() - begin)
     for who, (forward, both) in seconds.items():
-        row = {"implementation": who, "cell": cell, "shape": str(shape), "numbers": name}
         figures = {
             "forward_ms": 1e3 * statistics.median(forward),
             "both_ms": 1e3 * statistics.median(both),
         }
-        yield row | {"status": "ok", **figures}
+        yield row(who) | {"status": "ok", **figures}
 
 
 # --- report
@@ -361,15 +383,20 @@ def main() -> int:
         "--parity", type=Shape.of, default=Shape(9, 40, 64), help="the size that is compared"
     )
     parser.add_argument("--repeats", type=int, default=7, help="turns of each implementation")
+    parser.add_argument("--numbers", nargs="+", choices=NUMBERS, default=list(NUMBERS))
+    parser.add_argument("--only", nargs="+", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument("--no-parity", action="store_true", help="times alone")
+    parser.add_argument("--no-times", action="store_true", help="parity alone")
     parser.add_argument("--minutes", type=float, default=8.5, help="nothing is begun after them")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     began, clock = time.monotonic(), Clock(time.monotonic() + 60 * options.minutes)
-    compared = parity(options.parity)
+    compared = [] if options.no_parity else parity(options.parity)
     print(f"parity: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
-    for shape, cell, name in itertools.product(options.sizes, CELLS, NUMBERS):
-        rows += timed(cell, shape, name, clock, options.repeats)
+    sizes = [] if options.no_times else options.sizes
+    for shape, cell, name in itertools.product(sizes, CELLS, options.numbers):
+        rows += timed(cell, shape, name, clock, options.repeats, options.only)
         print(
             f"{shape} {cell} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True
         )
