@@ -41,7 +41,13 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 BAD = ("silently wrong", "traceback", "lost", "hung", "other end", "not refused", "leaks")
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["commands.train", "inference", "data", "nn.recurrence.cpu", "tasks.linear"]
+# What every session imports, lazily or not: a fork has it at once.
+PRELOADED = [
+    *(f"flax_lstm.{name}" for name in ("commands.train", "commands.prepare", "inference", "data")),
+    *(f"flax_lstm.{name}" for name in ("nn.recurrence.cpu", "tasks.linear", "tasks.plots")),
+    *("tensorboardX", "array_record.python.array_record_data_source", "grain"),
+    *("sklearn.linear_model", "sklearn.feature_extraction.text"),
+]
 LONGEST = 900  # seconds, after which a run counts as hung
 BOUND = 120  # seconds in which processes end of which one is gone
 
@@ -54,10 +60,25 @@ KINDS = {
     "texts": f"--config text_table --data.path texts.csv --data.max-length 8 {WORDS}",
     "language": f"--config text_lm --data.path texts.csv --data.sequence-length 5 {WORDS} "
     "--task.candidates 8",
+    "tags": f"--config tag_table --data.path tags.jsonl --data.max-length 8 {WORDS}",
+    "sequences": "--config sequence_table --data.path lists.jsonl",
     "adding": "--config adding_problem --data.length 8 --data.examples 80 "
     "--data.validation-examples 20 --data.test-examples 20",
 }
 BACKENDS = ("cpu", "fused", "scan")
+PREPARE = (
+    f"prepare --config text_lm --data.path texts.csv {WORDS.split(' --model')[0]} --out tokens"
+)
+# What a run does, by the file that it writes just then.
+PHASES = {
+    "assets": "data",
+    "checkpoints": "saving",
+    "metrics.jsonl": "log",
+    "tensorboard": "log",
+    "evaluation": "rivals",
+    "plots": "report",
+    "result.json": "result",
+}
 
 
 # --- a session of a run, in a process of its own
@@ -71,16 +92,19 @@ class How:
     die_at: int = 0  # kill -9 at this change of a file of the run; 0: never
     powerless: bool = False  # root obeys the modes of files
     cache: Path | None = None  # another cache folder
+    compiler: Path | None = None  # another C++ compiler
 
 
 def session(arguments: list[str], place: Path, said: Path, how: How) -> None:
-    """`flax-lstm train` with these arguments, in `place`, its words in a file."""
+    """`flax-lstm` with these arguments, in `place`, its words in a file."""
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.chdir(place)
     os.environ["XLA_FLAGS"] = ""  # one device, whatever the caller asked for
     if how.cache:
         os.environ["XDG_CACHE_HOME"] = str(how.cache)
+    if how.compiler:
+        os.environ["CXX"] = str(how.compiler)
     if how.largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (how.largest, resource.RLIM_INFINITY))
     if how.powerless:
@@ -88,7 +112,7 @@ def session(arguments: list[str], place: Path, said: Path, how: How) -> None:
     count_changes(place, how.die_at, said.with_suffix(".changes"))
     from flax_lstm.__main__ import main
 
-    sys.exit(main(["train", *arguments]))
+    sys.exit(main(arguments))
 
 
 def give_up_rights() -> None:
@@ -97,37 +121,44 @@ def give_up_rights() -> None:
     ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)())
 
 
-def count_changes(place: Path, die_at: int, count: Path) -> None:
-    """Counts the calls that make, change or remove a file below `place`; at the given one, kills
-    this process before it is made. What Orbax writes by C++ is not seen."""
+def count_changes(place: Path, die_at: int, timeline: Path) -> None:
+    """Notes the calls that make, change or remove a file below `place`, a line each; at the given
+    one, kills this process before it is made. What Orbax writes by C++ is not seen."""
     changes = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod")
-    file = open(count, "wb", buffering=0)  # noqa: SIM115  # as long as the process
+    file = open(timeline, "wb", buffering=0)  # noqa: SIM115  # as long as the process
     seen = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
         writes = event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if not (writes or event in changes) or str(place) not in str(arguments[0]):
+        if not (writes or event in changes) or isinstance(arguments[0], int):
+            return
+        path = Path(os.path.abspath(os.fsdecode(arguments[0])))
+        if not path.is_relative_to(place):
             return
         seen += 1
         if seen == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        os.pwrite(file.fileno(), str(seen).encode(), 0)
+        os.write(file.fileno(), f"{path.relative_to(place)}\n".encode())
 
     sys.addaudithook(watch)
 
 
+def phase(changed: str) -> str:
+    """What a run does when it changes this file."""
+    return next((PHASES[part] for part in Path(changed).parts if part in PHASES), "beginning")
+
+
 class Session:
-    """A session that has been started."""
+    """A command that has been started, in a process of its own."""
 
     number = 0
 
-    def __init__(self, folder: Path, arguments: str, how: How = How()):  # frozen
+    def __init__(self, place: Path, arguments: str, how: How = How()):  # frozen
         Session.number += 1
-        self.said = folder.parent / f"said{Session.number}"
-        given = f"{arguments} --workdir {folder.name} --no-report".split()
+        self.said = place / f"said{Session.number}"
         self.process = FORKS.Process(
-            target=session, args=(given, folder.parent, self.said, how), daemon=False
+            target=session, args=(arguments.split(), place, self.said, how), daemon=False
         )
         self.process.start()
         self.began = time.monotonic()
@@ -148,12 +179,21 @@ class Session:
     def words(self) -> str:
         return self.said.read_text() if self.said.exists() else ""
 
-    def changes(self) -> int:
-        """How many files it has changed."""
-        return int(self.said.with_suffix(".changes").read_text() or 0)
+    def changes(self) -> list[str]:
+        """The files that it has changed, in their order."""
+        timeline = self.said.with_suffix(".changes")
+        return timeline.read_text().splitlines() if timeline.exists() else []
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid or 0, number)
+
+
+def training(
+    run: Path, arguments: str, how: How = How(), report: bool = False
+) -> Session:  # frozen
+    """`flax-lstm train` with these arguments into the folder `run`; report: pictures, too."""
+    more = "" if report else " --no-report"
+    return Session(run.parent, f"train {arguments} --workdir {run.name}{more}", how)
 
 
 def the_end(folder: Path) -> Any:
@@ -163,6 +203,18 @@ def the_end(folder: Path) -> Any:
     clocks = ("seconds", "examples_per_second")
     rows = [{name: v for name, v in row.items() if name not in clocks} for row in rows]
     return result["params_sha256"], result["best_step"], result["test"], rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, without the place where it is."""
+    place = str(folder.parent).encode()
+    return {path.name: path.read_bytes().replace(place, b"") for path in folder.iterdir()}
+
+
+def pictures(folder: Path) -> list[str]:
+    """Names of the pictures that are whole."""
+    found = sorted((folder / "plots").glob("*"))
+    return [path.name for path in found if path.read_bytes().endswith(b"IEND\xaeB`\x82")]
 
 
 def compared(folder: Path, whole: Any, code: int, said: str) -> str:
@@ -255,10 +307,11 @@ class Chaos:
     def __init__(self, folder: Path, seed: int, steps: int = 200_000):
         self.steps = steps
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        FORKS.set_forkserver_preload([f"flax_lstm.{name}" for name in PRELOADED])
+        FORKS.set_forkserver_preload(PRELOADED)
         self.folder = folder
         self.generator = np.random.default_rng(seed)
-        self.ends: dict[str, tuple[Path, Any, float, int]] = {}
+        self.ends: dict[str, tuple[Path, Any, float, list[str]]] = {}
+        self.kills: Counter[str] = Counter()  # by what a run did when it was killed
         self.pool = ProcessPoolExecutor(1, FORKS)
         hours = np.arange(120)
         times = pd.date_range("2024-01-01", periods=len(hours), freq="h").astype(str)
@@ -267,23 +320,28 @@ class Chaos:
         words = [["fine", "dull"][n % 2] + f" {'abcdefg'[n % 7]} {'hij'[n % 3]}" for n in range(80)]
         texts = pd.DataFrame({"text": [f"{w} {n}" for n, w in enumerate(words)]})
         texts.assign(label=["good", "bad"] * 40).to_csv(folder / "texts.csv", index=False)
+        tags = texts.assign(tags=[["a", "b"], ["a"], [], ["b"]] * 20)
+        tags.to_json(folder / "tags.jsonl", orient="records", lines=True)
+        waves = [[[float(n % 5), 1.0], [n / 7, 0.5], [2.0, n % 2]] for n in range(80)]
+        lists = pd.DataFrame({"x": waves, "y": ["up", "down"] * 40})
+        lists.to_json(folder / "lists.jsonl", orient="records", lines=True)
 
     def new(self) -> Path:
         """A place for a run, with its data."""
         return self.with_data(Path(tempfile.mkdtemp(dir=self.folder)))
 
     def with_data(self, place: Path) -> Path:
-        for table in self.folder.glob("*.csv"):
+        for table in (*self.folder.glob("*.csv"), *self.folder.glob("*.jsonl")):
             shutil.copy(table, place)
         return place / "run"
 
-    def whole(self, arguments: str) -> tuple[Any, float, int]:
-        """How a run of these arguments ends, in how many seconds, with how many changes of
-        files."""
+    def whole(self, arguments: str, report: bool = False) -> tuple[Any, float, list[str]]:
+        """How a run of these arguments ends, in how many seconds, and the files that it changes in
+        their order."""
         if arguments not in self.ends:
             for _ in range(2):  # the second finds everything compiled
                 run = self.new()
-                alone = Session(run, arguments)
+                alone = training(run, arguments, report=report)
                 code, said = alone.ended()
                 assert code == 0, said
                 seconds = time.monotonic() - alone.began
@@ -292,7 +350,7 @@ class Chaos:
 
     def again(self, run: Path, arguments: str) -> str:
         """The same command, to its end."""
-        return compared(run, self.whole(arguments)[0], *Session(run, arguments).ended())
+        return compared(run, self.whole(arguments)[0], *training(run, arguments).ended())
 
     def moment(self, low: float, high: float) -> float:
         return float(self.generator.uniform(low, high))
@@ -307,9 +365,9 @@ class Chaos:
 
     def damaged_and_resumed(self, number: int) -> str:
         """A file of the latest checkpoint damaged between two sessions."""
-        run, arguments = self.new(), one_process(KINDS_IN_TURN[number % len(KINDS_IN_TURN)])
+        run, arguments = self.new(), one_process(KINDS_IN_TURN[number % len(KINDS)])
         whole, _, _ = self.whole(arguments)
-        first = Session(run, arguments)
+        first = training(run, arguments)
         while len(list((run / "checkpoints").glob("*[05]"))) < 2 and first.running:
             time.sleep(0.01)
         first.process.kill()
@@ -320,29 +378,74 @@ class Chaos:
         latest = max(kept, key=lambda path: int(path.name))
         files = [path for path in sorted(latest.rglob("*")) if path.is_file()]
         hurt(files[int(self.generator.integers(len(files)))], self.generator)
-        code, said = Session(run, arguments).ended()
+        code, said = training(run, arguments).ended()
         if "set aside as" not in said:
             return "silently wrong"
         return compared(run, whole, code, said)
 
+    def at(self, timeline: list[str]) -> int:
+        """One of the changes of a timeline, every phase as likely as the others."""
+        phases = [phase(changed) for changed in timeline]
+        names = sorted(set(phases))
+        drawn = names[int(self.generator.integers(len(names)))]
+        places = [n for n, name in enumerate(phases, 1) if name == drawn]
+        return places[int(self.generator.integers(len(places)))]
+
+    def struck(self, running: Session, seconds: float) -> bool:
+        """Whether a session was killed: by itself, at a change, or now after so many seconds (0:
+        when it ends); notes in which phase it was."""
+        running.process.join(seconds or LONGEST)
+        hit = running.running or running.process.exitcode == -signal.SIGKILL
+        running.process.kill()
+        running.process.join()
+        if hit:
+            done = running.changes()
+            self.kills[phase(done[-1]) if done else "start"] += 1
+        return hit
+
     def kill(self, number: int) -> str:
         """kill -9, up to three times a run: at any moment, or at any change of a file."""
-        kind, backend = KINDS_IN_TURN[number % 4], BACKENDS[number // 4 % 3]
+        kind = KINDS_IN_TURN[number % len(KINDS)]
+        backend = BACKENDS[number // len(KINDS) % len(BACKENDS)]
         arguments = one_process(kind, backend)
-        _, seconds, changes = self.whole(arguments)
+        whole, seconds, timeline = self.whole(arguments, report=True)
         run, kills = self.new(), 0
         for _ in range(3):
-            at_change = bool(self.generator.integers(2))
-            at = int(self.generator.integers(1, changes)) if at_change else 0
-            running = Session(run, arguments, How(die_at=at))
-            running.process.join(None if at_change else self.moment(0, 1.5 * seconds))
-            kills += running.running or running.process.exitcode == -signal.SIGKILL
-            running.process.kill()
-            _, said = running.ended()
-            if "Traceback" in said:
-                return "traceback"
-        outcome = self.again(run, arguments)
+            at = self.at(timeline) if self.generator.integers(2) else 0
+            wait = 0 if at else self.moment(0, 1.2 * seconds)
+            running = training(run, arguments, How(die_at=at), report=True)
+            kills += self.struck(running, wait)
+            if "Traceback" in running.words():
+                return compared(run, whole, 1, running.words())
+        code, said = training(run, arguments, report=True).ended()
+        outcome = compared(run, whole, code, said)
+        if outcome not in BAD and pictures(run) != pictures(self.ends[arguments][0]):
+            return "lost"
         return outcome if outcome in BAD else f"{outcome}, {kills} kills"
+
+    def kill_while_preparing(self, number: int) -> str:
+        """kill -9 of `flax-lstm prepare`, three times, at any moment or change of a file."""
+        if "prepare" not in self.ends:
+            folder = self.new().parent
+            alone = Session(folder, PREPARE)
+            code, said = alone.ended()
+            assert code == 0, said
+            seconds = time.monotonic() - alone.began
+            self.ends["prepare"] = folder, contents(folder / "tokens"), seconds, alone.changes()
+        _, whole, seconds, timeline = self.ends["prepare"]
+        place, kills = self.new().parent, 0
+        for _ in range(3):
+            at = int(self.generator.integers(1, len(timeline))) if self.generator.integers(2) else 0
+            running = Session(place, PREPARE, How(die_at=at))
+            kills += self.struck(running, 0 if at else self.moment(0, 1.2 * seconds))
+        code, said = Session(place, PREPARE).ended()
+        if code or "Traceback" in said:
+            return compared(place / "tokens", None, code or 1, said)
+        found = contents(place / "tokens")
+        differ = [name for name in {*found, *whole} if found.get(name) != whole.get(name)]
+        if differ:
+            print(f"--- {place}: other content in {differ}", file=sys.stderr, flush=True)
+        return "silently wrong" if differ else f"the same bytes, {kills} kills"
 
     def kill_at_start(self, number: int) -> str:
         """kill -9 of a command as it is typed, while it imports and reads."""
@@ -355,26 +458,51 @@ class Chaos:
         return self.again(run, arguments)
 
     def kill_while_compiling(self, number: int) -> str:
-        """kill -9 while the C++ kernel is compiled, in an empty cache folder."""
-        run, arguments = self.new(), one_process("series", "cpu")
-        how = How(cache=run.parent / "cache")
-        running = Session(run, arguments, how)
-        while running.running and not list(how.cache.glob("flax_lstm/*/")):  # type: ignore[union-attr]
-            time.sleep(0.01)
-        time.sleep(self.moment(0, 25))
+        """kill -9 while the C++ kernel is compiled, in an empty cache folder, by a compiler that
+        does not optimise (it takes a sixth of the time); every tenth time by the user's."""
+        arguments, fast = one_process("series", "cpu"), self.folder / "fast"
+        compiler = fast if number % 10 else None
+        key = f"compiled by {compiler}"
+        if key not in self.ends:
+            fast.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+            fast.chmod(0o755)
+            run = self.new()
+            how = How(cache=run.parent / "cache", compiler=compiler)
+            alone = training(run, arguments, how)
+            began = self.compiling(alone, run.parent / "cache")
+            while alone.running and not [*run.parent.glob("cache/flax_lstm/recurrence-*.so")]:
+                time.sleep(0.01)
+            seconds = time.monotonic() - began
+            code, said = alone.ended()
+            assert code == 0, said
+            self.ends[key] = run, the_end(run), seconds, []
+        whole, seconds = self.ends[key][1:3]
+        run = self.new()
+        how = How(cache=run.parent / "cache", compiler=compiler)
+        running = training(run, arguments, how)
+        self.compiling(running, run.parent / "cache")
+        time.sleep(self.moment(0, 1.1 * seconds))
         running.process.kill()
         running.ended()
-        return compared(run, self.whole(arguments)[0], *Session(run, arguments, how).ended())
+        there = [*run.parent.glob("cache/flax_lstm/recurrence-*.so")]
+        outcome = compared(run, whole, *training(run, arguments, how).ended())
+        return outcome if outcome in BAD or not there else f"{outcome}, killed when it was compiled"
+
+    def compiling(self, running: Session, cache: Path) -> float:
+        """Waits until it compiles; the time when it begins."""
+        while running.running and not list(cache.glob("flax_lstm/*/")):
+            time.sleep(0.01)
+        return time.monotonic()
 
     def two_owners(self, number: int) -> str:
         """A second run on the folder of one that trains."""
         run, arguments = self.new(), one_process("series")
         whole, seconds, _ = self.whole(arguments)
-        first = Session(run, arguments)
+        first = training(run, arguments)
         while not (run / "config.py").exists() and first.running:
             time.sleep(0.001)
         time.sleep(self.moment(0, 0.5 * seconds))
-        second = Session(run, arguments)
+        second = training(run, arguments)
         code, said = second.ended()
         late = not first.running and code == 0
         outcome = compared(run, whole, *first.ended())
@@ -387,18 +515,18 @@ class Chaos:
     def full_disk(self, number: int) -> str:
         """No room from some moment on, then room again: files that cannot grow; or a disk, or its
         inodes, used up."""
-        arguments = one_process(KINDS_IN_TURN[number // 3 % 4])
+        arguments = one_process(KINDS_IN_TURN[number // 3 % len(KINDS)])
         whole, seconds, _ = self.whole(arguments)
         if number % 3 == 0 or os.geteuid():
             run = self.new()
             how = How(largest=int(self.generator.integers(200, 20_000)))
-            _, said = Session(run, arguments, how).ended()
+            _, said = training(run, arguments, how).ended()
             if "Traceback" in said:
                 return compared(run, whole, 1, said)
             return self.again(run, arguments)
         with self.disk("size=4m", "nr_inodes=2000") as place:
             run = self.with_data(place)
-            running = Session(run, arguments)
+            running = training(run, arguments)
             running.process.join(self.moment(0, seconds))
             filler = place / "filler"
             filler.mkdir()
@@ -423,9 +551,9 @@ class Chaos:
 
     def read_only(self, number: int) -> str:
         """All folders of the run read-only from some moment on, then writable again."""
-        run, arguments = self.new(), one_process(KINDS_IN_TURN[number % 4])
+        run, arguments = self.new(), one_process(KINDS_IN_TURN[number % len(KINDS)])
         whole, seconds, _ = self.whole(arguments)
-        running = Session(run, arguments, How(powerless=True))
+        running = training(run, arguments, How(powerless=True))
         running.process.join(self.moment(0, seconds))
         folders = [run.parent, *(path for path in run.rglob("*") if path.is_dir()), run]
         for path in folders:
@@ -441,9 +569,9 @@ class Chaos:
 
     def folder_removed(self, number: int) -> str:
         """The folder of checkpoints, or all of the run, removed while it trains."""
-        run, arguments = self.new(), one_process(KINDS_IN_TURN[number // 2 % 4])
+        run, arguments = self.new(), one_process(KINDS_IN_TURN[number // 2 % len(KINDS)])
         whole, seconds, _ = self.whole(arguments)
-        running = Session(run, arguments)
+        running = training(run, arguments)
         while not list((run / "checkpoints").glob("[1-9]*")) and running.running:
             time.sleep(0.01)
         running.process.join(self.moment(0, 0.6 * seconds))
@@ -459,7 +587,7 @@ class Chaos:
 
     def pair(self, run: Path, address: str, process: int) -> Session:
         more = f"--coordinator {address} --num-processes 2 --process-id {process}"
-        return Session(run, f"{two_processes()} {more}")
+        return training(run, f"{two_processes()} {more}")
 
     def both(self, run: Path) -> tuple[Any, int, str]:
         """Two processes to their end: how they should end, the worse status, what they say."""
@@ -585,7 +713,7 @@ class Chaos:
             f"--train.steps {self.steps} --train.checkpoint-every {every} "
             f"--train.eval-every {10 * every} --train.log-every {2 * every}"
         )
-        running = Session(run, f"{one_process('adding')} {flags}")
+        running = training(run, f"{one_process('adding')} {flags}")
         process, points = Path(f"/proc/{running.process.pid}"), []
         while running.running:
             try:
@@ -683,6 +811,7 @@ FAULTS: dict[str, tuple[str, Callable[[Chaos, int], str]]] = {
     "damaged-and-resumed": ("a file of the latest checkpoint damaged", Chaos.damaged_and_resumed),
     "kill": ("kill -9 at any moment or change of a file, three times", Chaos.kill),
     "kill-at-start": ("kill -9 while it starts", Chaos.kill_at_start),
+    "kill-while-preparing": ("kill -9 of `prepare`, three times", Chaos.kill_while_preparing),
     "kill-while-compiling": ("kill -9 while the kernel is compiled", Chaos.kill_while_compiling),
     "two-owners": ("a second run on the folder", Chaos.two_owners),
     "full-disk": ("a full disk, no inodes, files that cannot grow", Chaos.full_disk),
@@ -714,6 +843,10 @@ def main() -> int:
             bad += sum(count for outcome, count in outcomes.items() if outcome in BAD)
             told = "; ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
             print(f"| {title} | {options.trials} | {told} |", flush=True)
+            if chaos.kills:
+                kills = ", ".join(f"{n} {name}" for name, n in chaos.kills.most_common())
+                print(f"killed in: {kills}", flush=True)
+                chaos.kills.clear()
     print(f"{bad} ended as none may")
     return bool(bad)
 
