@@ -9,6 +9,7 @@ import random
 import warnings
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,7 +41,7 @@ from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.data.measures import FARTHEST, parse
 from flax_lstm.data.tables import read_table, sort_labels
-from flax_lstm.machine import memory
+from flax_lstm.machine import distributed, memory
 from flax_lstm.tasks.base import beside
 from flax_lstm.training import room
 from flax_lstm.training.assembly import assemble
@@ -569,6 +570,25 @@ def test_what_a_batch_keeps_for_its_gradient_is_counted(monkeypatch):
     assert kept <= 2 * taken.temp_size_in_bytes * room.room()[1]
     monkeypatch.setattr(room, "free_memory", lambda: int(kept))
     with pytest.raises(UserError, match="what a batch of 256 keeps for its gradients"):
+        room.check_room(config, info, steps)
+
+
+def test_processes_of_a_run_share_the_memory_of_their_machine(monkeypatch):
+    """What is enough for one is not for the four of this machine, of eight in all."""
+    config = adding(hidden_size=64)
+    info = config.data.outline()
+    steps = assemble(config, info).steps
+    needed = 2 * room.shard_bytes(steps.abstract)  # more than the state and one gradient
+    devices = len(jax.local_devices())
+    monkeypatch.setattr(room, "free_memory", lambda: int(devices * needed))
+    room.check_room(config, info, steps)
+    machines = np.array([0, 0, 0, 0, 1, 1, 1, 1], np.uint32)
+    monkeypatch.setattr(distributed, "process_count", lambda: 8)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda own: own + machines
+    )
+    assert room.room()[1] == 4 * devices
+    with pytest.raises(UserError, match="training needs at least"):
         room.check_room(config, info, steps)
 
 

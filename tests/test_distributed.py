@@ -30,6 +30,7 @@ from flax_lstm.machine.distributed import (
     first_then_all,
     init_distributed,
     run_locally,
+    start_all,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -207,14 +208,14 @@ def test_local_processes_meet_where_no_other_user_comes(monkeypatch):
     """At a socket in a folder that is its user's alone, and gone afterwards."""
     seen = []
 
-    def started(command, processes):
+    def started(command, processes, stopped):
         address = command[command.index("--coordinator") + 1]
         folder = Path(address.removeprefix("unix:")).parent
         seen.append((address, processes, folder, stat.S_IMODE(folder.stat().st_mode)))
         return []
 
     monkeypatch.setattr(distributed, "start_all", started)
-    monkeypatch.setattr(distributed, "await_all", lambda children: 7)
+    monkeypatch.setattr(distributed, "await_all", lambda children, stopped: 7)
     assert run_locally(2, ["--config", "quickstart"]) == 7
     ((address, processes, folder, mode),) = seen
     assert address.startswith("unix:/") and len(address) < 100
@@ -228,9 +229,36 @@ def test_the_process_that_was_killed_is_named_and_not_one_that_it_brought_down(c
     children = [subprocess.Popen(["sh", "-c", end]) for end in ends]
     for child in children[:2]:
         child.wait()
-    assert await_all(children) == 1
+    assert await_all(children, threading.Event()) == 1
     assert "process 1 was ended by signal 9" in capfd.readouterr().err
     assert children[2].returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def handlers():
+    """Whatever a test does to them, signals are handled as before afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_sigterm_before_the_processes_can_save_is_as_good_as_saved(handlers, capfd):
+    """The first is ended by it; nobody is left behind, and the command may be given again."""
+    stopped = threading.Event()
+    children = start_all(["sh", "-c", "exec sleep 60"], 2, stopped)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await_all(children, stopped) == 75
+    assert "The same command begins again" in capfd.readouterr().err
+    assert [child.returncode for child in children] == [-signal.SIGTERM, -signal.SIGKILL]
+
+
+def test_sigterm_before_anything_is_read_is_as_good_as_saved():
+    program = (
+        "import os; from flax_lstm.commands import train; "
+        "train.parse_with_config = lambda *_: os.kill(os.getpid(), 15); train.main([])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 75
 
 
 def test_an_error_that_another_process_caused_is_told_in_a_line(monkeypatch, capsys):

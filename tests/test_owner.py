@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -127,23 +128,30 @@ def test_the_fingerprint_is_of_content_and_remembered_by_size_and_time(tmp_path,
     assert content_sha256([]) is None
 
 
-@pytest.mark.parametrize("damage", ["a letter", "a file gone"])
+@pytest.mark.parametrize("damage", ["a letter", "a file gone", "a letter, and the manifest gone"])
 def test_damage_to_what_was_fitted_is_noticed(damage, tmp_path):
     config, workdir = small_runs.text_run(tmp_path), tmp_path / "run"
     with pytest.raises(Stopped):
         fit(config, workdir, interrupted(4))
+    manifest = workdir / "assets" / "manifest.json"
     path = max((workdir / "assets").glob("*.json"), key=lambda path: path.stat().st_size)
-    content = path.read_bytes()
-    if damage == "a letter":
+    content, sealed = path.read_bytes(), manifest.read_bytes()
+    if damage == "a file gone":
+        path.unlink()
+    else:
         path.write_bytes(content.replace(b"fine", b"fire", 1))
         assert path.read_bytes() != content
-    else:
-        path.unlink()
+    if "manifest" in damage:
+        manifest.unlink()
     for action in (lambda: fit(config, workdir), lambda: load(workdir)):
-        with pytest.raises(UserError, match=str(path)):
+        with pytest.raises(UserError, match=str(manifest if "manifest" in damage else path)):
             action()
-    path.write_bytes(content)
+    if "manifest" in damage:  # the way on that the message names
+        shutil.rmtree(workdir / "assets")
+    else:
+        path.write_bytes(content)
     assert fit(config, workdir)["steps"] == 10
+    assert (path.read_bytes(), manifest.read_bytes()) == (content, sealed)
 
 
 def test_what_differs_from_the_session_before_is_told(tmp_path, capsys):

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -149,6 +150,30 @@ def test_a_prepare_that_was_cut_short_goes_on_and_ends_alike(corpus, tmp_path, m
     assert all((tmp_path / "tokens" / n).stat().st_mtime_ns == kept[n] for n in finished)
     for path in (folder / "tokens").iterdir():
         assert (tmp_path / "tokens" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_prepare_that_was_killed_at_any_file_goes_on_and_leaves_nothing_else(
+    corpus, tmp_path, monkeypatch
+):
+    """Killed when a draft is whole, and has not its name yet: for every file in turn."""
+    data = corpus[1]
+    data.prepare(tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    rename, left = Path.replace, [0]
+
+    def dies(self, target):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", dies)
+    for number in range(1, 11):  # settings, vocabulary, tokens and rows of three splits, note
+        left[0], folder = number, tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare(folder)
+        data.prepare(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
 def test_other_texts_or_settings_are_noticed(corpus, tmp_path):

@@ -253,20 +253,21 @@ def damaged(whole: Path, place: Path, seed: int) -> str:
     checkpoint, assets = run / "checkpoints" / str(latest), run / "assets"
     files = [p for part in (checkpoint, assets) for p in sorted(part.rglob("*")) if p.is_file()]
     path = files[int(generator.integers(len(files)))]
-    content = path.read_bytes()
-    kind = hurt(path, generator)
+    content, manifest = path.read_bytes(), assets / "manifest.json"
+    sealed = manifest.read_bytes()
+    hurt(path, generator)
+    if path.is_relative_to(assets) and generator.integers(2):
+        manifest.unlink(missing_ok=True)  # a second damage
     try:
         if generator.integers(20) == 0:
             load(run).params("latest")
         else:
             Workdir(run).check_assets()
             Checkpoints(run / "checkpoints").restore_params(latest, abstract)
-        alone = kind == "deleted" and path == assets / "manifest.json"
-        outcome = (
-            "harmless: the manifest of the assets alone is gone" if alone else "silently wrong"
-        )
+        outcome = "silently wrong"
     except UserError as error:
-        outcome = "refused, naming the file" if path.name in str(error) else "not refused"
+        named = any(file.name in str(error) for file in (path, manifest))
+        outcome = "refused, naming the file" if named else "not refused"
     if outcome not in BAD and path.is_relative_to(checkpoint):
         with Checkpoints(run / "checkpoints", lambda told: None) as checkpoints:
             used = checkpoints.newest_intact()
@@ -278,21 +279,22 @@ def damaged(whole: Path, place: Path, seed: int) -> str:
             path = checkpoint / path.relative_to(checkpoint)
             outcome = "refused, naming the file; passed over at resume"
     path.write_bytes(content)
+    if path != manifest:
+        manifest.write_bytes(sealed)
     return outcome
 
 
-def hurt(path: Path, generator: np.random.Generator) -> str:
+def hurt(path: Path, generator: np.random.Generator) -> None:
+    """Deletes, empties or cuts a file, or flips a bit of it."""
     content, kind = path.read_bytes(), int(generator.integers(8))
     at = int(generator.integers(len(content) or 1))
     if kind == 0:
         path.unlink()
-        return "deleted"
-    if kind <= 2:
+    elif kind <= 2:
         path.write_bytes(content[: at if kind == 2 else 0])
-        return "cut"
-    bit = 1 << int(generator.integers(8))
-    path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
-    return "flipped"
+    else:
+        bit = 1 << int(generator.integers(8))
+        path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
 
 
 # --- the faults

@@ -410,6 +410,37 @@ BREAKAGES = {
         "tests/test_distributed.py::"
         "test_the_process_that_was_killed_is_named_and_not_one_that_it_brought_down",
     ),
+    "SIGTERM before training begins is a failure": Breakage(
+        "flax_lstm/machine/distributed.py",
+        "        stopped.set()\n",
+        "",
+        "tests/test_distributed.py::test_sigterm_before_the_processes_can_save_is_as_good_as_saved",
+    ),
+    "SIGTERM before anything is read is a failure": Breakage(
+        "flax_lstm/commands/train.py",
+        "lambda *_: os._exit(75)",
+        "signal.SIG_DFL",
+        "tests/test_distributed.py::test_sigterm_before_anything_is_read_is_as_good_as_saved",
+    ),
+    "each process of a machine counts on all its memory": Breakage(
+        "flax_lstm/training/room.py",
+        "len(devices) * processes_here()",
+        "len(devices)",
+        "tests/test_bad_values.py::test_processes_of_a_run_share_the_memory_of_their_machine",
+    ),
+    "a damaged vocabulary whose manifest is gone is used": Breakage(
+        "flax_lstm/runs/workdir.py",
+        " or (self.assets.is_dir() and any(sealed))",
+        "",
+        "tests/test_owner.py::test_damage_to_what_was_fitted_is_noticed",
+    ),
+    "a prepare that was killed at its first file is in its own way": Breakage(
+        "flax_lstm/data/preparing.py",
+        'ours = ("lock", f"{path.name}.part")',
+        'ours = ("lock",)',
+        "tests/test_prepared.py::"
+        "test_a_prepare_that_was_killed_at_any_file_goes_on_and_leaves_nothing_else",
+    ),
     "local processes meet where anybody comes": Breakage(
         "flax_lstm/machine/distributed.py",
         'f"{LOCAL}{private}/0"',

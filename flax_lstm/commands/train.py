@@ -3,8 +3,10 @@
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,18 +50,19 @@ class Options:
 
 def main(arguments: Sequence[str], prog: str = "flax-lstm train") -> int:
     """Trains, or resumes; returns the exit status."""
-    tune(arguments)
-    quiet_late_answers()
-    options, config = parse_with_config(Options, arguments, prog, ABOUT)
-    from flax_lstm.machine import distributed
+    with stopped_early():
+        tune(arguments)
+        quiet_late_answers()
+        options, config = parse_with_config(Options, arguments, prog, ABOUT)
+        from flax_lstm.machine import distributed
 
-    if options.local_processes is not None:
-        return distributed.run_locally(
-            options.local_processes, without(arguments, "--local-processes")
-        )
-    from flax_lstm.inference import load
-    from flax_lstm.training.loop import fit
-    from flax_lstm.training.signals import Stopped
+        if options.local_processes is not None:
+            return distributed.run_locally(
+                options.local_processes, without(arguments, "--local-processes")
+            )
+        from flax_lstm.inference import load
+        from flax_lstm.training.loop import fit
+        from flax_lstm.training.signals import Stopped
 
     distributed.init_distributed(
         options.coordinator, options.num_processes, options.process_id, options.connect_seconds
@@ -89,6 +92,21 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm train") -> int:
             distributed.leave(error)
         raise
     return 0
+
+
+@contextmanager
+def stopped_early() -> Iterator[None]:
+    """SIGTERM ends the process with the status that it has after saving, for there is nothing to
+    save yet: whoever sent it may give the command again."""
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train_seeds(

@@ -72,7 +72,8 @@ def _begin(folder: Path, recipe: Recipe) -> None:
     path = folder / "settings.json"
     wanted = json.loads(json.dumps(recipe.settings))
     if not path.exists():
-        strange = [file.name for file in folder.iterdir() if file.name != "lock"]
+        ours = ("lock", f"{path.name}.part")  # of one that was killed
+        strange = [file.name for file in folder.iterdir() if file.name not in ours]
         require(not strange, f"{folder} holds other files ({listing(strange)}): name a new folder")
         write_atomically(path, json.dumps(wanted))
     found = saved(path)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From text to token ids and back: a thin, fixed recipe around Hugging Face `tokenizers`."""
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from flax_lstm.data.cache import fingerprint, remember
 from flax_lstm.errors import UserError
+from flax_lstm.machine import files
 
 PAD, UNKNOWN, END = 0, 1, 2  # ids that every vocabulary has; END also separates documents
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<eos>"]
@@ -153,11 +153,9 @@ class Vocabulary:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of it."""
+    """Readers see the old file or the new one, never half of it; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    files.write_atomically(path, text)
 
 
 def _valid(text: str) -> str:

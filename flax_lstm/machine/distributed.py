@@ -42,6 +42,7 @@ SHUTDOWN_SECONDS = 30  # that a process waits for the others at its end
 LOCAL = "unix:"  # begins the address of a socket of this machine, a path in the place of host:port
 MOST = 1_000_000  # processes
 LOST = ("Gloo", "onnection", "eartbeat", "oordination")  # in errors that another's end has caused
+SAVED = 75  # the exit status of what SIGTERM has ended, with nothing lost
 PORT = 8476  # of the coordinator, where neither launcher nor user names one
 
 
@@ -402,6 +403,16 @@ def is_first() -> bool:
     return process_count() == 1 or jax.process_index() == 0
 
 
+def processes_here() -> int:
+    """How many of the run's processes share this machine. All must ask together."""
+    if process_count() == 1:
+        return 1
+    boot = Path("/proc/sys/kernel/random/boot_id")  # machines may have one name
+    name = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
+    own = np.uint32(zlib.crc32(name.encode()))
+    return int(np.sum(multihost_utils.process_allgather(own) == own))
+
+
 def first_then_all(action: Callable[[], T]) -> T:
     """Does it in process 0 and then, with what that has written, in the others. Where it fails in
     one, all fail."""
@@ -475,7 +486,7 @@ def end_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it ended before
-            os._exit(75)
+            os._exit(SAVED)
 
 
 def run_locally(processes: int, arguments: Sequence[str]) -> int:
@@ -491,18 +502,29 @@ def run_locally(processes: int, arguments: Sequence[str]) -> int:
     short = None if len(tempfile.gettempdir()) < 60 else "/tmp"
     with tempfile.TemporaryDirectory(prefix="flax_lstm-", dir=short) as private:
         command = [sys.executable, "-m", "flax_lstm", "train", *arguments]
-        return await_all(start_all([*command, "--coordinator", f"{LOCAL}{private}/0"], processes))
+        command += ["--coordinator", f"{LOCAL}{private}/0"]
+        stopped = threading.Event()
+        return await_all(start_all(command, processes, stopped), stopped)
 
 
-def start_all(command: Sequence[str], processes: int) -> list[subprocess.Popen[bytes]]:
-    """The processes, started, in their order."""
+def start_all(
+    command: Sequence[str], processes: int, stopped: threading.Event
+) -> list[subprocess.Popen[bytes]]:
+    """The processes, started, in their order. SIGTERM sets `stopped` and is passed on."""
     here = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     env = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path}
     children: list[subprocess.Popen[bytes]] = []
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        if not children:
+            sys.exit(SAVED)
+        children[0].terminate()
+
     # Before there are children, so that none is left behind. Ctrl-C reaches them from the terminal.
     signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: children[0].terminate() if children else sys.exit(75))
+    signal.signal(signal.SIGTERM, stop)
     for index in range(processes):
         more = ["--num-processes", str(processes), "--process-id", str(index)]
         ends = partial(end_with_parent, os.getpid())
@@ -517,8 +539,9 @@ def start_all(command: Sequence[str], processes: int) -> list[subprocess.Popen[b
     return children
 
 
-def await_all(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """0 once all have ended well; else the status of the first that did not, when all are gone."""
+def await_all(children: Sequence[subprocess.Popen[bytes]], stopped: threading.Event) -> int:
+    """0 once all have ended well; else the status of the first that did not, when all are gone.
+    75 where SIGTERM came so early that one of them ended by it: there was nothing to save."""
     while (codes := [child.poll() for child in children]) and all(
         code in (None, 0) for code in codes
     ):
@@ -528,7 +551,10 @@ def await_all(children: Sequence[subprocess.Popen[bytes]]) -> int:
     # One that was killed counts first, for it brought the others down.
     index, code = min(((n, code) for n, code in enumerate(codes) if code), key=lambda one: one[1])
     deadline = time.monotonic() + SHUTDOWN_SECONDS
-    if code < 0:
+    if code == -signal.SIGTERM and stopped.is_set():
+        print("Stopped before training went on. The same command begins again.", file=sys.stderr)
+        deadline, code = 0, SAVED
+    elif code < 0:
         print(
             f"error: process {index} was ended by signal {-code}, and so are the others now. The "
             "same command goes on from the last checkpoint",

@@ -169,14 +169,16 @@ class Workdir:
             ) from error
 
     def check_assets(self) -> None:
-        """Raises UserError where what was fitted on the training data is not as it was saved."""
-        if is_sealed(self.assets):
+        """Raises UserError where what was fitted on the training data is not as it was saved.
+        Without a manifest nobody can tell: of a run whose checkpoints have theirs it is lost."""
+        sealed = (is_sealed(path) for path in self.checkpoints.glob("*") if path.name.isdigit())
+        if is_sealed(self.assets) or (self.assets.is_dir() and any(sealed)):
             try:
                 verify(self.assets)
             except Damaged as error:
                 raise UserError(
                     f"{error}. Bring a copy back, or delete the folder {self.assets}: the next "
-                    "training or evaluation makes it anew from the data"
+                    "training makes it anew from the data"
                 ) from error
 
     def seal_assets(self) -> None:

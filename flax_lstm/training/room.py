@@ -14,6 +14,7 @@ import numpy as np
 from flax_lstm.config import Config
 from flax_lstm.data.base import Batch
 from flax_lstm.errors import require
+from flax_lstm.machine.distributed import processes_here
 from flax_lstm.machine.memory import UNLIMITED, free_memory, in_words, require_room
 from flax_lstm.training.steps import Steps, TrainState, apply
 
@@ -54,11 +55,12 @@ def check_room(config: Config, info: Any, steps: Steps) -> None:
 
 
 def room() -> tuple[int, int]:
-    """Bytes that are free where the arrays of this process lie, and how many of its devices share
-    them: all of them the machine's memory on CPUs, each its own elsewhere."""
+    """Bytes that are free where the arrays of this process lie, and how many devices share them:
+    on CPUs the machine's memory, with the devices of the run's other processes there; each its own
+    elsewhere."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
-        return free_memory(), len(devices)
+        return free_memory(), len(devices) * processes_here()
     said = [device.memory_stats() or {} for device in devices]
     left = [s["bytes_limit"] - s.get("bytes_in_use", 0) for s in said if "bytes_limit" in s]
     return min(left, default=UNLIMITED), 1
