@@ -3,9 +3,9 @@
     python train.py --config panel_table --data.path sales.csv --data.horizon 14
 
 The columns are unique_id, ds and y (else --data.id-column, --data.time-column, --data.targets). The
-last horizon of every series tests, the one before validates. Columns known in advance, such as
-prices: --data.future; known for the past only: --data.inputs; of a series as a whole:
---data.static. `flax-lstm predict` takes series that were never seen: nothing is learned for a
+last horizon of every series tests, the one before validates (of few series, more origins). Columns
+known in advance, such as prices: --data.future; known for the past only: --data.inputs; of a series
+as a whole: --data.static. `flax-lstm predict` takes series that were never seen: nothing is learned for a
 single one.
 """
 

@@ -38,8 +38,8 @@ def panel(lengths: dict[str, int] = LENGTHS, **columns: object) -> pd.DataFrame:
 def table(folder: Path, frame: pd.DataFrame, **settings: object) -> PanelTable:
     path = folder / "panel.parquet"
     frame.to_parquet(path, index=False)
-    sizes = {"lookback": 8, "horizon": 3, "season": 7, "calendar": False, **settings}
-    return PanelTable(path=str(path), **sizes)
+    sizes = {"lookback": 8, "horizon": 3, "season": 7, "validation": 3, "calendar": False}
+    return PanelTable(path=str(path), **(sizes | settings))
 
 
 def load(folder: Path, frame: pd.DataFrame, **settings: object) -> SeriesDataset:
@@ -232,6 +232,14 @@ def test_a_last_run_can_train_on_what_validated(tmp_path):
 def test_a_look_back_holds_two_seasons_where_the_rows_allow_it(tmp_path, frequency, rows, expected):
     times = pd.date_range("2000-01-01", periods=rows, freq=frequency)
     frame = pd.DataFrame({"unique_id": "a", "ds": times, "y": np.arange(rows) % 5.0})
-    sizes = {"lookback": 0, "horizon": 0, "season": 0}
+    sizes = {"lookback": 0, "horizon": 0, "season": 0, "validation": 0}
     info = load(tmp_path, frame, **sizes).info
     assert (info.season, info.lookback, info.horizon) == expected
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(800, 88), (240, 30), (40, 5), (20, 3)])
+def test_few_series_are_validated_on_many_origins(tmp_path, rows, steps):
+    """2 + 256 / 3 steps, but no more than an eighth of the rows, and a horizon at least."""
+    dataset = load(tmp_path, panel(dict.fromkeys("abc", rows)), validation=0)
+    assert dataset.size("validation") == 3 * (steps - 3 + 1)
+    assert dataset.size("test") == 3

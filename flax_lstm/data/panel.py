@@ -33,6 +33,7 @@ from flax_lstm.errors import MOST, listing, require
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
+VALIDATED = 256  # windows that validate, if the rows allow it
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class PanelTable(InMemory):
     lookback: int = 0  # steps the model sees; 0: several seasons
     horizon: int = 0  # steps to forecast; 0: a season
     season: int = 0  # steps of a season; 0: natural for the frequency; 1: none
-    validation: int = 0  # steps of each series before the test that validate; 0: one horizon
+    # steps of each series before the test that validate; 0: one horizon, more for few series
+    validation: int = 0
     test: int = 0  # last steps of each series that test; 0: one horizon
     # Train on the steps that validate as well, for a last run once all settings are chosen
     train_on_validation: bool = False
@@ -98,7 +100,7 @@ class PanelTable(InMemory):
         tracks, frequency = layout.tracks(frame, self.path, fitted.grid if fitted else None)
         static = first_rows(frame, layout)
         info = fitted or self._settle(layout, tracks, frequency)
-        validation, test = self.validation or info.horizon, self.test or info.horizon
+        validation, test = self._held_out(tracks, info.horizon)
         long = [t.rows > info.horizon for t in tracks]
         self._say_left_out(tracks, long, validation + test, info)
         tracks = [t for t, kept in zip(tracks, long, strict=True) if kept]
@@ -139,6 +141,13 @@ class PanelTable(InMemory):
         """What an earlier `load` saved. Raises UserError if it is not there."""
         return SeriesInfo.restore(assets)
 
+    def _held_out(self, tracks: Sequence[Track], horizon: int) -> tuple[int, int]:
+        """Steps of each series that validate and that test. Few series are validated on more
+        origins than one, as far as their rows allow: a handful of windows chooses by luck."""
+        rows = int(np.median([track.rows for track in tracks]))
+        wanted = min(horizon - 1 + -(-VALIDATED // len(tracks)), rows // 8)
+        return self.validation or max(wanted, horizon), self.test or horizon
+
     def _layout(self, frame: pd.DataFrame) -> Layout:
         return Layout(
             id_column=self.id_column,
@@ -156,7 +165,7 @@ class PanelTable(InMemory):
         held = max(rows // 4, 1)
         # As many rows train as the horizon leaves, which is known by then.
         _, _, horizon = settle(self, frequency, max(rows - 2 * held, 1), held)
-        held_out = (self.validation or horizon) + (self.test or horizon)
+        held_out = sum(self._held_out(tracks, horizon))
         season, lookback, _ = settle(self, frequency, max(rows - held_out, 1), horizon)
         log.info("%s: %d series of %d rows (median)", self.path, len(tracks), rows)
         longest = max(tracks, key=lambda track: track.rows)
