@@ -5,8 +5,8 @@
 The columns are unique_id, ds and y (else --data.id-column, --data.time-column, --data.targets). The
 last horizon of every series tests, the one before validates (of few series, more origins). Columns
 known in advance, such as prices: --data.future; known for the past only: --data.inputs; of a series
-as a whole: --data.static. `flax-lstm predict` takes series that were never seen: nothing is learned for a
-single one.
+as a whole: --data.static. `flax-lstm predict` takes series that were never seen: nothing is learned
+for a single one.
 """
 
 from flax_lstm import Config, Forecasting, SegmentModel, TrainConfig
