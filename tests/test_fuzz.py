@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from commands import Outcome
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nasty import BYTES, CELLS, OBJECTS, WORDS, within
@@ -325,17 +326,18 @@ def rehearsed(tmp_path, monkeypatch):
     return paths
 
 
-def ends_well(capsys: Any, *arguments: str) -> int:
+def ends_well(capsys: Any, *arguments: str) -> Outcome:
     """Runs a command; its status is 0, or it is 2 after a screen that says why."""
     capsys.readouterr()
     with within(SECONDS):
         status = command_line.main([*arguments])
-    said = capsys.readouterr().err
+    outcome = Outcome(status, *capsys.readouterr())
+    said = outcome.err or outcome.out
     assert status in (0, 2), (arguments, said)
     assert "Traceback" not in said, (arguments, said)
     if status == 2:
         assert 10 < len(said) < 9000 and said.count("\n") < 60, (arguments, said)
-    return status
+    return outcome
 
 
 KEEP = ("--no-tuned-malloc", "--no-compilation-cache", "--mesh.data", "1")
@@ -346,7 +348,7 @@ def try_flag(capsys: Any, paths: dict[str, Path], config: str, flag: str, word: 
     given = ["--data.path", str(paths[config]), "--workdir", "run", *KEEP]
     if config == "panel_table":
         given += ["--data.lookback", "8", "--data.horizon", "2", "--data.season", "4"]
-    return ends_well(capsys, "train", "--config", config, *given, f"--{flag}={word}")
+    return ends_well(capsys, "train", "--config", config, *given, f"--{flag}={word}").code
 
 
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
