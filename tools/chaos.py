@@ -5,7 +5,8 @@
     python tools/chaos.py --trials 1000 --only bytes
 
 Prints a row for each fault: trials, outcomes, and how many ended as none may (a value that is
-silently wrong, a traceback, a run that cannot go on). Status 1 if any did. Every fault is followed
+silently wrong, a traceback, a run that cannot go on). Status 1 if any did. SIGINT and SIGTERM end
+it with the rows so far. Every fault is followed
 by the same command, which must end as a run that nothing befell: the same parameters, figures and
 log. Runs are small, and forked from a process that has imported everything.
 
@@ -30,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ PRELOADED = [
 LONGEST = 900  # seconds, after which a run counts as hung
 BOUND = 120  # seconds in which processes end of which one is gone
 
-STEPS = "--train.steps 24 --train.eval-every 12 --train.checkpoint-every 5 --train.log-every 2"
+STEPS = "--train.steps 16 --train.eval-every 8 --train.checkpoint-every 5 --train.log-every 2"
 SMALL = f"{STEPS} --train.batch-size 8 --model.hidden-size 4"
 WORDS = "--data.vocabulary-size 30 --model.embed-size 4"
 KINDS = {
@@ -341,12 +342,11 @@ class Chaos:
         """How a run of these arguments ends, in how many seconds, and the files that it changes in
         their order."""
         if arguments not in self.ends:
-            for _ in range(2):  # the second finds everything compiled
-                run = self.new()
-                alone = training(run, arguments, report=report)
-                code, said = alone.ended()
-                assert code == 0, said
-                seconds = time.monotonic() - alone.began
+            run = self.new()
+            alone = training(run, arguments, report=report)
+            code, said = alone.ended()
+            assert code == 0, said
+            seconds = time.monotonic() - alone.began
             self.ends[arguments] = run, the_end(run), seconds, alone.changes()
         return self.ends[arguments][1:]
 
@@ -409,17 +409,17 @@ class Chaos:
         """kill -9, up to three times a run: at any moment, or at any change of a file."""
         kind = KINDS_IN_TURN[number % len(KINDS)]
         backend = BACKENDS[number // len(KINDS) % len(BACKENDS)]
-        arguments = one_process(kind, backend)
-        whole, seconds, timeline = self.whole(arguments, report=True)
+        arguments, report = one_process(kind, backend), number % 2 == 0
+        whole, seconds, timeline = self.whole(arguments, report)
         run, kills = self.new(), 0
         for _ in range(3):
             at = self.at(timeline) if self.generator.integers(2) else 0
-            wait = 0 if at else self.moment(0, 1.2 * seconds)
-            running = training(run, arguments, How(die_at=at), report=True)
+            wait = 0 if at else self.moment(0, seconds)
+            running = training(run, arguments, How(die_at=at), report)
             kills += self.struck(running, wait)
             if "Traceback" in running.words():
                 return compared(run, whole, 1, running.words())
-        code, said = training(run, arguments, report=True).ended()
+        code, said = training(run, arguments, report=report).ended()
         outcome = compared(run, whole, code, said)
         if outcome not in BAD and pictures(run) != pictures(self.ends[arguments][0]):
             return "lost"
@@ -835,20 +835,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=200_000, help="of a soak, with 400 saves")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder), options.seed, options.steps)
         print("| fault | trials | outcomes |\n| --- | --- | --- |", flush=True)
         for name in options.only or FAULTS:
             title, fault = FAULTS[name]
-            outcomes = Counter(fault(chaos, number) for number in range(options.trials))
+            outcomes: Counter[str] = Counter()
+            with suppress(KeyboardInterrupt):
+                for number in range(options.trials):
+                    outcomes[fault(chaos, number)] += 1
             bad += sum(count for outcome, count in outcomes.items() if outcome in BAD)
             told = "; ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
-            print(f"| {title} | {options.trials} | {told} |", flush=True)
+            print(f"| {title} | {outcomes.total()} | {told} |", flush=True)
             if chaos.kills:
                 kills = ", ".join(f"{n} {name}" for name, n in chaos.kills.most_common())
                 print(f"killed in: {kills}", flush=True)
                 chaos.kills.clear()
+            if outcomes.total() < options.trials:
+                for left in multiprocessing.active_children():
+                    left.kill()
+                break
     print(f"{bad} ended as none may")
     return bool(bad)
 
