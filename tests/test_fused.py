@@ -247,6 +247,20 @@ def test_one_matmul_a_step(name):
     assert all(str(loop.params["jaxpr"]).count("dot_general") == 1 for loop in training)
 
 
+@pytest.mark.parametrize("name", ["peephole", "layernorm_lstm", "layernorm_gru"])
+def test_a_step_of_such_a_cell_is_arithmetic(name):
+    """Gradients are put together from padded slices, and summed over rows, nowhere in a loop."""
+    cell, weights, x_BTD, _, state, _ = example(name)
+
+    def loss(weights, x_BTD):
+        return jnp.sum(jnp.sin(fused.run(cell, weights, x_BTD, None, state, None, False)[1]))
+
+    training = list(loops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(weights, x_BTD).jaxpr))
+    steps = [str(loop.params["jaxpr"]) for loop in training]
+    assert len(steps) == 2
+    assert not any("pad[" in step or "reduce_sum[axes=(0," in step for step in steps)
+
+
 def test_no_lengths_no_selects():
     cell, weights, x_BTD, lengths_B, state, _ = example("lstm")
 

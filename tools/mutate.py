@@ -168,8 +168,26 @@ BREAKAGES = {
         "used = d",
         "tests/test_fused.py::test_cells_with_equations_of_their_own",
     ),
+    "fused: weights have no copy for a row": Breakage(
+        "flax_lstm/nn/recurrence/apart.py",
+        "if isinstance(value, Copies) and value.rows.shape[:2] == (rows_of_others, 1):",
+        "if False:",
+        "tests/test_fused.py::test_a_step_of_such_a_cell_is_arithmetic",
+    ),
+    "fused: any weights [B, ...] are taken for rows": Breakage(
+        "flax_lstm/nn/recurrence/apart.py",
+        "value.rows.shape[:2] == (rows_of_others, 1)",
+        "value.rows.shape[1] == 1",
+        "tests/test_apart.py",
+    ),
+    "fused: every cell is taken to add x and Rh": Breakage(
+        "flax_lstm/nn/recurrence/derived.py",
+        "return found.state, found.rh, None if adds else found.x, found.small",
+        "return found.state, found.rh, None, found.small",
+        "tests/test_fused.py::test_cells_with_equations_of_their_own",
+    ),
     "fused: a cell with two products is taken": Breakage(
-        "flax_lstm/nn/recurrence/fused.py",
+        "flax_lstm/nn/recurrence/derived.py",
         "if len(product.asked) != 1 or any(h is not h_BJ for h, _ in product.asked):",
         "if len(product.asked) == 0:",
         "tests/test_fused.py::test_other_equations_are_scanned",

@@ -26,9 +26,9 @@ over steps of outer products with da, hence one matmul each after the loop: dR =
 h da^T.
 
 A cell with other equations is taken where these reach R by one `recurrent_matmul` of its output
-(`cells.Product`). What it does after the product is differentiated by `jax.vjp` at every step, and
-what that leaves for the way back is kept; the gradients of whatever weights it has besides (of a
-layer norm, a projection) are taken once after the loop, of all steps together.
+(`cells.Product`). What it does after the product is differentiated at every step, in parts that a
+compiler makes quick arithmetic of (`derived.py`, `apart.py`); the gradients of its large weights
+besides (of a projection) are taken once after the loop, of all steps together.
 
 Resets. A step that begins a sequence of its own sees zeros in place of the state before, and hands
 no gradient back.
@@ -58,14 +58,13 @@ from flax_lstm.nn.cells import (
     Cell,
     GRUCell,
     LSTMCell,
-    Product,
     SimpleRNNCell,
     Weights,
     masked,
     matmul,
     not_textbook,
-    recurrent_matmul,
 )
+from flax_lstm.nn.recurrence.derived import Derived, derive, rest_of
 from flax_lstm.nn.recurrence.primitives import Derivable, alike
 from flax_lstm.nn.recurrence.rows import fresh, where_rows, without_padding
 
@@ -188,6 +187,9 @@ class Rule:
     def backward(self, rest: Weights, kept: Kept, state: State, x: None, d: State) -> Any:
         return *self.gradient((*kept, *state), d), []
 
+    def nothing(self, rest: Weights, rows: int, dtype: Any) -> list[Any]:
+        return []
+
     def is_large(self, rest: Weights) -> list[bool]:
         return []
 
@@ -200,132 +202,6 @@ class Rule:
             return rest
         d_bias = jnp.sum(da_T[..., -bias_H.shape[0] :], (0, 1), kept_T[-1].dtype)
         return rest._replace(recurrent_bias_H=d_bias.astype(bias_H.dtype))
-
-
-@dataclass(frozen=True)
-class Derived:
-    """Any other cell: its step after the product, and that differentiated. `order` are the places
-    of a state's arrays, h last."""
-
-    cell: Cell
-    order: tuple[int, ...]
-
-    again: ClassVar[bool] = True  # backward needs x, and of_rest the gradient after each step
-
-    def after(self, rest: Weights, state: State, x: Array, rh: Array) -> State:
-        leaves = [state[self.order.index(n)] for n in range(len(state))]
-        before = jax.tree.unflatten(state_structure(self.cell), leaves)
-        new = self.cell.step(rest._replace(recurrent_JGH=Product(rh)), before, x)
-        return tuple(jax.tree.leaves(new)[n] for n in self.order)
-
-    def is_large(self, rest: Weights) -> list[bool]:
-        """Which of the weights besides are larger than what a step has for a row: matrices. The
-        gradients of the others add up in the loop."""
-        row = self.cell.gates * self.cell.features
-        return [leaf.size > row for leaf in jax.tree.leaves(rest)]
-
-    def pull(self, rest: Weights, state: State, x: Array, rh: Array) -> tuple[State, Any]:
-        """The step, and the gradients of its small weights, state, x and Rh as a function of those
-        of the state after it."""
-        small, large = part(rest, self.is_large(rest))
-
-        def after(small: list[Any], *arrays: Any) -> State:
-            return self.after(join(rest, small, large), *arrays)
-
-        return jax.vjp(after, small, state, x, rh)
-
-    def forward(self, rest: Weights, state: State, x: Array, rh: Array) -> tuple[State, Kept]:
-        """Keeps what the gradient needs and does not have anyway, and Rh where `of_rest` asks."""
-        new, pull = self.pull(rest, state, x, rh)
-        known = set(map(id, jax.tree.leaves((rest, state, x))))
-        left = tuple(leaf for leaf in jax.tree.leaves(pull) if id(leaf) not in known)
-        return new, (rh, *left) if any(self.is_large(rest)) else left
-
-    def backward(self, rest: Weights, kept: Kept, state: State, x: Array, d: State) -> Any:
-        # Traced again to learn which of what was kept goes where. Nothing else is taken from it,
-        # so the compiler drops it.
-        _, pull = self.pull(rest, state, x, jnp.zeros(x.shape, d[-1].dtype))
-        known = set(map(id, jax.tree.leaves((rest, state, x))))
-        left = iter(kept[1:] if any(self.is_large(rest)) else kept)
-        pull = jax.tree.map(lambda leaf: leaf if id(leaf) in known else next(left), pull)
-        d_small, d_before, dx, da = pull(d)
-        rows = d[-1].shape[0]
-        # The very same where the equations add up x and Rh and nothing else.
-        d_input = None if dx is da else (dx.reshape(rows, -1),)
-        return d_before, (da.reshape(rows, -1),), d_input, d_small
-
-    def of_rest(
-        self, rest: Weights, kept_T: Kept, x_T: Array, d_T: State, da_T: Array, sums: list[Array]
-    ) -> Weights:
-        small, large = part(rest, self.is_large(rest))
-        d_large: list[Any] = large
-        if any(self.is_large(rest)):
-            rh_T, before_T = kept_T[0], kept_T[-len(self.order) :]
-
-            def every_step(large: list[Any]) -> State:
-                step = partial(self.after, join(rest, small, large))
-                return jax.vmap(step)(before_T, x_T, rh_T)
-
-            d_large = jax.vjp(every_step, large)[1](d_T)[0]
-        d_small = [s if w is None else s.astype(w.dtype) for s, w in zip(sums, small, strict=True)]
-        return join(rest, d_small, d_large)
-
-
-def part(rest: Weights, chosen: list[bool]) -> tuple[list[Any], list[Any]]:
-    """The leaves that are not chosen and those that are, with None in the places of the others."""
-    leaves = list(zip(jax.tree.leaves(rest), chosen, strict=True))
-    return [None if c else w for w, c in leaves], [w if c else None for w, c in leaves]
-
-
-def join(rest: Weights, small: list[Any], large: list[Any]) -> Weights:
-    leaves = [b if a is None else a for a, b in zip(small, large, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(rest), leaves)
-
-
-def state_structure(cell: Cell) -> Any:
-    return jax.tree.structure(jax.eval_shape(lambda: cell.initial_state(1)))
-
-
-def derive(cell: Cell, x_BTD: Any) -> Derived | str:
-    """The rule of a cell with equations of its own, or why there is none: they must come to R by
-    one `recurrent_matmul` of the cell's output, with the mask as it was given."""
-    cell = cell.clone(parent=None)
-    batch, _, features = x_BTD.shape
-    name, mask = type(cell).__name__, object()
-    structure = state_structure(cell)
-    places = list(range(structure.num_leaves))
-    last: Any = cell.output(jax.tree.unflatten(structure, places))
-    if last not in places:
-        return f"the output of {name} is none of the arrays of its state"
-
-    def trace(key: Array) -> Any:
-        x_BD = jnp.zeros((batch, features), x_BTD.dtype)
-        weights, _ = cell.init_with_output(key, features, method="weights")
-        weights = cell.cast(weights, x_BD)
-        state = cell.initial_state(batch, cell.state_dtype(x_BD))
-        h_BJ = cell.output(state)
-        product = Product(recurrent_matmul(h_BJ, weights.recurrent_JGH, None))
-        rest = rest_of(weights)._replace(recurrent_JGH=product)
-        new = cell.step(rest, state, cell.project(weights, x_BD), mask)  # type: ignore[arg-type]
-        if len(product.asked) != 1 or any(h is not h_BJ for h, _ in product.asked):
-            raise TypeError("they multiply another array than its output, or several")
-        if product.asked[0][1] is not mask:
-            raise TypeError("recurrent dropout is left out of the product")
-        return new
-
-    try:
-        new = jax.eval_shape(trace, jax.random.key(0))
-    except Exception as error:  # the equations are anybody's; the scan says what is wrong with them
-        return f"the equations of {name} are not those of a product with R alone ({error})"
-    if jax.tree.structure(new) != structure:
-        return f"{name} gives another state than it begins with"
-    others = [n for n in places if n != last]
-    return Derived(cell, (*others, last))
-
-
-def rest_of(weights: Weights) -> Weights:
-    """The weights that a step has besides the product and the projected input."""
-    return Weights(None, None, None, weights.recurrent_bias_H, weights.own)  # type: ignore[arg-type]
 
 
 RULES: dict[type[Cell], Rule] = {
@@ -551,8 +427,7 @@ def recur_backward(rule, reverse, arrays, results, kept_T, gradients):  # type: 
     large = rule.is_large(rest)
     inputs = (jnp.arange(dh_TBH.shape[0]), kept_T, dh_TBH, x_TBGH, fresh_TB)
     nothing = jnp.zeros((dh_TBH.shape[1], shape[1] * shape[2]), dtype)
-    small = part(rest, large)[0] if rule.again else []
-    sums = jax.tree.map(lambda w: jnp.zeros(w.shape, state_dtype), small)
+    sums = rule.nothing(rest, dh_TBH.shape[1], state_dtype)
     begin = (d_final, nothing, None if fresh_TB is None else fresh_TB[0], sums)
     ends: Any
     leaves, structure = jax.tree.flatten(begin)
