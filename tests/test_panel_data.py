@@ -231,7 +231,8 @@ def test_a_last_run_can_train_on_what_validated(tmp_path):
 )
 def test_a_look_back_holds_two_seasons_where_the_rows_allow_it(tmp_path, frequency, rows, expected):
     times = pd.date_range("2000-01-01", periods=rows, freq=frequency)
-    frame = pd.DataFrame({"unique_id": "a", "ds": times, "y": np.arange(rows) % 5.0})
+    wave = np.sin(np.arange(rows) * 2 * np.pi / expected[0])
+    frame = pd.DataFrame({"unique_id": "a", "ds": times, "y": wave})
     sizes = {"lookback": 0, "horizon": 0, "season": 0, "validation": 0}
     info = load(tmp_path, frame, **sizes).info
     assert (info.season, info.lookback, info.horizon) == expected

@@ -561,3 +561,31 @@ def test_a_country_that_is_none_is_said(tmp_path):
     hours.to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(UserError, match=r"data\.holidays XX: no such country; known: .*DE"):
         SeriesTable(path=str(tmp_path / "t.csv"), holidays="XX").load(tmp_path / "assets")
+
+
+def test_a_season_is_what_changes_repeat_by_the_autocorrelation_of_pandas(monkeypatch):
+    rng = np.random.default_rng(0)
+    series = [np.cumsum(rng.normal(size=n)) + 2 * np.sin(np.arange(n)) for n in (200, 350)]
+    series[0][50] = np.nan
+    found = [pd.Series(np.diff(x)).autocorr(7) for x in series]
+    pairs = [200 - 1 - 7 - 4, 350 - 1 - 7]  # two changes are not known, each in two pairs
+    for off, expected in ((-0.02, True), (0.02, False)):
+        monkeypatch.setattr(series_module, "REPEATS", np.average(found, weights=pairs) + off)
+        assert series_module.repeats([x[:, None] for x in series], 7) is expected
+
+
+@pytest.mark.parametrize(("strength", "season"), [(0.0, 1), (2.0, 7)])
+def test_the_season_of_a_frequency_is_taken_only_where_it_repeats(tmp_path, strength, season):
+    rng, rows = np.random.default_rng(0), 400
+    days = pd.date_range("2024-01-01", periods=rows, freq="D")
+    level = np.cumsum(rng.normal(size=rows))
+    frame = pd.DataFrame({"time": days, "y": level + strength * (np.arange(rows) % 7 > 4)})
+    frame.to_csv(tmp_path / "days.csv", index=False)
+    table = SeriesTable(path=str(tmp_path / "days.csv"))
+    assert table.load(tmp_path / "found").info.season == season
+    assert replace(table, season=7).load(tmp_path / "given").info.season == 7
+
+
+@pytest.mark.parametrize("values", [[3.0] * 50, [np.nan] * 50, [1.0], []])
+def test_where_no_change_is_known_the_natural_season_stays(values):
+    assert series_module.repeats([np.array(values)[:, None]], 7)

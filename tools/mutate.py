@@ -936,6 +936,18 @@ BREAKAGES = {
         "horizon",
         "tests/test_panel_data.py::test_few_series_are_validated_on_many_origins",
     ),
+    "any season of a frequency is one of the series": Breakage(
+        "flax_lstm/data/series.py",
+        "fits = 2 * natural.season <= lookback and repeats(natural.season)",
+        "fits = 2 * natural.season <= lookback",
+        "tests/test_series_data.py::test_the_season_of_a_frequency_is_taken_only_where_it_repeats",
+    ),
+    "a level that wanders looks like a season": Breakage(
+        "flax_lstm/data/series.py",
+        "change_R = np.diff(value_R)",
+        "change_R = value_R",
+        "tests/test_series_data.py::test_the_season_of_a_frequency_is_taken_only_where_it_repeats",
+    ),
     "channels are told apart in any case": Breakage(
         "flax_lstm/nn/segments.py",
         "if not self.apart:",

@@ -7,6 +7,7 @@ Axes: P series, W windows, D input channels (the C targets first).
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -22,6 +23,7 @@ from flax_lstm.data.series import (
     cycles,
     first_rows,
     fit_columns,
+    repeats,
     require_sizes,
     say,
     settle,
@@ -59,7 +61,7 @@ class PanelTable(InMemory):
     static: tuple[str, ...] = ()  # columns that stay the same along a series: numbers or categories
     lookback: int = 0  # steps the model sees; 0: several seasons
     horizon: int = 0  # steps to forecast; 0: a season
-    season: int = 0  # steps of a season; 0: natural for the frequency; 1: none
+    season: int = 0  # steps of a season; 0: natural for the frequency, if it repeats; 1: none
     # steps of each series before the test that validate; 0: one horizon, more for few series
     validation: int = 0
     test: int = 0  # last steps of each series that test; 0: one horizon
@@ -164,9 +166,11 @@ class PanelTable(InMemory):
         rows = int(np.median([track.rows for track in tracks]))
         held = max(rows // 4, 1)
         # As many rows train as the horizon leaves, which is known by then.
-        _, _, horizon = settle(self, frequency, max(rows - 2 * held, 1), held)
+        _, _, horizon = settle(self, frequency, max(rows - 2 * held, 1), held, lambda season: True)
         held_out = sum(self._held_out(tracks, horizon))
-        season, lookback, _ = settle(self, frequency, max(rows - held_out, 1), horizon)
+        past = [t.values_RD[: max(t.rows - held_out, 0), : len(layout.targets)] for t in tracks]
+        train, repeating = max(rows - held_out, 1), partial(repeats, past)
+        season, lookback, _ = settle(self, frequency, train, horizon, repeating)
         log.info("%s: %d series of %d rows (median)", self.path, len(tracks), rows)
         longest = max(tracks, key=lambda track: track.rows)
         say(self.path, longest.times, frequency, season, lookback, horizon)

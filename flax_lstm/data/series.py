@@ -8,8 +8,9 @@ B windows of a batch, T steps of the look-back, N steps of the horizon, K covari
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -35,6 +36,7 @@ from flax_lstm.errors import MOST, UserError, listing, require
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
+REPEATS = 0.05  # autocorrelation of changes at the lag of a season, below which there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +363,7 @@ class SeriesTable(InMemory):
     future: tuple[str, ...] = ()  # columns known in advance: numbers or categories
     lookback: int = 0  # steps the model sees; 0: several seasons
     horizon: int = 0  # steps to forecast; 0: a season
-    season: int = 0  # steps of a season; 0: natural for the frequency; 1: none
+    season: int = 0  # steps of a season; 0: natural for the frequency, if it repeats; 1: none
     # training, validation, test: shares, or numbers of rows
     split: tuple[float, float, float] = (0.7, 0.1, 0.2)
     calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
@@ -467,11 +469,13 @@ class SeriesTable(InMemory):
     def _fit(self, layout: Layout, track: Track, frequency: Frequency) -> SeriesInfo:
         shares = np.array(self.split) if max(self.split) <= 1 else np.array(self.split) / track.rows
         train, *others = (int(share * track.rows) for share in shares)
-        season, lookback, horizon = settle(self, frequency, train, min(others))
+        targets = len(layout.targets)
+        repeating = partial(repeats, [track.values_RD[:train, :targets]])
+        season, lookback, horizon = settle(self, frequency, train, min(others), repeating)
         say(self.path, track.times, frequency, season, lookback, horizon)
         borders = self._borders(track.rows, lookback, horizon, season)
         train_RD = track.values_RD[: borders[1]]
-        mean_D, std_D, naive_C = _moments(train_RD, season, len(layout.targets))
+        mean_D, std_D, naive_C = _moments(train_RD, season, targets)
         _warn(train_RD, layout.channels, self.path)
         scaled_C = naive_C / std_D[: len(naive_C)]
         return SeriesInfo(
@@ -516,9 +520,11 @@ def cycles(frequency: Frequency) -> tuple[str, ...]:
     return tuple(name for name, length in CYCLES.items() if frequency.seconds <= length / 2)
 
 
-def settle(table: Any, frequency: Frequency, train: int, others: int) -> tuple[int, int, int]:
+def settle(
+    table: Any, frequency: Frequency, train: int, others: int, repeats: Callable[[int], bool]
+) -> tuple[int, int, int]:
     """Season, look-back and horizon: as given, or natural for the frequency, but no more than the
-    rows of training and of the other splits allow."""
+    rows of training and of the other splits allow, and a season only where it `repeats`."""
     natural = frequency.defaults
     horizon = table.horizon or max(min(natural.horizon, others, max(train // 4, 1)), 1)
     room = max((train - horizon) // 2, 1)
@@ -527,8 +533,27 @@ def settle(table: Any, frequency: Frequency, train: int, others: int) -> tuple[i
         # Without two seasons in it no look-back tells the season: that is worth more than windows.
         room = max(room, two_seasons)
     lookback = table.lookback or min(natural.lookback, room)
-    season = table.season or (natural.season if 2 * natural.season <= lookback else 1)
-    return season, lookback, horizon
+    fits = 2 * natural.season <= lookback and repeats(natural.season)
+    return table.season or (natural.season if fits else 1), lookback, horizon
+
+
+def repeats(series: Sequence[Array], season: int) -> bool:
+    """Whether the changes from step to step of these series (R, C) repeat after a season: their
+    autocorrelation at that lag, the mean over series and channels by length, is at least `REPEATS`
+    (of changes, for a level that wanders looks like any season). True where nothing is known."""
+    total, count = 0.0, 0
+    for value_R in (column for value_RC in series for column in value_RC.T):
+        change_R = np.diff(value_R)
+        known_R = change_R[~np.isnan(change_R)]
+        if not len(known_R) or known_R.var() == 0:
+            continue
+        change_R = (change_R - known_R.mean()) / known_R.std()
+        product_R = change_R[season:] * change_R[:-season]
+        total, count = (
+            total + float(np.nansum(product_R)),
+            count + int((~np.isnan(product_R)).sum()),
+        )
+    return not count or total / count >= REPEATS
 
 
 def say(
