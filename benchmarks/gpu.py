@@ -10,7 +10,7 @@ with rows of different lengths (one of them empty), read backward, in both direc
 the relative distance from the scan in float32 on the CPU. Times: outputs alone, and with the
 gradients of inputs and weights, in turns, of `cudnn`, `fused`, `scan` and the others. Ends with
 status 1 where a backend is further from the scan than its numbers allow. It runs on any device of
-JAX, where the times say something of that device. Written without a GPU: on one it has not run yet.
+JAX, where the times say something of that device.
 
 Axes: B batch, T time, D input features, H hidden units.
 """
