@@ -12,12 +12,15 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import compiling
 import jax
 import pytest
 from cudnn_stand_in import cudnn  # noqa: F401
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" in config.getoption("markexpr"):
+        compiling.quickly()
     config.addinivalue_line("filterwarnings", "error")
     # Orbax leaves coroutines and event loops behind when it meets a damaged file; the collector
     # finds them at any time, in whatever test is next, under changing messages.

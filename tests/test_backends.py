@@ -7,6 +7,7 @@ A backend added to `flax_lstm.nn.recurrence.BACKENDS` is tested here at once. A 
 `JAX_PLATFORMS=cuda pytest tests/test_backends.py` calls cuDNN itself.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -23,7 +24,7 @@ from flax_lstm.nn.layers import RNN, scan
 
 Array = jax.Array
 T, B, D, H = 7, 6, 3, 8
-LENGTHS = np.array([7, 3, 0, 1, 5, 7])
+LENGTHS = (7, 3, 0, 1, 5, 7)
 
 each_backend = pytest.mark.parametrize("backend", recurrence.BACKENDS)
 quick = pytest.mark.usefixtures("quick_compile")
@@ -91,14 +92,38 @@ def outcome(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: An
     return everything(primals, lengths_B)
 
 
+@functools.lru_cache(maxsize=4)
+def scans(name: str, dtype: Any, lengths: Any, reverse: bool, time: int, mask: bool) -> Any:
+    """Of the scan, once for all backends that are compared with it."""
+    cell, primals = problem(name, dtype, time, mask, batch(lengths))
+    return outcome("scan", cell, array(lengths), reverse, primals)
+
+
+def batch(lengths: tuple[int, ...] | None) -> int:
+    return B if lengths is None else len(lengths)
+
+
+def array(lengths: tuple[int, ...] | None) -> np.ndarray | None:
+    return None if lengths is None else np.array(lengths)
+
+
 def compare(
-    backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: Any, rtol: float, atol: float
+    backend: str,
+    name: str,
+    dtype: Any,
+    lengths: tuple[int, ...] | None,
+    reverse: bool,
+    rtol: float,
+    atol: float,
+    time: int = T,
+    mask: bool = False,
 ) -> None:
-    if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], primals[3] is not None):
+    cell, primals = problem(name, dtype, time, mask, batch(lengths))
+    if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], mask):
         pytest.skip(f"{backend}: {reason}")
-    ours = outcome(backend, cell, lengths_B, reverse, primals)
-    scans = outcome("scan", cell, lengths_B, reverse, primals)
-    assert jax.tree.structure(ours) == jax.tree.structure(scans)
+    ours = outcome(backend, cell, array(lengths), reverse, primals)
+    expected = scans(name, dtype, lengths, reverse, time, mask)
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
 
     def close(path: Any, a: Array, b: Array) -> None:
         assert (a.shape, a.dtype) == (b.shape, b.dtype), jax.tree_util.keystr(path)
@@ -107,7 +132,7 @@ def compare(
             a, b, rtol, atol * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path)
         )
 
-    jax.tree_util.tree_map_with_path(close, ours, scans)
+    jax.tree_util.tree_map_with_path(close, ours, expected)
 
 
 @each_backend
@@ -118,8 +143,8 @@ def compare(
 )
 @quick
 def test_equals_the_scan(backend: str, name: str, reverse: bool, ragged: bool, mask: bool) -> None:
-    cell, primals = problem(name, jnp.float32, mask=mask)
-    compare(backend, cell, LENGTHS if ragged else None, reverse, primals, rtol=1e-4, atol=2e-6)
+    lengths = LENGTHS if ragged else None
+    compare(backend, name, jnp.float32, lengths, reverse, rtol=1e-4, atol=2e-6, mask=mask)
 
 
 @each_backend
@@ -127,9 +152,8 @@ def test_equals_the_scan(backend: str, name: str, reverse: bool, ragged: bool, m
 @quick
 def test_rows_of_all_lengths_on_every_thread(backend: str, name: str) -> None:
     """XLA has as many threads as devices or processors: fewer rows might get one each."""
-    lengths_B = np.tile(LENGTHS, max(jax.device_count(), os.cpu_count() or 1))
-    cell, primals = problem(name, jnp.float32, mask=True, batch=len(lengths_B))
-    compare(backend, cell, lengths_B, True, primals, rtol=1e-4, atol=1e-5)
+    lengths = LENGTHS * max(jax.device_count(), os.cpu_count() or 1)
+    compare(backend, name, jnp.float32, lengths, True, rtol=1e-4, atol=1e-5, mask=True)
 
 
 @each_backend
@@ -137,59 +161,61 @@ def test_rows_of_all_lengths_on_every_thread(backend: str, name: str) -> None:
 @quick
 def test_equals_the_scan_in_float64(backend: str, name: str, x64: None) -> None:
     """So closely that a slip in the mathematics cannot hide in rounding."""
-    cell, primals = problem(name, jnp.float64, mask=True)
-    compare(backend, cell, LENGTHS, True, primals, rtol=1e-10, atol=1e-12)
+    compare(backend, name, jnp.float64, LENGTHS, True, rtol=1e-10, atol=1e-12, mask=True)
 
 
 @each_backend
 @each_cell
 @quick
 def test_near_the_scan_in_bfloat16(backend: str, name: str) -> None:
-    cell, primals = problem(name, jnp.bfloat16)
-    compare(backend, cell, LENGTHS, False, primals, rtol=0.1, atol=0.03)
+    compare(backend, name, jnp.bfloat16, LENGTHS, False, rtol=0.1, atol=0.03)
 
 
 @each_backend
 @each_cell
 @quick
 def test_one_step_and_all_rows_empty(backend: str, name: str) -> None:
-    cell, primals = problem(name, jnp.float32, time=1)
-    compare(backend, cell, None, False, primals, rtol=1e-4, atol=2e-6)
-    cell, primals = problem(name, jnp.float32)
-    compare(backend, cell, np.zeros(B, int), False, primals, rtol=1e-4, atol=2e-6)
+    compare(backend, name, jnp.float32, None, False, rtol=1e-4, atol=2e-6, time=1)
+    compare(backend, name, jnp.float32, (0,) * B, False, rtol=1e-4, atol=2e-6)
 
 
 @each_backend
 @each_cell
 def test_long_sequences(backend: str, name: str) -> None:
     """Longer than any piece in which a backend may cut time."""
-    cell, primals = problem(name, jnp.float32, time=150)
-    compare(
-        backend, cell, np.array([150, 149, 64, 0, 1, 129]), False, primals, rtol=1e-3, atol=1e-5
-    )
+    lengths = (150, 149, 64, 0, 1, 129)
+    compare(backend, name, jnp.float32, lengths, False, rtol=1e-3, atol=1e-5, time=150)
 
 
-@pytest.mark.parametrize("backend", ("scan", *recurrence.BACKENDS))
-@each_cell
-def test_layer_with_backend_has_the_tree_and_result_of_the_scan(backend: str, name: str) -> None:
-    """Through `RNN`, with all kinds of dropout; weights begin the same whatever the backend."""
-    dropouts = {"dropout": 0.3, "recurrent_dropout": 0.4, "weight_dropout": 0.2}
+@functools.lru_cache(maxsize=2)
+def layer_result(backend: str, name: str) -> Any:
+    """Through `RNN`, with all kinds of dropout: its first weights, a loss, and the gradients."""
     x_BTD = random_like(3, jax.ShapeDtypeStruct((B, T, D), jnp.float32))
-    layers = [RNN(CELLS[name](H), backend=b, **dropouts) for b in (backend, "scan")]
-    if backend != "scan" and recurrence.BACKENDS[backend].supports(layers[0].cell, x_BTD, True):
+    dropouts = {"dropout": 0.3, "recurrent_dropout": 0.4, "weight_dropout": 0.2}
+    layer = RNN(CELLS[name](H), backend=backend, **dropouts)
+    if backend != "scan" and recurrence.BACKENDS[backend].supports(layer.cell, x_BTD, True):
         pytest.skip(f"{backend} does not run this layer")
 
-    def result(layer: RNN) -> Any:
+    @jax.jit
+    def result() -> Any:
         variables = layer.init(jax.random.key(0), x_BTD)
 
         def loss(variables: Any) -> Any:
             rngs = {"dropout": jax.random.key(1)}
-            _, y = layer.apply(variables, x_BTD, LENGTHS, deterministic=False, rngs=rngs)
+            lengths_B = jnp.array(LENGTHS)
+            _, y = layer.apply(variables, x_BTD, lengths_B, deterministic=False, rngs=rngs)
             return jnp.mean(y**2)
 
         return variables, *jax.value_and_grad(loss)(variables)
 
-    ours, scans = (jax.jit(result, static_argnums=0)(layer) for layer in layers)
+    return result()
+
+
+@each_backend
+@each_cell
+def test_layer_with_backend_has_the_tree_and_result_of_the_scan(backend: str, name: str) -> None:
+    """Weights begin the same whatever the backend."""
+    ours, scans = layer_result(backend, name), layer_result("scan", name)
     assert jax.tree.structure(ours) == jax.tree.structure(scans)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, scans)
 
@@ -204,7 +230,7 @@ def test_over_a_sharded_batch(backend: str) -> None:
         pytest.skip(f"{backend}: {reason}")
     weights, x_BTD, state, _ = primals
     x_BTD, state = jax.tree.map(lambda a: jnp.concatenate([a] * 4), (x_BTD, state))
-    lengths_B = jnp.asarray(np.concatenate([LENGTHS] * 4))
+    lengths_B = jnp.array(LENGTHS * 4)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
     one = outcome(backend, cell, lengths_B, False, (weights, x_BTD, state, None))
@@ -229,7 +255,8 @@ def test_auto_falls_back_to_the_scan() -> None:
     assert recurrence.resolve("auto", layer.cell, x_BTD) is None
     variables = layer.init(jax.random.key(0), x_BTD)
     (_, y), (_, z) = (
-        RNN(OtherCell(H), backend=b).apply(variables, x_BTD, LENGTHS) for b in ("auto", "scan")
+        RNN(OtherCell(H), backend=b).apply(variables, x_BTD, jnp.array(LENGTHS))
+        for b in ("auto", "scan")
     )
     np.testing.assert_array_equal(y, z)
 

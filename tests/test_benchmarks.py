@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import compiling
 import pytest
 from commands import ROOT
 
@@ -34,7 +35,7 @@ def test_tiny_workload_with_one_peer_missing(tmp_path):
     run = subprocess.run(
         [sys.executable, *command.split(), "--peers", *peers],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": compiling.flags(1)},
         capture_output=True,
         text=True,
     )
@@ -197,11 +198,10 @@ def test_the_benchmark_of_a_gpu_says_who_is_wrong(gpu, monkeypatch):
 
 def test_weak_scaling_over_three_devices():
     """On one and two of them: each size is a power of two, and the batch grows with it."""
-    flags = "--xla_force_host_platform_device_count=3"
     run = subprocess.run(
         [sys.executable, "benchmarks/scaling.py", "--rounds", "2"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": compiling.flags(3)},
         capture_output=True,
         text=True,
     )

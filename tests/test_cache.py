@@ -42,8 +42,10 @@ def test_a_link_is_not_taken(cache, tmp_path):
 def test_what_killed_processes_left_is_removed_after_an_hour(cache):
     (cache / "tmpold").mkdir(parents=True)
     (cache / "tmpold" / "half.so").write_bytes(b"half")
-    (cache / ".key.npz.123").write_bytes(b"half")
-    for path in (cache / "tmpold", cache / ".key.npz.123"):
+    drafts = [cache / ".key.npz.123", cache / ".key.sha256.123.part"]
+    for path in drafts:
+        path.write_bytes(b"half")
+    for path in (cache / "tmpold", *drafts):
         os.utime(path, (0, 0))
     (cache / "tmpnew").mkdir()
     (cache / "key.npz").write_bytes(b"whole")
@@ -64,6 +66,23 @@ def test_only_a_file_as_it_was_kept_is_intact(cache):
     assert intact(library)
     library.write_bytes(b"\x7fELF")
     assert not intact(library)
+
+
+def test_two_processes_may_keep_the_same_at_once(cache, monkeypatch):
+    library = private_cache_folder() / "kernel.so"
+    library.write_bytes(b"\x7fELF and more")
+    fsync = os.fsync
+
+    def other_process(descriptor):
+        fsync(descriptor)
+        monkeypatch.setattr(os, "fsync", fsync)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            keep(library)
+
+    monkeypatch.setattr(os, "fsync", other_process)
+    keep(library)
+    assert intact(library) and len(list(cache.iterdir())) == 2
 
 
 @as_root

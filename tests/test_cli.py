@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import compiling
 import jax
 import numpy as np
 import pandas as pd
@@ -332,7 +333,7 @@ def test_train_py_from_outside_the_checkout_and_the_module_are_the_same_program(
     flags = f"{SERIES} --data.path load.csv --model.cell rnn".split()
     command, environment = (
         [sys.executable, ROOT / "train.py", *flags],
-        {**os.environ, "XLA_FLAGS": ""},
+        {**os.environ, "XLA_FLAGS": compiling.flags(1)},
     )
     first = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import compiling
 import jax
 import pytest
 import small_runs
@@ -377,11 +378,10 @@ def tables(tmp_path_factory):
 
 
 def environment(kind, tables, devices=1, **more):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     own = {
         "RUN": kind,
         "TABLES": tables,
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": compiling.flags(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": 1,
         **more,
     }

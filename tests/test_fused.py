@@ -121,6 +121,12 @@ def gradients(run, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, res
     )
 
 
+@functools.lru_cache(maxsize=2)
+def in_float64(name, reverse):
+    """Those of the loop written out, once for all ways of doing the same."""
+    return gradients(by_hand, *example(name, jnp.float64), reverse)
+
+
 RESET = jnp.asarray(np.random.default_rng(0).random((B, T)) < 0.4)
 
 
@@ -144,10 +150,8 @@ def test_gradients_of_everything_in_float64(
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     monkeypatch.setattr(fused, "on_gpu", lambda: gpu)
     monkeypatch.setattr(fused, "KEEP", keep)
-    arguments = example(name, jnp.float64)
-    assert_close(
-        gradients(fused.run, *arguments, reverse), gradients(by_hand, *arguments, reverse), 1e-12
-    )
+    ours = gradients(fused.run, *example(name, jnp.float64), reverse)
+    assert_close(ours, in_float64(name, reverse), 1e-12)
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import compiling
 import pytest
 import yaml
 
@@ -161,7 +162,7 @@ def assert_trained(folder, said):
 def tools(tmp_path, monkeypatch):
     """`python` that is ours, and stand-ins for what only a cluster has, first in the path."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", compiling.flags(1))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "bin"
     folder.mkdir()

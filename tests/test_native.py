@@ -6,78 +6,41 @@ That it equals the scan is tested in test_backends.py; here with each instructio
 machine can run.
 """
 
+import functools
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import compiling
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from native_outcomes import outcomes
 
-from flax_lstm.nn.recurrence import native
+from flax_lstm import RNN, LSTMCell
+from flax_lstm.nn.recurrence import native, resolve
 
 HERE = Path(__file__).parent
 KERNEL = HERE.parent / "flax_lstm" / "nn" / "recurrence" / "native"
 HARNESS = HERE / "native_harness.cc"
 
-# Prints which backend `auto` takes and its distance from the scan, over ragged rows, with
-# gradients: in float32 the largest, in bfloat16 relative to the scan's in float32.
-PROBE = """
-import logging, sys
-logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-import jax, jax.numpy as jnp
-from flax_lstm import RNN, GRUCell, LSTMCell, SimpleRNNCell
-from flax_lstm.nn.recurrence import resolve
-x, lengths = jax.random.normal(jax.random.key(0), (5, 9, 6)), jnp.array([9, 0, 1, 5, 9])
-chosen, worst, rough = resolve("auto", LSTMCell(19), x, None), 0.0, 0.0
-for cell in (LSTMCell(19), GRUCell(19), SimpleRNNCell(19)):
-    variables = RNN(cell).init(jax.random.key(1), x)
-    def loss(variables, x, backend):
-        state, y = RNN(cell, backend=backend).apply(variables, x, lengths)
-        return jnp.sum(jnp.sin(y)) + sum(jnp.sum(s**2) for s in jax.tree.leaves(state))
-    ours, scans = (jax.value_and_grad(loss, (0, 1))(variables, x, b) for b in ("auto", "scan"))
-    apart = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), ours, scans)
-    worst = max(worst, *jax.tree.leaves(apart))
-    half = RNN(type(cell)(19, dtype="bfloat16"))
-    gradient = jax.grad(lambda v: jnp.sum(jnp.sin(half.apply(v, x, lengths)[1].astype(float))))
-    exact = jax.grad(lambda v: jnp.sum(jnp.sin(RNN(cell, backend="scan").apply(v, x, lengths)[1])))
-    for a, b in zip(*map(jax.tree.leaves, (gradient(variables), exact(variables)))):
-        rough = max(rough, float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)))
-print(chosen.__name__.split(".")[-1], worst, rough)
-"""
-
-# Prints which backend `auto` takes, and nothing of its numbers.
-CHOICE = """
-import logging, sys
-logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-import jax, jax.numpy as jnp
-from flax_lstm import RNN, LSTMCell
-from flax_lstm.nn.recurrence import resolve
-rnn, x = RNN(LSTMCell(3)), jnp.ones((1, 2, 3))
-assert jnp.isfinite(rnn.init_with_output(jax.random.key(0), x)[0][1]).all()
-print(resolve("auto", LSTMCell(3), x, None).__name__.split(".")[-1], 0, 0)
-"""
+# Prints why there is no kernel, or None.
+REGISTER = "from flax_lstm.nn.recurrence import native; print(native.unavailable())"
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler"
 )
 
 
-def environment(cache: Path, **extra: str) -> dict[str, str]:
-    return {
-        **os.environ,
-        "XDG_CACHE_HOME": str(cache),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        **extra,
-    }
-
-
-def start_probe(cache: Path, program: str, **extra: str) -> subprocess.Popen:
+def start(*arguments: str, **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", program],
-        env=environment(cache, **extra),
+        [sys.executable, *arguments],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.flags(1), **extra},
         cwd=HERE.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -85,57 +48,89 @@ def start_probe(cache: Path, program: str, **extra: str) -> subprocess.Popen:
     )
 
 
-def probe(cache: Path, program: str = PROBE, **extra: str) -> tuple[str, float, float, str]:
-    """(backend, largest distance from the scan, that in bfloat16, log)."""
-    out, errors = (process := start_probe(cache, program, **extra)).communicate(timeout=300)
-    assert process.returncode == 0, errors
-    name, worst, rough = out.split()
-    return name, float(worst), float(rough), errors
-
-
 @needs_compiler
 @pytest.mark.parametrize("variant", native.VARIANTS)
 def test_each_instruction_set_equals_the_scan(variant: str, tmp_path: Path) -> None:
+    """In the user's cache, so that each is compiled once for all that ask for this kernel."""
     if variant not in (possible := native.possible()):
         pytest.skip(f"this processor has {', '.join(possible)} only")
-    name, worst, rough, log = probe(tmp_path, FLAX_LSTM_CPU=variant)
-    assert name == "cpu"
-    assert worst < 2e-5  # sums of 45 x 19 terms of size 1, each wrong by some 1e-7
-    # Twice what bfloat16 can tell apart: roundings of weights, inputs and gradients, not all alike.
-    assert rough < 2 * 2**-7
+    file = tmp_path / "outcomes.npz"
+    process = start(str(HERE / "native_outcomes.py"), str(file), FLAX_LSTM_CPU=variant)
+    name, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert name.strip() == "cpu"
+    with np.load(file) as ours:
+        for name, exact in outcomes("scan", "float32").items():
+            # Sums of 45 x 19 terms of size 1, each wrong by some 1e-7.
+            np.testing.assert_allclose(ours[name], exact, rtol=0, atol=2e-5, err_msg=name)
+            # Twice what bfloat16 can tell apart: roundings of weights, inputs and gradients, not
+            # all alike.
+            apart = np.linalg.norm(ours[f"rough {name}"] - exact) / np.linalg.norm(exact)
+            assert apart < 2 * 2**-7, name
     assert ("float32 gives better figures" in log) == (variant != "avx512bf16")
 
 
-def test_an_unknown_instruction_set_is_said_and_the_fused_recurrence_runs(tmp_path: Path) -> None:
-    name, *_, log = probe(tmp_path, CHOICE, FLAX_LSTM_CPU="avx1024")
-    assert name == "fused"
-    assert "FLAX_LSTM_CPU=avx1024" in log
+@pytest.fixture
+def chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Callable[[], str]:
+    """Which backend `auto` takes where the kernel is asked for the first time, and runs; the cache
+    is empty."""
+    monkeypatch.setattr(native, "unavailable", functools.cache(native.unavailable.__wrapped__))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caplog.set_level(logging.INFO)
+
+    def choice() -> str:
+        rnn, x_BTD = RNN(LSTMCell(3)), jnp.ones((1, 2, 3))
+        assert jnp.isfinite(rnn.init_with_output(jax.random.key(0), x_BTD)[0][1]).all()
+        return resolve("auto", rnn.cell, x_BTD).__name__.split(".")[-1]
+
+    return choice
 
 
-def test_without_a_compiler_the_fused_recurrence_runs(tmp_path: Path) -> None:
-    name, worst, _, log = probe(tmp_path, PATH=str(tmp_path), CXX="")
-    assert name == "fused"
-    assert worst < 2e-5
-    assert log.count("no C++ compiler") == 1
+def test_an_unknown_instruction_set_is_said_and_the_fused_recurrence_runs(
+    chosen: Callable[[], str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FLAX_LSTM_CPU", "avx1024")
+    assert chosen() == "fused"
+    assert "FLAX_LSTM_CPU=avx1024" in caplog.text
+
+
+def test_without_a_compiler_the_fused_recurrence_runs(
+    chosen: Callable[[], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    assert chosen() == chosen() == "fused"
+    assert caplog.text.count("no C++ compiler") == 1
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_said(tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_said(
+    chosen: Callable[[], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 1\n")
     broken.chmod(0o755)
-    name, *_, log = probe(tmp_path, CHOICE, CXX=str(broken))
-    assert name == "fused"
-    assert "it is broken" in log
+    monkeypatch.setenv("CXX", str(broken))
+    assert chosen() == "fused"
+    assert "it is broken" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_said(
+    chosen: Callable[[], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "flax_lstm").write_text("a file where the folder should be")
-    name, *_, log = probe(tmp_path, CHOICE)
-    assert name == "fused"
-    assert "could not be compiled into" in log
+    assert chosen() == "fused"
+    assert "could not be compiled into" in caplog.text
 
 
 # A compiler that leaves half a library where the whole one goes, until three have come so far.
@@ -147,7 +142,7 @@ echo half > "$last"
 tries=0
 while [ $(ls "{begun}" | wc -l) -lt 3 ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1))
 done
-exec {compiler} "$@"
+exec cp {library} "$last"
 """
 
 
@@ -155,13 +150,15 @@ exec {compiler} "$@"
 def test_processes_that_begin_together_share_one_library(tmp_path: Path) -> None:
     begun, slow = tmp_path / "begun", tmp_path / "slow"
     begun.mkdir()
-    slow.write_text(SLOW.format(compiler=native.compiler(), begun=begun))
+    library = native.build()
+    slow.write_text(SLOW.format(compiler=native.compiler(), begun=begun, library=library))
     slow.chmod(0o755)
-    processes = [start_probe(tmp_path, CHOICE, CXX=str(slow)) for _ in range(3)]
+    extra = {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(slow)}
+    processes = [start("-c", REGISTER, **extra) for _ in range(3)]
     outputs = [process.communicate(timeout=500) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
-    assert all(out.startswith("cpu ") for out, _ in outputs)
-    assert len(list(tmp_path.rglob("*.so"))) == 1
+    assert [out.strip() for out, _ in outputs] == ["None"] * 3, outputs
+    assert len(list(begun.iterdir())) == 3
+    assert [path.read_bytes() for path in tmp_path.rglob("*.so")] == [library.read_bytes()]
     assert [
         path.name
         for path in (tmp_path / "flax_lstm").iterdir()
