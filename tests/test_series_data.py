@@ -570,7 +570,8 @@ def test_a_season_is_what_changes_repeat_by_the_autocorrelation_of_pandas(monkey
     found = [pd.Series(np.diff(x)).autocorr(7) for x in series]
     pairs = [200 - 1 - 7 - 4, 350 - 1 - 7]  # two changes are not known, each in two pairs
     for off, expected in ((-0.02, True), (0.02, False)):
-        monkeypatch.setattr(series_module, "REPEATS", np.average(found, weights=pairs) + off)
+        share = float(np.average(found, weights=pairs)) + off
+        monkeypatch.setattr(series_module, "REPEATS", share)
         assert series_module.repeats([x[:, None] for x in series], 7) is expected
 
 

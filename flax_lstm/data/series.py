@@ -549,10 +549,8 @@ def repeats(series: Sequence[Array], season: int) -> bool:
             continue
         change_R = (change_R - known_R.mean()) / known_R.std()
         product_R = change_R[season:] * change_R[:-season]
-        total, count = (
-            total + float(np.nansum(product_R)),
-            count + int((~np.isnan(product_R)).sum()),
-        )
+        total += float(np.nansum(product_R))
+        count += int((~np.isnan(product_R)).sum())
     return not count or total / count >= REPEATS
 
 
