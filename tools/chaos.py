@@ -406,13 +406,13 @@ class Chaos:
         return hit
 
     def kill(self, number: int) -> str:
-        """kill -9, up to three times a run: at any moment, or at any change of a file."""
-        kind = KINDS_IN_TURN[number % len(KINDS)]
-        backend = BACKENDS[number // len(KINDS) % len(BACKENDS)]
+        """kill -9, up to six times a run: at any moment, or at any change of a file."""
+        kind, rounds = KINDS_IN_TURN[number % len(KINDS)], number // len(KINDS)
+        backend = BACKENDS[(number + rounds) % len(BACKENDS)]
         arguments, report = one_process(kind, backend), number % 2 == 0
         whole, seconds, timeline = self.whole(arguments, report)
         run, kills = self.new(), 0
-        for _ in range(3):
+        for _ in range(6):
             at = self.at(timeline) if self.generator.integers(2) else 0
             wait = 0 if at else self.moment(0, seconds)
             running = training(run, arguments, How(die_at=at), report)
@@ -811,7 +811,7 @@ def ports_of(pair: list[Session]) -> list[int]:
 FAULTS: dict[str, tuple[str, Callable[[Chaos, int], str]]] = {
     "bytes": ("a file of checkpoint or assets damaged", Chaos.bytes),
     "damaged-and-resumed": ("a file of the latest checkpoint damaged", Chaos.damaged_and_resumed),
-    "kill": ("kill -9 at any moment or change of a file, three times", Chaos.kill),
+    "kill": ("kill -9 at any moment or change of a file, six times", Chaos.kill),
     "kill-at-start": ("kill -9 while it starts", Chaos.kill_at_start),
     "kill-while-preparing": ("kill -9 of `prepare`, three times", Chaos.kill_while_preparing),
     "kill-while-compiling": ("kill -9 while the kernel is compiled", Chaos.kill_while_compiling),
