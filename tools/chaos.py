@@ -672,6 +672,29 @@ class Chaos:
             return compared(run, whole, 1, words)
         return compared(run, *((whole, *self.both(run)[1:])))
 
+    def stopped_at_start(self, number: int) -> str:
+        """SIGTERM in the first seconds of a command that starts two processes."""
+        whole, run = self.whole_of_two(), self.new()
+        command = [sys.executable, ROOT / "train.py", *two_processes().split(), "--workdir", "run"]
+        with open(run.parent / "said", "w") as said:
+            parent = subprocess.Popen(
+                [*command, "--no-report", "--local-processes", "2"], cwd=run.parent, stderr=said
+            )
+            time.sleep(self.moment(0.5, 20))
+            children = children_of(parent.pid)
+            parent.terminate()
+            try:
+                code = parent.wait(BOUND)
+            except subprocess.TimeoutExpired:
+                parent.kill()
+                return "hung"
+        words = (run.parent / "said").read_text()
+        if "Traceback" in words or any(Path(f"/proc/{child}").exists() for child in children):
+            return compared(run, whole, 1, f"{words}\nleft behind: {children}")
+        outcome = compared(run, *((whole, *self.both(run)[1:])))
+        told = {75: "75", 0: "0, over before", -15: "-15, before Python was ready"}.get(code)
+        return outcome if outcome in BAD else f"status {told}; {outcome}" if told else "not refused"
+
     def stranger(self, number: int) -> str:
         """Somebody on this machine sends bytes to all ports that two processes listen at."""
         whole, run = self.whole_of_two(), self.new()
@@ -822,6 +845,7 @@ FAULTS: dict[str, tuple[str, Callable[[Chaos, int], str]]] = {
     "process-killed": ("one of two processes killed", Chaos.process_killed),
     "process-stopped": ("one of two processes stopped", Chaos.process_stopped),
     "parent-killed": ("who started two processes, killed", Chaos.parent_killed),
+    "stopped-at-start": ("SIGTERM while two processes are started", Chaos.stopped_at_start),
     "stranger": ("a stranger sends bytes to every port", Chaos.stranger),
     "twin": ("a stranger joins as one of two processes", Chaos.twin),
     "soak": ("many steps, 400 saves", Chaos.soak),
