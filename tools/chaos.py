@@ -17,6 +17,7 @@ root; elsewhere files that cannot grow stand for them.
 import argparse
 import ctypes
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -101,6 +102,7 @@ def session(arguments: list[str], place: Path, said: Path, how: How) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.chdir(place)
+    gc.freeze()  # what is inherited is not looked through again
     os.environ["XLA_FLAGS"] = ""  # one device, whatever the caller asked for
     if how.cache:
         os.environ["XDG_CACHE_HOME"] = str(how.cache)
