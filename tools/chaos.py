@@ -245,7 +245,7 @@ def copied(whole: Path, place: Path) -> tuple[Path, Any]:
 def damaged(whole: Path, place: Path, seed: int) -> str:
     """A bit flipped, a file cut, emptied or deleted, in the latest checkpoint or the assets of a
     copy of a run: whether it is refused at use, and passed over at resume. The doors are those that
-    `load` and `fit` go through; every twentieth time it is `load` itself."""
+    `load` and `fit` go through; every hundredth time it is `load` itself."""
     from flax_lstm import UserError, load
     from flax_lstm.runs.workdir import Workdir
     from flax_lstm.training.checkpoint import Checkpoints
@@ -262,7 +262,7 @@ def damaged(whole: Path, place: Path, seed: int) -> str:
     if path.is_relative_to(assets) and generator.integers(2):
         manifest.unlink(missing_ok=True)  # a second damage
     try:
-        if generator.integers(20) == 0:
+        if generator.integers(100) == 0:
             load(run).params("latest")
         else:
             Workdir(run).check_assets()
