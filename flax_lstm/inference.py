@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -37,13 +37,14 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("leave-one-out", "gradients")
 SPLITS = ("train", "validation", "test")
+ReadName = DTypeName | Literal["int8"]  # what is computed in
 
 
 class Run:
     """A trained model: what `load` returns."""
 
-    def __init__(self, workdir: Path, config: Config):
-        self.workdir = workdir
+    def __init__(self, workdir: Path, config: Config, eight_bits: bool = False):
+        self.workdir, self.eight_bits = workdir, eight_bits
         self._folder = Workdir(workdir)
         self.assets = self._folder.assets
         self._folder.check_assets()
@@ -106,6 +107,8 @@ class Run:
 
     def _figures(self, dataset: Dataset, split: str, step: Any) -> dict[str, float]:
         """The task's figures of a split, by the checkpoint of a step."""
+        if self.eight_bits:
+            return self._measured(dataset, split, self.forward(step))
         task, parts, params = self.config.task, self._parts, self.params(step)
         batches = dataset.evaluation(split, self.config.train.batch_size)
         return evaluate(parts.steps, params, task, dataset.info, batches, parts.mesh)
@@ -185,7 +188,13 @@ class Run:
         that is possible: what `evaluate` says is the same but for rounding."""
         params, steps = self.params(checkpoint), self._parts.steps
         module = self.config.task.build(self.config.model, self.info)
-        reader = with_tables(module, params) if self._parts.mesh.size == 1 else None
+        alone = self._parts.mesh.size == 1
+        reader = with_tables(module, params, self.eight_bits) if alone else None
+        require(
+            reader is not None or not self.eight_bits,
+            f"dtype int8: {self.workdir} cannot be read with weights of 8 bits. It is for models "
+            "that read words by an LSTM, GRU or simple RNN, with the backend cpu, on one device",
+        )
         run: Callable[..., Any] = steps.forward
         if reader is not None:
             run, params = jax.jit(partial(apply, reader[0])), reader[1]
@@ -345,12 +354,13 @@ class Ensemble(Run):
         return lambda batch: pooled([task.final(f(batch), batch) for task, f in forwards])
 
 
-def load(workdir: str | Path, *others: str | Path, dtype: DTypeName | None = None) -> Run:
+def load(workdir: str | Path, *others: str | Path, dtype: ReadName | None = None) -> Run:
     """The trained model in a work directory, ready to `evaluate` and `predict`. Its config is read
     as data, not run.
 
     dtype: what is computed in, where that shall be another than in training: "bfloat16" is faster
-    on processors and accelerators that have it, and a little less exact (see docs/backends.md).
+    on processors and accelerators that have it, and a little less exact; "int8" rounds the
+    recurrent weights of a model of words to 8 bits, for CPUs (see docs/backends.md).
     Of several folders, or of a folder that `--seeds` filled, the runs are averaged: an `Ensemble`.
     """
     folders = [seed for folder in (workdir, *others) for seed in seeds_of(Path(folder))]
@@ -370,7 +380,7 @@ def seeds_of(folder: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def _load(workdir: Path, dtype: DTypeName | None) -> Run:
+def _load(workdir: Path, dtype: ReadName | None) -> Run:
     path = Workdir(workdir).config
     require(
         found_at(path) is not None,
@@ -378,10 +388,11 @@ def _load(workdir: Path, dtype: DTypeName | None) -> Run:
     )
     # The backend of the training may not be there where the model is used.
     config = read_config(path).with_backend("auto")
-    if dtype is not None:
-        require(dtype in DTYPES, f"dtype {dtype}: choose one of {listing(DTYPES)}")
+    names = (*DTYPES, "int8")
+    require(dtype is None or dtype in names, f"dtype {dtype}: choose one of {listing(names)}")
+    if dtype is not None and dtype != "int8":
         config = replace(config, model=replace(config.model, dtype=dtype))
-    return Run(workdir, config)
+    return Run(workdir, config, eight_bits=dtype == "int8")
 
 
 def checkpoints(workdir: str | Path, verify: bool = False) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@
 #include <random>
 #include <thread>
 
+#include "int8.h"
 #include "kernel.h"
 
 using namespace flax_lstm;
@@ -133,6 +134,41 @@ void run_words(const char* name, bool reverse) {
   std::printf("%s%ld words reverse=%d %.6g %.6g %.6g\n", name, Number::PAIR, reverse, sum(y), sum(c), sum(h));
 }
 
+// The same with weights of 8 bits.
+template <class Cell>
+void run_bytes(const char* name, bool reverse) {
+  constexpr long G = Cell::GATES;
+  const Sizes z{7, 23, 0, 19, false};
+  const long blocks = (z.units + COLUMNS - 1) / COLUMNS, depth = (z.units + DEPTH - 1) / DEPTH * DEPTH;
+  std::mt19937 random(3);
+  std::vector<float> table(5 * G * z.units), scales(G * z.units, 1e-4f), zeros(z.batch * z.units), bias(z.units, 0.5f);
+  for (float& v : table) v = static_cast<int>(random() % 2001) / 1000.0f - 1.0f;
+  std::vector<int8_t> panels(blocks * G * depth * COLUMNS);
+  for (int8_t& v : panels) v = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
+  std::vector<int> words(z.batch * z.time);
+  for (int& word : words) word = static_cast<int>(random() % 9) - 2;
+  const std::vector<int> lengths{23, 0, 1, 22, 7, 7, 23};
+  std::vector<float> y(z.batch * z.time * z.units), c(z.batch * z.units), h(z.batch * z.units);
+  const Bytes f{.size = z,
+                .reverse = reverse,
+                .words = words.data(),
+                .table = table.data(),
+                .count = 5,
+                .depth = depth,
+                .panels = panels.data(),
+                .scales = scales.data(),
+                .recurrent_bias = bias.data(),
+                .c0 = zeros.data(),
+                .h0 = zeros.data(),
+                .lengths = lengths.data(),
+                .y = y.data(),
+                .c = c.data(),
+                .h = h.data()};
+  Threads pool;
+  forward_bytes<Cell>(pool, 3, f);
+  std::printf("%s bytes reverse=%d %.6g %.6g %.6g\n", name, reverse, sum(y), sum(c), sum(h));
+}
+
 template <class Cell>
 void run(const char* name, bool reverse, bool masked, bool reset_and_time_major) {
   run_one<Cell, Single>(name, reverse, masked, reset_and_time_major);
@@ -140,6 +176,7 @@ void run(const char* name, bool reverse, bool masked, bool reset_and_time_major)
   if (masked && reset_and_time_major) {
     run_words<Cell, Single>(name, reverse);
     run_words<Cell, Half>(name, reverse);
+    run_bytes<Cell>(name, reverse);
   }
 }
 

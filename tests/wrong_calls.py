@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_lstm.nn.cells import CELLS
-from flax_lstm.nn.recurrence import native
+from flax_lstm.nn.recurrence import int8, native
 
 B, T, D, H = 3, 4, 2, 5
 SANITIZED = [
@@ -84,11 +84,13 @@ ARGUMENTS = {  # of the kernel's calls, each with its shape
     "forward": "x input recurrent bias recurrent_bias c0 h0 mask lengths reset",
     "backward": "x input recurrent c0 h0 mask lengths reset y gates kept dy dc dh dkept",
     "words": "words table recurrent recurrent_bias c0 h0 lengths",
+    "bytes": "words table panels scales recurrent_bias c0 h0 lengths",
 }
 RESULTS = {
     "forward": "y c h gates kept",
     "backward": "x input recurrent bias recurrent_bias c0 h0 mask",
     "words": "y c h",
+    "bytes": "y c h",
 }
 
 
@@ -113,6 +115,8 @@ def shapes(name: str, b: int, t: int, d: int, h: int, time_major: bool) -> dict[
         "dkept": (*over, h),
         "words": over,
         "table": (7, g, h),
+        "panels": int8.panels_shape(g, h),
+        "scales": (g, h),
     }
 
 
@@ -120,7 +124,7 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
     """Calls the kernel with random sizes, and the text of its error. Right calls may have sizes of
     zero; with wrong ones they would not be told, for XLA drops calls whose results are empty."""
     name, which = str(rng.choice(list(CELLS))), str(rng.choice(list(ARGUMENTS)))
-    time_major = which != "words" and bool(rng.integers(2))
+    time_major = which in ("forward", "backward") and bool(rng.integers(2))
     b, t, d, h = (int(n) for n in rng.integers(int(wrong), 6, 4))
     known = shapes(name, b, t, d, h, time_major)
     given = [known[word] for word in ARGUMENTS[which].split()]
@@ -132,7 +136,7 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
         part[n] = other_shape(rng, right)
         while right == known["table"] and part[n][1:] == right[1:]:  # one of more words is right
             part[n] = other_shape(rng, right)
-    dtypes = {"lengths": np.int32, "reset": bool, "words": np.int32}
+    dtypes = {"lengths": np.int32, "reset": bool, "words": np.int32, "panels": np.int8}
     arrays = [
         draw(rng, shape, dtypes.get(word, np.float32))
         for word, shape in zip(ARGUMENTS[which].split(), given, strict=True)
@@ -140,8 +144,9 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in found]
     call = jax.ffi.ffi_call(f"flax_lstm_{which}", results)
     try:
-        settings = {"reverse": bool(rng.integers(2)), "half": bool(rng.integers(2))}
-        settings |= {} if which == "words" else {"time_major": time_major}
+        settings = {"reverse": bool(rng.integers(2))}
+        settings |= {} if which == "bytes" else {"half": bool(rng.integers(2))}
+        settings |= {"time_major": time_major} if which in ("forward", "backward") else {}
         jax.block_until_ready(call(*arrays, **settings))
     except Exception as error:  # whatever XLA makes of it
         return str(error)

@@ -726,6 +726,18 @@ BREAKAGES = {
         "f.words[z.place(mine.row[r], s)]",
         "tests/test_words.py::test_tables_give_what_embeddings_give",
     ),
+    "weights of 8 bits: what 128 adds is left in": Breakage(
+        "flax_lstm/nn/words.py",
+        "table_VGH - excess_GH[None]",
+        "table_VGH",
+        "tests/test_int8.py::test_the_kernel_multiplies_whole_numbers",
+    ),
+    "weights of 8 bits: h is cut, not rounded": Breakage(
+        "flax_lstm/nn/recurrence/native/int8.h",
+        "h * 127.0f + 128.5f",
+        "h * 127.0f + 128.0f",
+        "tests/test_int8.py::test_the_kernel_multiplies_whole_numbers",
+    ),
     "a table of words lacks the bias": Breakage(
         "flax_lstm/nn/words.py",
         "+ weights.bias_GH[None]",

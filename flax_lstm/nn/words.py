@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_lstm.nn import checks
-from flax_lstm.nn.cells import Cell, Weights, input_matmul
+from flax_lstm.nn.cells import Cell, GRUCell, Weights, input_matmul
 from flax_lstm.nn.layers import RNN, Bidirectional, Stack, scan
 from flax_lstm.nn.models import SequenceModel
-from flax_lstm.nn.recurrence import BackendName, resolve
+from flax_lstm.nn.recurrence import BackendName, cpu, int8, resolve
 
 Array = jax.Array
 
@@ -82,6 +82,28 @@ class WordLayer(nn.Module):
         return scan(advance, cell, state, table_VGH[words_BT], lengths_B, reverse)
 
 
+class ByteLayer(WordLayer):
+    """The same with recurrent weights of 8 bits (`recurrence/int8.py`), by the backend `cpu`."""
+
+    def read(
+        self,
+        cell: Cell,
+        table_VGH: Array,
+        words_BT: Array,
+        lengths_B: Array | None,
+        state: Any,
+        reverse: bool,
+    ) -> tuple[Any, Array]:
+        n, zeros, units = int(reverse), nn.initializers.zeros, cell.features
+        shape = int8.panels_shape(cell.gates, units)
+        panels = self.param(f"panels_{n}", zeros, shape, jnp.int8)
+        scale_GH = self.param(f"scale_{n}", zeros, (cell.gates, units))
+        apart = isinstance(cell, GRUCell)
+        bias_H = self.param(f"recurrent_bias_{n}", zeros, (units,)) if apart else None
+        weights = int8.Bytes(panels, scale_GH)
+        return cpu.run_bytes(cell, weights, bias_H, table_VGH, words_BT, lengths_B, state, reverse)
+
+
 def like(cell: Cell) -> Array:
     """Inputs that ask for nothing but the dtype that a cell has by itself."""
     return jnp.zeros((1, 1, 1), cell.dtype or cell.param_dtype)
@@ -94,10 +116,14 @@ def table(cell: Cell, embedding_VE: Array, weights: Weights) -> Array:
     return input_matmul(x_VE, input_EGH, jnp.float32) + weights.bias_GH[None]
 
 
-def with_tables(module: nn.Module, params: Any) -> tuple[nn.Module, Any] | None:
+def with_tables(
+    module: nn.Module, params: Any, eight_bits: bool = False
+) -> tuple[nn.Module, Any] | None:
     """A module and parameters that give the same outputs, but for rounding, without dropout and
     from no state: the embedding and the input weights of its first layer are tables. None where
-    that is not possible, or would be no faster: it is for words, and for the backend `cpu`."""
+    that is not possible, or would be no faster: it is for words, and for the backend `cpu`.
+
+    eight_bits: whether that layer's recurrent weights become int8."""
     if not (isinstance(module, SequenceModel) and isinstance(module.embed, nn.Embed)):
         return None
     stack, embed = module.recurrent, module.embed
@@ -120,14 +146,32 @@ def with_tables(module: nn.Module, params: Any) -> tuple[nn.Module, Any] | None:
     for n, (cell, side) in enumerate(zip(cells, sides, strict=True)):
         own = side["cell"]
         weights = Weights(own["input"], own["recurrent"], own["bias"])
-        words[f"table_{n}"] = table(cell, params["embed"]["embedding"], weights)
-        words[f"cells_{n}"] = own | {"input": own["input"][:1]}
-    layer = WordLayer(cells, embed.num_embeddings, rnns[0].backend)
+        table_VGH = table(cell, params["embed"]["embedding"], weights)
+        if eight_bits:
+            words |= bytes_of(n, table_VGH, own)
+        else:
+            words |= {f"table_{n}": table_VGH, f"cells_{n}": own | {"input": own["input"][:1]}}
+    kind = ByteLayer if eight_bits else WordLayer
+    layer = kind(cells, embed.num_embeddings, rnns[0].backend)
     reader = module.clone(
         recurrent=stack.clone(layers=(layer, *rest)), embed=None, embed_dropout=0.0
     )
     others = {name: value for name, value in params.items() if name != "embed"}
     return reader, others | {"recurrent": layers | {"layers_0": words}}
+
+
+def bytes_of(n: int, table_VGH: Array, own: Any) -> dict[str, Array]:
+    """The parameters of direction n of a `ByteLayer`."""
+    (panels, scale_GH), excess_GH = int8.pack(own["recurrent"])
+    rest: dict[str, Array] = {}
+    if "recurrent_bias" in own:  # of a GRU, whose candidate's recurrent part is apart
+        rest[f"recurrent_bias_{n}"] = own["recurrent_bias"] - excess_GH[-1]
+        excess_GH = excess_GH.at[-1].set(0)
+    return {
+        f"table_{n}": table_VGH - excess_GH[None],
+        f"panels_{n}": panels,
+        f"scale_{n}": scale_GH,
+    } | rest
 
 
 def fits(rnn: RNN) -> bool:

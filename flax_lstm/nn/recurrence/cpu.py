@@ -34,6 +34,7 @@ from flax_lstm.nn.cells import (
     rnn_step,
 )
 from flax_lstm.nn.recurrence import native, rows
+from flax_lstm.nn.recurrence.int8 import Bytes
 from flax_lstm.nn.recurrence.primitives import Derivable
 
 Array = jax.Array
@@ -176,6 +177,37 @@ def run_words(
     y_BTH, c, h = call_native("words", shapes, whole, ways)
     ends = [end for end in (there(c), h) if end is not None]
     return jax.tree.unflatten(structure, ends), y_BTH.astype(cell.compute_dtype(table_VGH))
+
+
+def run_bytes(
+    cell: Any,
+    weights: Bytes,
+    recurrent_bias_H: Array | None,
+    table_VGH: Array,
+    words_BT: Array,
+    lengths_B: Array | None,
+    state: Any,
+    reverse: bool,
+) -> tuple[Any, Array]:
+    """`run_words` with recurrent weights of 8 bits, from whose table and bias is taken what
+    `int8.py` says."""
+    leaves, structure = jax.tree.flatten(state)
+    c_BH, h_BH = leaves if len(leaves) == 2 else (None, *leaves)
+    if lengths_B is None:
+        lengths_B = jnp.full(words_BT.shape[0], words_BT.shape[1])
+    rest = [placed(recurrent_bias_H), placed(c_BH), h_BH]
+    whole = (
+        words_BT.astype(jnp.int32),
+        table_VGH.astype(jnp.float32),
+        weights.panels,
+        weights.scale_GH,
+        *(array.astype(jnp.float32) for array in rest),
+        lengths_B.astype(jnp.int32),
+    )
+    shapes = [(*words_BT.shape, cell.features), rest[1].shape, h_BH.shape]
+    y_BTH, c, h = call_native("bytes", shapes, whole, {"reverse": reverse})
+    ends = [end for end in (there(c), h) if end is not None]
+    return jax.tree.unflatten(structure, ends), y_BTH
 
 
 def call(

@@ -29,15 +29,15 @@ from flax_lstm.machine.cache import intact, keep, private_cache_folder
 
 log = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("binding.cc", "kernel.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("binding.cc", "int8.h", "kernel.h")]
 # For each instruction set: what /proc/cpuinfo calls what it needs, and how to compile. LANES are
 # the floats of a vector, TILE the rows of a tile: TILE * 2 sums, 2 weights and an input or two must
 # fit the registers.
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16", "-DTILE=12"]
 VARIANTS = {
     "avx512bf16": (
-        ("avx512f", "avx512dq", "avx512vl", "fma", "avx512_bf16"),
-        [*AVX512, "-mavx512bf16"],
+        ("avx512f", "avx512dq", "avx512vl", "fma", "avx512_bf16", "avx512_vnni"),
+        [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     ),
     "avx512": (("avx512f", "avx512dq", "avx512vl", "fma"), AVX512),
     "avx2": (("avx2", "fma"), ["-mavx2", "-mfma", "-DLANES=8", "-DTILE=6"]),
@@ -158,6 +158,7 @@ def unavailable() -> str | None:
     except (Unavailable, OSError) as error:
         log.info("The fused recurrence is used in place of the native one: %s", error)
         return str(error)
-    for name in ("flax_lstm_forward", "flax_lstm_backward", "flax_lstm_words"):
+    for kind in ("forward", "backward", "words", "bytes"):
+        name = f"flax_lstm_{kind}"
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None

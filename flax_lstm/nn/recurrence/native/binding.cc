@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "int8.h"
 #include "kernel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -179,6 +180,50 @@ ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recu
   return ffi::Error::Success();
 }
 
+// The same with recurrent weights of 8 bits.
+ffi::Error run_bytes(ffi::ThreadPool pool, Ints words, Floats table, ffi::Buffer<ffi::S8> panels, Floats scales,
+                     Floats recurrent_bias, Floats c0, Floats h0, Ints lengths, Result y, Result c, Result h, bool reverse) {
+  Shapes shapes;
+  shapes.rank("words", words.dimensions(), 2);
+  shapes.rank("table", table.dimensions(), 3);
+  if (!shapes.fine()) return shapes.error();
+  const Dims d = words.dimensions(), t = table.dimensions();
+  const Expected e{d[0], d[1], 0, t[1], t[2], false, t[1] == 4, t[1] == 3};
+  if (e.G != 4 && e.G != 3 && e.G != 1)
+    return ffi::Error::InvalidArgument("flax_lstm: no cell has " + std::to_string(e.G) + " gates");
+  if (t[0] == 0) return ffi::Error::InvalidArgument("flax_lstm: the table has no words");
+  const int64_t blocks = (e.H + COLUMNS - 1) / COLUMNS, depth = (e.H + DEPTH - 1) / DEPTH * DEPTH;
+  shapes.expect("panels", panels.dimensions(), {blocks, e.G, depth / FOUR, COLUMNS, FOUR});
+  shapes.expect("scales", scales.dimensions(), {e.G, e.H});
+  shapes.expect("recurrent bias", recurrent_bias.dimensions(), e.recurrent_bias());
+  shapes.expect("state c", c0.dimensions(), e.cell());
+  shapes.expect("state h", h0.dimensions(), e.state());
+  shapes.expect("lengths", lengths.dimensions(), {e.B});
+  shapes.expect("outputs", y->dimensions(), e.over_time({e.H}));
+  shapes.expect("final c", c->dimensions(), e.cell());
+  shapes.expect("final h", h->dimensions(), e.state());
+  if (!shapes.fine()) return shapes.error();
+  const Bytes f{
+      .size = e.sizes(),
+      .reverse = reverse,
+      .words = words.typed_data(),
+      .table = table.typed_data(),
+      .count = t[0],
+      .depth = depth,
+      .panels = panels.typed_data(),
+      .scales = scales.typed_data(),
+      .recurrent_bias = some(recurrent_bias),
+      .c0 = some(c0),
+      .h0 = h0.typed_data(),
+      .lengths = lengths.typed_data(),
+      .y = y->typed_data(),
+      .c = some(c),
+      .h = h->typed_data(),
+  };
+  by_cell(e.G, false, [&](auto cell, auto) { forward_bytes<decltype(cell)>(pool, pool.num_threads(), f); });
+  return ffi::Error::Success();
+}
+
 ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats recurrent, Floats c0, Floats h0,
                         Floats mask, Ints lengths, Marks reset, Floats y, Floats gates, Floats kept, Floats dy, Floats dc,
                         Floats dh, Floats dkept, Result dx, Result dinput, Result drecurrent, Result dbias,
@@ -276,6 +321,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_words, run_words,
                                   .Ret<Floats>()  // h
                                   .Attr<bool>("reverse")
                                   .Attr<bool>("half"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_bytes, run_bytes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Ints>()                  // words
+                                  .Arg<Floats>()                // table
+                                  .Arg<ffi::Buffer<ffi::S8>>()  // recurrent weights
+                                  .Arg<Floats>()                // scales
+                                  .Arg<Floats>()                // recurrent bias
+                                  .Arg<Floats>()                // c0
+                                  .Arg<Floats>()                // h0
+                                  .Arg<Ints>()                  // lengths
+                                  .Ret<Floats>()                // y
+                                  .Ret<Floats>()                // c
+                                  .Ret<Floats>()                // h
+                                  .Attr<bool>("reverse"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_backward, run_backward,
                               ffi::Ffi::Bind()
