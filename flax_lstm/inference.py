@@ -52,6 +52,7 @@ class Run:
         self.info = config.data.restore(self._folder.assets)
         self._parts = assemble(config, self.info)
         self._checkpoints = Checkpoints(self._folder.checkpoints)
+        self._ready: tuple[Any, Callable[[Batch], np.ndarray]] | None = None  # of `forward`
 
     def step(self, checkpoint: str | int = "best") -> int:
         """The step of a checkpoint named "best", "latest", or by its step."""
@@ -185,8 +186,16 @@ class Run:
 
     def forward(self, checkpoint: str | int = "best") -> Callable[[Batch], np.ndarray]:
         """A function from a batch to the module's outputs. Words are read by `with_tables` where
-        that is possible: what `evaluate` says is the same but for rounding."""
-        params, steps = self.params(checkpoint), self._parts.steps
+        that is possible: what `evaluate` says is the same but for rounding. Asked again, with
+        no other checkpoint there by now, the run gives the same function: nothing is read, restored
+        or compiled anew."""
+        asked = (checkpoint, self._checkpoints.steps())
+        if self._ready is None or self._ready[0] != asked:
+            self._ready = asked, self._made(self.step(checkpoint))
+        return self._ready[1]
+
+    def _made(self, step: int) -> Callable[[Batch], np.ndarray]:
+        params, steps = self.params(step), self._parts.steps
         module = self.config.task.build(self.config.model, self.info)
         alone = self._parts.mesh.size == 1
         reader = with_tables(module, params, self.eight_bits) if alone else None

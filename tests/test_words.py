@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import small_runs
 
@@ -98,6 +99,23 @@ def test_models_without_a_table_are_left_as_they_are(monkeypatch: pytest.MonkeyP
     assert with_tables(module, params) is not None
     monkeypatch.setattr("flax_lstm.nn.words.LARGEST", 4 * V * 4 * 8 - 1)
     assert with_tables(module, params) is None
+
+
+def test_a_run_that_answers_again_restores_and_compiles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(small_runs.text_run(tmp_path), mesh=flax_lstm.MeshConfig(data=1))
+    small_runs.fit(config, tmp_path / "run")
+    run = flax_lstm.load(tmp_path / "run")
+    first = run.predict("a good film")
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("restored or built again")
+
+    monkeypatch.setattr(run, "params", never)
+    monkeypatch.setattr(run, "step", never)
+    monkeypatch.setattr("flax_lstm.inference.with_tables", never)
+    pd.testing.assert_frame_equal(run.predict("a good film"), first)
 
 
 def test_a_trained_model_predicts_by_tables_what_it_is_evaluated_by(tmp_path: Path) -> None:
