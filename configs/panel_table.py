@@ -18,7 +18,9 @@ def get_config() -> Config:
         name="panel_table",
         data=PanelTable(path="panel.csv"),
         task=Forecasting(objective="quantile", quantiles=(0.1, 0.5, 0.9)),
-        model=SegmentModel(cell="gru", hidden_size=128, window="standard", dropout=0.1),
+        model=SegmentModel(
+            cell="gru", hidden_size=128, window="seasonal", highway=True, dropout=0.1
+        ),
         train=TrainConfig(
             steps=2000,
             batch_size=256,
@@ -26,8 +28,8 @@ def get_config() -> Config:
             schedule="cosine",
             warmup_steps=50,
             ema=0.995,
-            eval_every=200,
-            checkpoint_every=200,
-            patience=5,
+            eval_every=100,
+            checkpoint_every=100,
+            patience=6,
         ),
     )
