@@ -30,25 +30,27 @@ double sum(const std::vector<float>& values) {  // of a kind that notices order
   return total;
 }
 
+// per_gate: with a mask for each gate, and inputs that were projected before.
 template <class Cell, class Number>
-void run_one(const char* name, bool reverse, bool masked, bool reset_and_time_major) {
+void run_one(const char* name, bool reverse, bool masked, bool reset_and_time_major, bool per_gate = false) {
   constexpr long G = Cell::GATES;
-  const Sizes z{7, 23, 5, 19, reset_and_time_major};
-  const long B = z.batch, T = z.time, D = z.inputs, H = z.units;
+  const Sizes z{7, 23, per_gate ? 0 : 5, 19, reset_and_time_major};
+  const long B = z.batch, T = z.time, D = z.inputs, H = z.units, width = per_gate ? G * H : D, masks = per_gate ? G : 1;
   std::mt19937 random(1);
   const auto draw = [&](long count) {  // exactly the same numbers everywhere
     std::vector<float> values(count);
     for (float& v : values) v = static_cast<int>(random() % 2001) / 1000.0f - 1.0f;
     return values;
   };
-  const auto x = draw(B * T * D), input = draw(D * G * H), recurrent = draw(H * G * H), bias = draw(G * H);
-  const auto recurrent_bias = draw(H), c0 = draw(B * H), h0 = draw(B * H), mask = draw(B * H);
+  const auto x = draw(B * T * width), input = draw(D * G * H), recurrent = draw(H * G * H);
+  const auto bias = draw(per_gate ? 0 : G * H);
+  const auto recurrent_bias = draw(H), c0 = draw(B * H), h0 = draw(B * H), mask = draw(B * masks * H);
   const auto dy = draw(B * T * H), dc = draw(B * H), dh = draw(B * H);
   const std::vector<int> lengths{23, 0, 1, 22, 7, 7, 23};
   // Every array has just the size it should: a sanitizer sees the first step beyond it.
-  std::vector<float> y(B * T * H), c(B * H), h(B * H), gates(B * T * G * H), kept(B * T * H), dx(B * T * D);
-  std::vector<float> dinput(D * G * H), drecurrent(H * G * H), dbias(G * H), drecurrent_bias(H), dc0(B * H), dh0(B * H);
-  std::vector<float> dmask(B * H);
+  std::vector<float> y(B * T * H), c(B * H), h(B * H), gates(B * T * G * H), kept(B * T * H), dx(B * T * width);
+  std::vector<float> dinput(D * G * H), drecurrent(H * G * H), dbias(bias.size()), drecurrent_bias(H), dc0(B * H), dh0(B * H);
+  std::vector<float> dmask(mask.size());
   const auto dkept = draw(reset_and_time_major ? B * T * H : 0);
   std::unique_ptr<bool[]> reset(reset_and_time_major ? new bool[B * T] : nullptr);
   for (long i = 0; reset && i < B * T; ++i) reset[i] = random() % 4 == 0;
@@ -59,9 +61,12 @@ void run_one(const char* name, bool reverse, bool masked, bool reset_and_time_ma
                   .recurrent = recurrent.data(),
                   .bias = bias.data(),
                   .recurrent_bias = recurrent_bias.data(),
+                  .projected = per_gate,
+                  .table = x.data(),
                   .c0 = c0.data(),
                   .h0 = h0.data(),
                   .mask = masked ? mask.data() : nullptr,
+                  .mask_per_gate = per_gate,
                   .lengths = lengths.data(),
                   .reset = reset.get(),
                   .y = y.data(),
@@ -71,12 +76,14 @@ void run_one(const char* name, bool reverse, bool masked, bool reset_and_time_ma
                   .kept = kept.data()};
   const Backward b{.size = z,
                    .reverse = reverse,
+                   .projected = per_gate,
                    .x = x.data(),
                    .input = input.data(),
                    .recurrent = recurrent.data(),
                    .c0 = c0.data(),
                    .h0 = h0.data(),
                    .mask = masked ? mask.data() : nullptr,
+                   .mask_per_gate = per_gate,
                    .lengths = lengths.data(),
                    .reset = reset.get(),
                    .y = y.data(),
@@ -97,7 +104,7 @@ void run_one(const char* name, bool reverse, bool masked, bool reset_and_time_ma
   Threads pool;
   forward<Cell, Number>(pool, 3, f);
   backward<Cell, Number>(pool, 3, b);
-  std::printf("%s%ld reverse=%d mask=%d,%d", name, Number::PAIR, reverse, masked, reset_and_time_major);
+  std::printf("%s%ld reverse=%d mask=%d,%d,%d", name, Number::PAIR, reverse, masked, reset_and_time_major, per_gate);
   for (const auto* values : {&y, &c, &h, &dx, &dinput, &drecurrent, &dbias, &drecurrent_bias, &dc0, &dh0, &dmask})
     std::printf(" %.6g", sum(*values));
   std::printf("\n");
@@ -120,8 +127,9 @@ void run_words(const char* name, bool reverse) {
                   .reverse = reverse,
                   .recurrent = recurrent.data(),
                   .recurrent_bias = bias.data(),
-                  .words = words.data(),
+                  .projected = true,
                   .table = table.data(),
+                  .words = words.data(),
                   .count = 5,
                   .c0 = zeros.data(),
                   .h0 = zeros.data(),
@@ -173,6 +181,10 @@ template <class Cell>
 void run(const char* name, bool reverse, bool masked, bool reset_and_time_major) {
   run_one<Cell, Single>(name, reverse, masked, reset_and_time_major);
   run_one<Cell, Half>(name, reverse, masked, reset_and_time_major);
+  if (masked) {
+    run_one<Cell, Single>(name, reverse, masked, reset_and_time_major, true);
+    run_one<Cell, Half>(name, reverse, masked, reset_and_time_major, true);
+  }
   if (masked && reset_and_time_major) {
     run_words<Cell, Single>(name, reverse);
     run_words<Cell, Half>(name, reverse);

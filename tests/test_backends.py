@@ -8,6 +8,7 @@ A backend added to `flax_lstm.nn.recurrence.BACKENDS` is tested here at once. A 
 """
 
 import functools
+import math
 import os
 from typing import Any
 
@@ -39,11 +40,13 @@ def random_like(seed: int, tree: Any) -> Any:
 
 
 def problem(
-    name: str, dtype: Any, time: int = T, mask: bool = False, batch: int = B
+    name: str, dtype: Any, time: int = T, mask: bool | str = False, batch: int = B
 ) -> tuple[Cell, Any]:
-    """A cell and random (weights, x, state, mask)."""
+    """A cell and random (weights, x, state, mask); with a mask "per gate" the inputs, too, are
+    others for each gate."""
     cell = CELLS[name](H, dtype=dtype, param_dtype=dtype)
-    x_BTD = jax.ShapeDtypeStruct((batch, time, D), dtype)
+    gates = (cell.gates,) if mask == "per gate" else ()
+    x_BTD = jax.ShapeDtypeStruct((batch, time, math.prod(gates) * D), dtype)
     weights = jax.eval_shape(
         lambda: nn.init(lambda cell: cell.weights(D), cell)(jax.random.key(0))
     )["params"]
@@ -52,7 +55,7 @@ def problem(
     weights, x_BTD, state = random_like(0, (weights, x_BTD, state))
     weights["recurrent"] = weights["recurrent"] / 2
     mask_BJ = (
-        jnp.asarray(np.random.default_rng(1).integers(0, 2, (batch, H)) * 2, state_dtype)
+        jnp.asarray(np.random.default_rng(1).integers(0, 2, (batch, *gates, H)) * 2, state_dtype)
         if mask
         else None
     )
@@ -93,7 +96,7 @@ def outcome(backend: str, cell: Cell, lengths_B: Any, reverse: bool, primals: An
 
 
 @functools.lru_cache(maxsize=4)
-def scans(name: str, dtype: Any, lengths: Any, reverse: bool, time: int, mask: bool) -> Any:
+def scans(name: str, dtype: Any, lengths: Any, reverse: bool, time: int, mask: Any) -> Any:
     """Of the scan, once for all backends that are compared with it."""
     cell, primals = problem(name, dtype, time, mask, batch(lengths))
     return outcome("scan", cell, array(lengths), reverse, primals)
@@ -116,7 +119,7 @@ def compare(
     rtol: float,
     atol: float,
     time: int = T,
-    mask: bool = False,
+    mask: bool | str = False,
 ) -> None:
     cell, primals = problem(name, dtype, time, mask, batch(lengths))
     if reason := recurrence.BACKENDS[backend].supports(cell, primals[1], mask):
@@ -139,10 +142,16 @@ def compare(
 @each_cell
 @pytest.mark.parametrize(
     "reverse, ragged, mask",
-    [(False, False, False), (False, True, True), (True, True, False), (True, False, True)],
+    [
+        (False, False, False),
+        (False, True, True),
+        (True, True, False),
+        (True, False, True),
+        (True, True, "per gate"),
+    ],
 )
 @quick
-def test_equals_the_scan(backend: str, name: str, reverse: bool, ragged: bool, mask: bool) -> None:
+def test_equals_the_scan(backend: str, name: str, reverse: bool, ragged: bool, mask: Any) -> None:
     lengths = LENGTHS if ragged else None
     compare(backend, name, jnp.float32, lengths, reverse, rtol=1e-4, atol=2e-6, mask=mask)
 
@@ -166,9 +175,10 @@ def test_equals_the_scan_in_float64(backend: str, name: str, x64: None) -> None:
 
 @each_backend
 @each_cell
+@pytest.mark.parametrize("mask", [False, "per gate"])
 @quick
-def test_near_the_scan_in_bfloat16(backend: str, name: str) -> None:
-    compare(backend, name, jnp.bfloat16, LENGTHS, False, rtol=0.1, atol=0.03)
+def test_near_the_scan_in_bfloat16(backend: str, name: str, mask: Any) -> None:
+    compare(backend, name, jnp.bfloat16, LENGTHS, False, rtol=0.1, atol=0.03, mask=mask)
 
 
 @each_backend

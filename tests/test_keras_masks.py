@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from flax_lstm import convert
-from flax_lstm.errors import UserError
 from flax_lstm.nn.cells import CELLS, Cell, GRUCell, LSTMCell, LSTMState, Weights
 from flax_lstm.nn.layers import RNN
-from flax_lstm.nn.recurrence import cpu, fused
+from flax_lstm.nn.recurrence import fused
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -110,31 +109,33 @@ def test_gates_see_inputs_under_masks_of_their_own(per_gate: bool) -> None:
 
 @pytest.mark.parametrize("cell", [LSTMCell(H), GRUCell(H)])
 def test_a_layer_draws_the_same_masks_whatever_runs_it(cell: Cell) -> None:
-    """The scan and the fused backend, gradients included; no mask in evaluation; `auto` passes the
-    kernel over that has one mask for all gates."""
+    """The scan, the fused backend and the kernel, in rows that end (NaN behind it) and begin anew,
+    read backward by the GRU, gradients included; no mask in evaluation."""
     x_BTD = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+    reset_BT = jnp.asarray(rng.random((B, T)) < 0.3)
     options: Any = {"dropout": 0.3, "recurrent_dropout": 0.5}
-    layers = [RNN(cell, backend=b, masks_per_gate=True, **options) for b in ("fused", "scan")]
+    names: Any = ("fused", "scan", "cpu")
+    layers = [RNN(cell, backend=b, masks_per_gate=True, **options) for b in names]
     variables = layers[0].init(jax.random.key(0), x_BTD)
 
     def outcome(layer: RNN) -> Any:
         def loss(variables: Any) -> Any:
-            rngs = {"dropout": jax.random.key(1)}
-            y_BTH = layer.apply(variables, x_BTD, deterministic=False, rngs=rngs)[1]
+            rngs, behind = {"dropout": jax.random.key(1)}, x_BTD.at[1, 3:].set(jnp.nan)
+            given: Any = {"reset_BT": reset_BT, "reverse": isinstance(cell, GRUCell)}
+            given |= {"deterministic": False, "rngs": rngs}
+            y_BTH = layer.apply(variables, behind, jnp.array([5, 3, 0]), **given)[1]
             return jnp.sum(jnp.sin(y_BTH)), y_BTH
 
         return jax.value_and_grad(loss, has_aux=True)(variables)
 
-    one, other = map(outcome, layers)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    one, *others = map(outcome, layers)
+    for other in others:
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
     tied = outcome(RNN(cell, backend="scan", **options))
     assert np.abs(one[0][1] - tied[0][1]).max() > 1e-3
     plain = RNN(cell, backend="scan").apply(variables, x_BTD)[1]
     np.testing.assert_allclose(layers[0].apply(variables, x_BTD)[1], plain, atol=1e-6)
-    assert "one dropout mask for all gates" in str(cpu.supports(cell, x_BTD, "per gate"))
-    with pytest.raises(UserError, match="cpu cannot run this layer: it has one dropout mask"):
-        RNN(cell, backend="cpu", masks_per_gate=True, dropout=0.1).apply(variables, x_BTD)
 
 
 def test_a_state_keeps_its_names() -> None:

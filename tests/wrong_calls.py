@@ -94,19 +94,22 @@ RESULTS = {
 }
 
 
-def shapes(name: str, b: int, t: int, d: int, h: int, time_major: bool) -> dict[str, tuple]:
-    """Of all arrays of a cell."""
+def shapes(
+    name: str, b: int, t: int, d: int, h: int, time_major: bool, projected: bool, per_gate: bool
+) -> dict[str, tuple]:
+    """Of all arrays of a cell: where inputs were projected before, and with masks for each gate."""
     g = {"lstm": 4, "gru": 3, "rnn": 1}[name]
     over = (t, b) if time_major else (b, t)
     c, none = ((b, h) if name == "lstm" else (0,)), (0,)
     return {
-        "x": (*over, d),
-        "input": (d, g, h),
+        "x": (*over, g * h if projected else d),
+        "input": none if projected else (d, g, h),
         "recurrent": (h, g, h),
-        "bias": (g, h),
+        "bias": none if projected else (g, h),
         "recurrent_bias": (h,) if name == "gru" else none,
         **dict.fromkeys(("c0", "c", "dc"), c),
-        **dict.fromkeys(("h0", "h", "dh", "mask"), (b, h)),
+        **dict.fromkeys(("h0", "h", "dh"), (b, h)),
+        "mask": (b, g, h) if per_gate else (b, h),
         "lengths": (b,),
         "reset": over,
         **dict.fromkeys(("y", "dy"), (*over, h)),
@@ -126,7 +129,11 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
     name, which = str(rng.choice(list(CELLS))), str(rng.choice(list(ARGUMENTS)))
     time_major = which in ("forward", "backward") and bool(rng.integers(2))
     b, t, d, h = (int(n) for n in rng.integers(int(wrong), 6, 4))
-    known = shapes(name, b, t, d, h, time_major)
+    kinds = [bool(rng.integers(2)) for _ in range(2)]
+    known, others = (
+        shapes(name, b, t, d, h, time_major, kinds[0], per_gate)
+        for per_gate in (kinds[1], not kinds[1])
+    )
     given = [known[word] for word in ARGUMENTS[which].split()]
     found = [known[word] for word in RESULTS[which].split()]
     if wrong:
@@ -134,8 +141,10 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
         part, n = (given, place) if place < len(given) else (found, place - len(given))
         right = part[n]
         part[n] = other_shape(rng, right)
-        while right == known["table"] and part[n][1:] == right[1:]:  # one of more words is right
+        one_of_more_words = right == known["table"] and part[n][1:] == right[1:]
+        while one_of_more_words or (right == known["mask"] and part[n] == others["mask"]):
             part[n] = other_shape(rng, right)
+            one_of_more_words = right == known["table"] and part[n][1:] == right[1:]
     dtypes = {"lengths": np.int32, "reset": bool, "words": np.int32, "panels": np.int8}
     arrays = [
         draw(rng, shape, dtypes.get(word, np.float32))

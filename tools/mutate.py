@@ -804,6 +804,18 @@ BREAKAGES = {
         "",
         "tests/test_backends.py::test_equals_the_scan",
     ),
+    "native kernel: gates share the first mask": Breakage(
+        "flax_lstm/nn/recurrence/native/kernel.h",
+        "return h_in + std::min(g, masks - 1) * masked;",
+        "return h_in + 0 * g;",
+        "tests/test_keras_masks.py::test_a_layer_draws_the_same_masks_whatever_runs_it",
+    ),
+    "native kernel: gradients of all gates come back under the last mask": Breakage(
+        "flax_lstm/nn/recurrence/native/kernel.h",
+        "const long at = (b * masks + k) * H + unit;",
+        "const long at = (b * masks + masks - 1) * H + unit;",
+        "tests/test_backends.py::test_equals_the_scan",
+    ),
     "native kernel: only the last chunk's gradients": Breakage(
         "flax_lstm/nn/recurrence/native/kernel.h",
         "h_panel, depth, panel, steps, true,",

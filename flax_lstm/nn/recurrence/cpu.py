@@ -47,7 +47,7 @@ EQUATIONS: dict[type, Any] = {LSTMCell: lstm_step, GRUCell: gru_step, SimpleRNNC
 
 class Inputs(NamedTuple):
     """What a gradient is taken of. None where a cell has no recurrent bias or no c, and where there
-    is no mask."""
+    is no mask. Without input weights and bias the inputs are Wx + b, [B, T, G * H]."""
 
     x_BTD: Array
     weights: Weights
@@ -91,8 +91,6 @@ def supports(cell: Any, x_BTD: Any, recurrent_dropout: Any, resets: bool = False
     themselves are taken."""
     if reason := not_textbook(cell):
         return reason
-    if recurrent_dropout == "per gate":
-        return "it has one dropout mask for all gates"
     if platform() != "cpu":
         return f"the arrays are on a {platform()}, not on a CPU"
     if model_shards() > 1:
@@ -229,6 +227,9 @@ def call(
     if lengths_B is None:
         lengths_B = jnp.full(x_BTD.shape[0], x_BTD.shape[1])
     weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+    if x_BTD.shape[2] != weights.input_DGH.shape[0]:  # each gate has its own: not for the kernel
+        x_BTD = rows.without_padding(x_BTD, lengths_B)
+        x_BTD, weights = project(how, x_BTD.astype(jnp.float32), weights)
     inputs = Inputs(turn(x_BTD).astype(jnp.float32), weights, c_BH, h_BH, mask_BJ)
     found = recur(how, inputs, Marks(lengths_B.astype(jnp.int32), turn(reset_BT)))
     ends = [end for end in (found.c_BH, found.h_BH) if end is not None]
@@ -236,20 +237,30 @@ def call(
     return jax.tree.unflatten(structure, ends), found, lengths_B
 
 
+def project(how: How, x: Array, weights: Weights) -> tuple[Array, Weights]:
+    """Wx + b, [B, T, G * H], and the other weights."""
+    input_DGH = weights.input_DGH
+    if how.half:
+        x, input_DGH = x.astype(jnp.bfloat16), input_DGH.astype(jnp.bfloat16)
+    x_BTGH = input_matmul(x, input_DGH, jnp.float32)
+    x_BTGH += jnp.broadcast_to(weights.bias_GH, x_BTGH.shape)
+    rest = weights._replace(input_DGH=None, bias_GH=None)  # type: ignore[arg-type]
+    return x_BTGH.reshape(*x.shape[:2], -1), rest
+
+
 def define(how: How, inputs: Inputs, marks: Marks) -> Results:
     """The recurrence in plain JAX."""
     x_BTD, weights, c_BH, h_BH, mask_BJ = inputs
     turn = (lambda x: x) if how.time_major else (lambda x: jnp.swapaxes(x, 0, 1))
     x_TBD, (lengths_B, reset) = turn(x_BTD), marks
-    if how.half:
-        x_TBD, input_DGH, recurrent_JGH = (
-            a.astype(jnp.bfloat16) for a in (x_TBD, weights.input_DGH, weights.recurrent_JGH)
-        )
-        weights = weights._replace(input_DGH=input_DGH, recurrent_JGH=recurrent_JGH)
     steps = jnp.arange(len(x_TBD))
     valid_TB = steps[:, None] < lengths_B[None]
     x_TBD = jnp.where(valid_TB[..., None], x_TBD, 0)
-    x_TBGH = input_matmul(x_TBD, weights.input_DGH, jnp.float32) + weights.bias_GH[None, None]
+    if weights.input_DGH is not None:
+        x_TBD, weights = project(how, x_TBD, weights)
+    x_TBGH = x_TBD.reshape(*x_TBD.shape[:2], *weights.recurrent_JGH.shape[1:])
+    if how.half:
+        weights = weights._replace(recurrent_JGH=weights.recurrent_JGH.astype(jnp.bfloat16))
     fresh_TB = jnp.zeros_like(valid_TB)
     if reset is not None:
         fresh_TB = rows.fresh(turn(reset).T, lengths_B, how.reverse).T
@@ -286,7 +297,7 @@ def there(array: Array) -> Array | None:
 
 def operands(inputs: Inputs, marks: Marks) -> tuple[list[Array], list[Array]]:
     """Weights, and all that has rows, in the order of the kernel's arguments."""
-    weights = [*inputs.weights[:3], placed(inputs.weights.recurrent_bias_H)]
+    weights = [placed(weight) for weight in inputs.weights[:4]]
     state = [placed(inputs.c_BH), inputs.h_BH, placed(inputs.mask_BJ)]
     return weights, [*state, marks.lengths_B, placed(marks.reset_BT, bool)]
 
@@ -317,7 +328,8 @@ def native_forward(how: How, save: bool, *arrays: Array) -> Any:
 def native_backward(how: How, *arrays: Array) -> Any:
     x, input_DGH, recurrent_JGH, c_BH, h_BH, mask_BJ, *_ = arrays
     _, gates, hidden = recurrent_JGH.shape
-    bias, bias_H = (gates, hidden), (hidden,) if gates == 3 else NONE
+    bias = NONE if input_DGH.shape == NONE else (gates, hidden)
+    bias_H = (hidden,) if gates == 3 else NONE
     weights = [input_DGH.shape, recurrent_JGH.shape, bias, bias_H]
     shapes = [x.shape, *weights, c_BH.shape, h_BH.shape, mask_BJ.shape]
     return call_native("backward", shapes, arrays, settings(how))
@@ -376,7 +388,8 @@ def backward(
     run = partial(native_backward, how)
     found = split_by_rows(run, how, BACKWARD, *first, *saves, *given)
     dx, d_input, d_recurrent, d_bias, d_bias_H, dc0, dh0, d_mask = found
-    weights = Weights(d_input, d_recurrent, d_bias, there(d_bias_H))
+    d_weights = (there(d_input), d_recurrent, there(d_bias), there(d_bias_H))
+    weights = Weights(*d_weights)  # type: ignore[arg-type]
     return Inputs(dx, weights, there(dc0), dh0, there(d_mask)), Marks(None, None)  # type: ignore[arg-type]
 
 

@@ -54,11 +54,15 @@ class Shapes {
   std::string problem_;
 };
 
-// The shapes that a cell's arrays must have. [B,T,...] or, with time first, [T,B,...].
+// The shapes that a cell's arrays must have. [B,T,...] or, with time first, [T,B,...]. Inputs are [.., D], or, without input
+// weights, what these would make of them: [.., G * H], D being 0.
 struct Expected {
   int64_t B, T, D, G, H;
-  bool time_major, has_cell, has_q;
+  bool time_major, has_cell, has_q, projected;
   using Shape = std::vector<int64_t>;
+  Shape x() const { return over_time({projected ? G * H : D}); }
+  Shape input() const { return projected ? Shape{0} : Shape{D, G, H}; }
+  Shape bias() const { return projected ? Shape{0} : Shape{G, H}; }
   Shape over_time(std::initializer_list<int64_t> rest) const {
     Shape shape = time_major ? Shape{T, B} : Shape{B, T};
     shape.insert(shape.end(), rest);
@@ -70,6 +74,8 @@ struct Expected {
   Sizes sizes() const { return {B, T, D, H, time_major}; }
 };
 
+bool per_gate(const Floats& mask) { return mask.dimensions().size() == 3; }
+
 // What forward and backward calls have in common; `expected` is filled in unless something is wrong.
 ffi::Error check_common(Shapes& shapes, Expected& expected, const Floats& x, const Floats& input, const Floats& recurrent,
                         const Floats& c0, const Floats& h0, const Floats& mask, const Ints& lengths, const Marks& reset,
@@ -78,14 +84,18 @@ ffi::Error check_common(Shapes& shapes, Expected& expected, const Floats& x, con
   shapes.rank("recurrent weights", recurrent.dimensions(), 3);
   if (!shapes.fine()) return shapes.error();
   const Dims d = x.dimensions(), r = recurrent.dimensions();
-  Expected& e = expected = {d[time_major ? 1 : 0], d[time_major ? 0 : 1], d[2], r[1], r[2], time_major, r[1] == 4, r[1] == 3};
+  const bool projected = input.dimensions().size() == 1;
+  const int64_t batch = d[time_major ? 1 : 0], time = d[time_major ? 0 : 1];
+  Expected& e = expected = {batch, time, projected ? 0 : d[2], r[1], r[2], time_major, r[1] == 4, r[1] == 3, projected};
   if (e.G != 4 && e.G != 3 && e.G != 1)
     return ffi::Error::InvalidArgument("flax_lstm: no cell has " + std::to_string(e.G) + " gates");
   shapes.expect("recurrent weights", r, {e.H, e.G, e.H});
-  shapes.expect("input weights", input.dimensions(), {e.D, e.G, e.H});
+  shapes.expect("x", d, e.x());
+  shapes.expect("input weights", input.dimensions(), e.input());
   shapes.expect("state c", c0.dimensions(), e.cell());
   shapes.expect("state h", h0.dimensions(), e.state());
-  shapes.expect("mask", mask.dimensions(), e.state(), true);
+  if (per_gate(mask)) shapes.expect("mask", mask.dimensions(), {e.B, e.G, e.H});
+  else shapes.expect("mask", mask.dimensions(), e.state(), true);
   shapes.expect("lengths", lengths.dimensions(), {e.B});
   shapes.expect("resets", reset.dimensions(), e.over_time({}), true);
   return shapes.fine() ? ffi::Error::Success() : shapes.error();
@@ -107,7 +117,7 @@ ffi::Error run_forward(ffi::ThreadPool pool, Floats x, Floats input, Floats recu
   Expected e;
   if (auto error = check_common(shapes, e, x, input, recurrent, c0, h0, mask, lengths, reset, time_major); error.failure())
     return error;
-  shapes.expect("bias", bias.dimensions(), {e.G, e.H});
+  shapes.expect("bias", bias.dimensions(), e.bias());
   shapes.expect("recurrent bias", recurrent_bias.dimensions(), e.recurrent_bias());
   shapes.expect("outputs", y->dimensions(), e.over_time({e.H}));
   shapes.expect("final c", c->dimensions(), e.cell());
@@ -122,11 +132,14 @@ ffi::Error run_forward(ffi::ThreadPool pool, Floats x, Floats input, Floats recu
       .x = x.typed_data(),
       .input = input.typed_data(),
       .recurrent = recurrent.typed_data(),
-      .bias = bias.typed_data(),
+      .bias = some(bias),
       .recurrent_bias = some(recurrent_bias),
+      .projected = e.projected,
+      .table = x.typed_data(),
       .c0 = some(c0),
       .h0 = h0.typed_data(),
       .mask = some(mask),
+      .mask_per_gate = per_gate(mask),
       .lengths = lengths.typed_data(),
       .reset = some(reset),
       .y = y->typed_data(),
@@ -148,7 +161,7 @@ ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recu
   shapes.rank("recurrent weights", recurrent.dimensions(), 3);
   if (!shapes.fine()) return shapes.error();
   const Dims d = words.dimensions(), t = table.dimensions();
-  const Expected e{d[0], d[1], 0, t[1], t[2], false, t[1] == 4, t[1] == 3};
+  const Expected e{d[0], d[1], 0, t[1], t[2], false, t[1] == 4, t[1] == 3, true};
   if (e.G != 4 && e.G != 3 && e.G != 1)
     return ffi::Error::InvalidArgument("flax_lstm: no cell has " + std::to_string(e.G) + " gates");
   if (t[0] == 0) return ffi::Error::InvalidArgument("flax_lstm: the table has no words");
@@ -166,8 +179,9 @@ ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recu
       .reverse = reverse,
       .recurrent = recurrent.typed_data(),
       .recurrent_bias = some(recurrent_bias),
-      .words = words.typed_data(),
+      .projected = true,
       .table = table.typed_data(),
+      .words = words.typed_data(),
       .count = t[0],
       .c0 = some(c0),
       .h0 = h0.typed_data(),
@@ -241,10 +255,10 @@ ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats rec
   shapes.expect("gradient of final c", dc.dimensions(), e.cell());
   shapes.expect("gradient of final h", dh.dimensions(), e.state());
   shapes.expect("gradient of every c", dkept.dimensions(), over_time, true);
-  shapes.expect("gradient of x", dx->dimensions(), e.over_time({e.D}));
-  shapes.expect("gradient of input weights", dinput->dimensions(), {e.D, e.G, e.H});
+  shapes.expect("gradient of x", dx->dimensions(), e.x());
+  shapes.expect("gradient of input weights", dinput->dimensions(), e.input());
   shapes.expect("gradient of recurrent weights", drecurrent->dimensions(), {e.H, e.G, e.H});
-  shapes.expect("gradient of bias", dbias->dimensions(), {e.G, e.H});
+  shapes.expect("gradient of bias", dbias->dimensions(), e.bias());
   shapes.expect("gradient of recurrent bias", drecurrent_bias->dimensions(), e.recurrent_bias());
   shapes.expect("gradient of state c", dc0->dimensions(), e.cell());
   shapes.expect("gradient of state h", dh0->dimensions(), e.state());
@@ -254,12 +268,14 @@ ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats rec
   const Backward b{
       .size = e.sizes(),
       .reverse = reverse,
+      .projected = e.projected,
       .x = x.typed_data(),
       .input = input.typed_data(),
       .recurrent = recurrent.typed_data(),
       .c0 = some(c0),
       .h0 = h0.typed_data(),
       .mask = some(mask),
+      .mask_per_gate = per_gate(mask),
       .lengths = lengths.typed_data(),
       .reset = some(reset),
       .y = y.typed_data(),
@@ -270,9 +286,9 @@ ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats rec
       .dh = dh.typed_data(),
       .dkept = some(dkept),
       .dx = dx->typed_data(),
-      .dinput = dinput->typed_data(),
+      .dinput = some(dinput),
       .drecurrent = drecurrent->typed_data(),
-      .dbias = dbias->typed_data(),
+      .dbias = some(dbias),
       .drecurrent_bias = some(drecurrent_bias),
       .dc0 = some(dc0),
       .dh0 = dh0->typed_data(),

@@ -350,15 +350,17 @@ void pack_bias(std::vector<float> bias, long gates, const Sizes& z, long at, typ
   }
 }
 
-// Rows [count][depth] transposed, as panels [block][depth][COLS], zeros beyond `count` and in the last row of an odd depth.
+// Rows [count][G][H] transposed, as panels [block][G * even(H)][COLS], zeros beyond `count` and behind a gate of an odd size.
 template <class Number>
-void pack_transposed(const float* rows, long count, long depth, typename Number::Element* out) {
-  const long all = even<Number>(depth);
+void pack_transposed(const float* rows, long count, long gates, long hidden, typename Number::Element* out) {
+  const long each = even<Number>(hidden), all = gates * each;
   for (long begin = 0; begin < count; begin += COLS, out += all * COLS) {
     const long width = std::min(COLS, count - begin);
-    if (width < COLS || all > depth) std::fill(out, out + all * COLS, Number::of(0));
+    if (width < COLS || each > hidden) std::fill(out, out + all * COLS, Number::of(0));
     for (long i = 0; i < width; ++i)
-      for (long k = 0; k < depth; ++k) out[slot<Number>(k, i, COLS)] = Number::of(rows[(begin + i) * depth + k]);
+      for (long g = 0; g < gates; ++g)
+        for (long k = 0; k < hidden; ++k)
+          out[slot<Number>(g * each + k, i, COLS)] = Number::of(rows[((begin + i) * gates + g) * hidden + k]);
   }
 }
 
@@ -490,18 +492,20 @@ struct Forward {
   Sizes size;
   bool reverse;
   const float *x, *input, *recurrent, *bias, *recurrent_bias;  // recurrent_bias: GRU only
-  const int* words;      // [B,T] or null: with them there are no x, input weights and bias, but
-  const float* table;    // [count][G,H], the inputs' part of the gates' arguments for every word
+  bool projected;        // there are no x, input weights and bias, but the inputs' part of the gates' arguments:
+  const float* table;    // [count][G,H] for every word, or [B,T,G,H] where there are no words
+  const int* words;      // [B,T] or null
   long count;
   const float *c0, *h0;                                        // c0: LSTM only
-  const float* mask;                                           // [B,J] or null
+  const float* mask;     // [B,J], or [B,G,J] with one for each gate, or null
+  bool mask_per_gate;
   const int* lengths;
   const bool* reset;     // [B,T] or null
   float *y, *c, *h;      // outputs and final state
   float *gates, *kept;   // [B,T,G,H] and [B,T,H] for the backward pass, or null
 };
 
-// Rows of the table for a chunk's words, as panels [block][gate][m][COLS].
+// Rows of the table for a chunk's words (or steps), as panels [block][gate][m][COLS].
 template <class Cell>
 void look_up(const Forward& f, const Rows& mine, const Chunk& c, long m, float* panels) {
   constexpr long G = Cell::GATES;
@@ -509,7 +513,8 @@ void look_up(const Forward& f, const Rows& mine, const Chunk& c, long m, float* 
   long row = 0;
   for (long s = c.begin; s < c.end; ++s)
     for (long r = 0, n = mine.active(s); r < n; ++r, ++row) {
-      const long word = std::clamp<long>(f.words[z.place(mine.row[r], mine.time(r, s, f.reverse))], 0, f.count - 1);
+      const long place = z.place(mine.row[r], mine.time(r, s, f.reverse));
+      const long word = f.words ? std::clamp<long>(f.words[place], 0, f.count - 1) : place;
       for (long g = 0; g < G; ++g)
         for (long unit = 0; unit < z.units; unit += LANES) {
           const long panel = unit / COLS * G + g;
@@ -527,8 +532,9 @@ void forward_task(const Forward& f, const Rows& mine) {
   const long H = z.units, blocks = z.blocks(), rows = mine.row.size(), m = chunk_rows(mine), stride = blocks * COLS;
   const long inputs = z.inputs + Number::PAIR, hidden = H + Cell::HAS_Q * Number::PAIR;  // ones behind h: the GRU's own bias
   const long input_depth = even<Number>(inputs), depth = even<Number>(hidden), ldh = stride + 3;
+  const long masks = f.mask_per_gate ? G : 1, masked = rows * ldh;  // h under each mask, and from one to the next
   const auto sizes = {blocks * G * input_depth * COLS, blocks * G * depth * COLS, blocks * G * m * COLS, m * input_depth,
-                      rows * ldh, rows * ldh, rows * stride, rows * stride, rows * COLS};
+                      masks * masked, masks * masked, rows * stride, rows * stride, rows * COLS};
   long total = 0;
   for (long s : sizes) total += Memory::rounded(s);
   Memory memory(total);
@@ -540,7 +546,7 @@ void forward_task(const Forward& f, const Rows& mine) {
   Element *x = elements(), *h_in = elements(), *h_next = elements();
   float *carry = take(), *h_last = take(), *q = take();
 
-  if (!f.words) {
+  if (!f.projected) {
     pack<Number>(f.input, z.inputs, G, z, 0, inputs, input);
     pack_bias<Number>({f.bias, f.bias + G * H}, G, z, z.inputs, input);
   }
@@ -558,10 +564,14 @@ void forward_task(const Forward& f, const Rows& mine) {
     std::copy(f.h0 + b * H, f.h0 + (b + 1) * H, h_last + r * stride);
     const float* begin = Cell::HAS_CELL ? f.c0 : f.h0;
     std::copy(begin + b * H, begin + (b + 1) * H, carry + r * stride);
-    for (long i = 0; i < H; ++i) h_in[r * ldh + i] = Number::of(f.h0[b * H + i] * (f.mask ? f.mask[b * H + i] : 1.0f));
-    for (Element* h : {h_in + r * ldh + H, h_next + r * ldh + H}) {
-      std::fill(h, h + Number::PAIR, Number::of(Cell::HAS_Q));
-      h[Number::PAIR] = Number::of(0);
+    for (long k = 0; k < masks; ++k) {
+      const float* mask = f.mask ? f.mask + (b * masks + k) * H : nullptr;
+      const long at = k * masked + r * ldh;
+      for (long i = 0; i < H; ++i) h_in[at + i] = Number::of(f.h0[b * H + i] * (mask ? mask[i] : 1.0f));
+      for (Element* h : {h_in + at + H, h_next + at + H}) {
+        std::fill(h, h + Number::PAIR, Number::of(Cell::HAS_Q));
+        h[Number::PAIR] = Number::of(0);
+      }
     }
   }
   clear_padding(f.y, mine, z, H);
@@ -570,7 +580,7 @@ void forward_task(const Forward& f, const Rows& mine) {
   for (long edge = 0; edge < mine.steps();) {
     const Chunk c = chunk(mine, edge, false);
     edge = c.end;
-    if (f.words) {
+    if (f.projected) {
       look_up<Cell>(f, mine, c, m, panels);
     } else {
       gather<Number>(f.x, mine, c, z, f.reverse, x);
@@ -582,7 +592,7 @@ void forward_task(const Forward& f, const Rows& mine) {
       const long n = mine.active(s), at = c.offset[s - c.begin];
       for (long r = 0; r < n; ++r) place[r] = z.place(mine.row[r], mine.time(r, s, f.reverse));
       if (f.reset) {
-        clear_fresh(f.reset, mine, z, s, f.reverse, h_in, ldh, H);
+        for (long k = 0; k < masks; ++k) clear_fresh(f.reset, mine, z, s, f.reverse, h_in + k * masked, ldh, H);
         clear_fresh(f.reset, mine, z, s, f.reverse, carry, stride, H);
       }
       for (long block = 0; block < blocks; ++block) {
@@ -591,12 +601,14 @@ void forward_task(const Forward& f, const Rows& mine) {
         for (long g = 0; g < G; ++g) gate_panel[g] = panels + ((block * G + g) * m + at) * COLS;
         const Element* weights = recurrent + block * G * depth * COLS;
         constexpr long ADDED = G - Cell::HAS_Q;  // the recurrent part of the GRU's candidate is apart
-        if (n == 1)
+        const auto of_gate = [&](long g) { return h_in + std::min(g, masks - 1) * masked; };
+        if (n == 1 && masks == 1)
           row_product<Number, ADDED>(h_in, weights, depth * COLS, depth, true, gate_panel[0], m * COLS);
         else
           for (long g = 0; g < ADDED; ++g)
-            product<Number, false>(n, width, h_in, ldh, weights + g * depth * COLS, depth, true, gate_panel[g]);
-        if (Cell::HAS_Q) product<Number, false>(n, width, h_in, ldh, weights + ADDED * depth * COLS, depth, false, q);
+            product<Number, false>(n, width, of_gate(g), ldh, weights + g * depth * COLS, depth, true, gate_panel[g]);
+        if (Cell::HAS_Q)
+          product<Number, false>(n, width, of_gate(ADDED), ldh, weights + ADDED * depth * COLS, depth, false, q);
         for (long r = 0; r < n; ++r) {
           const long b = mine.row[r], at_y = place[r] * H;
           for (long i = 0; i < width; i += LANES) {
@@ -607,7 +619,10 @@ void forward_task(const Forward& f, const Rows& mine) {
             const Vec h = Cell::forward(gates, Cell::HAS_Q ? load(q + r * COLS + i) : Vec{}, state, kept);
             store(carry + r * stride + unit, state);
             store(h_last + r * stride + unit, h);
-            Number::store(h_next + r * ldh + unit, f.mask ? h * load(f.mask + b * H + unit, left) : h, left);
+            for (long k = 0; k < masks; ++k) {
+              const Vec enters = f.mask ? h * load(f.mask + (b * masks + k) * H + unit, left) : h;
+              Number::store(h_next + k * masked + r * ldh + unit, enters, left);
+            }
             store(f.y + at_y + unit, h, left);
             if (f.gates) {
               for (long g = 0; g < G; ++g) store(f.gates + at_y * G + g * H + unit, gates[g], left);
@@ -636,8 +651,10 @@ void forward(Pool& pool, long threads, const Forward& f) {
 struct Backward {
   Sizes size;
   bool reverse;
+  bool projected;                         // see Forward: no x, input weights and bias; dx is [B,T,G,H]
   const float *x, *input, *recurrent;
   const float *c0, *h0, *mask;
+  bool mask_per_gate;
   const int* lengths;
   const bool* reset;
   const float *y, *gates, *kept;          // of the forward pass
@@ -669,10 +686,12 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   using Element = typename Number::Element;
   const Sizes& z = f.size;
   const long H = z.units, D = z.inputs, blocks = z.blocks(), rows = mine.row.size(), m = chunk_rows(mine);
-  const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth, gates_depth = even<Number>(G * H);
-  const auto sizes = {z.input_blocks() * gates_depth * COLS, blocks * gates_depth * COLS, m * input_depth, m * depth,
+  const long gate_depth = even<Number>(H), gates_depth = G * gate_depth;
+  const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth;
+  const long masks = f.mask_per_gate ? G : 1, masked = m * depth, returned = blocks * rows * COLS;  // from one mask to the next
+  const auto sizes = {z.input_blocks() * gates_depth * COLS, blocks * gates_depth * COLS, m * input_depth, masks * masked,
                       blocks * P * m * COLS, m * gates_depth, Cell::HAS_Q ? rows * gates_depth : 0, m * COLS,
-                      rows * stride, rows * stride, blocks * rows * COLS, stride};
+                      rows * stride, rows * stride, masks * returned, stride};
   long total = 0;
   for (long s : sizes) total += Memory::rounded(s);
   Memory memory(total);
@@ -684,39 +703,43 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   Element *da = elements(), *da_recurrent = elements();
   float *dx = take(), *direct = take(), *dcell = take(), *through = take(), *zeros = take();
 
-  pack_transposed<Number>(f.input, D, G * H, input);
-  pack_transposed<Number>(f.recurrent, H, G * H, recurrent);
+  if (!f.projected) pack_transposed<Number>(f.input, D, G, H, input);
+  pack_transposed<Number>(f.recurrent, H, G, H, recurrent);
   if (gates_depth > G * H) {
     std::fill(da, da + m * gates_depth, Number::of(0));
     if (Cell::HAS_Q) std::fill(da_recurrent, da_recurrent + rows * gates_depth, Number::of(0));
   }
   std::fill(direct, direct + rows * stride, 0.0f);
   std::fill(dcell, dcell + rows * stride, 0.0f);
-  std::fill(through, through + blocks * rows * COLS, 0.0f);
+  std::fill(through, through + masks * returned, 0.0f);
   std::fill(zeros, zeros + stride, 0.0f);
   for (long r = 0; r < rows; ++r) {
     const long b = mine.row[r];
     std::copy(f.dh + b * H, f.dh + (b + 1) * H, direct + r * stride);
-    if (f.mask) std::fill(f.dmask + b * H, f.dmask + (b + 1) * H, 0.0f);
+    if (f.mask) std::fill(f.dmask + b * masks * H, f.dmask + (b + 1) * masks * H, 0.0f);
     if (Cell::HAS_CELL) std::copy(f.dc + b * H, f.dc + (b + 1) * H, dcell + r * stride);
   }
-  clear_padding(f.dx, mine, z, D);
+  clear_padding(f.dx, mine, z, f.projected ? G * H : D);
   // The gradient of the state h before the step that was handled last: directly, and through the recurrent weights.
   const auto incoming = [&](long r, const float* h, long unit) {
     const long b = mine.row[r], left = H - unit;
-    Vec t = load(through + (unit / COLS * rows + r) * COLS + unit % COLS);
-    if (f.mask) {
-      float* dmask = f.dmask + b * H + unit;
-      store(dmask, load(dmask, left) + t * load(h + unit, left), left);
-      t *= load(f.mask + b * H + unit, left);
+    Vec sum = load(direct + r * stride + unit);
+    for (long k = 0; k < masks; ++k) {
+      Vec t = load(through + k * returned + (unit / COLS * rows + r) * COLS + unit % COLS);
+      if (f.mask) {
+        const long at = (b * masks + k) * H + unit;
+        store(f.dmask + at, load(f.dmask + at, left) + t * load(h + unit, left), left);
+        t *= load(f.mask + at, left);
+      }
+      sum += t;
     }
-    return load(direct + r * stride + unit) + t;
+    return sum;
   };
 
   for (long edge = mine.steps(); edge > 0;) {
     const Chunk c = chunk(mine, edge, true);
     edge = c.begin;
-    gather<Single>(f.x, mine, c, z, f.reverse, x);
+    if (!f.projected) gather<Single>(f.x, mine, c, z, f.reverse, x);
     for (long s = c.end - 1; s >= c.begin; --s) {
       const long n = mine.active(s), at = c.offset[s - c.begin];
       for (long r = 0; r < n; ++r) {
@@ -727,6 +750,8 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
         const float* c_old = begins ? zeros : !Cell::HAS_CELL ? nullptr : s ? f.kept + place_before * H : f.c0 + b * H;
         Element *in = da + (at + r) * gates_depth, *rec = Cell::HAS_Q ? da_recurrent + r * gates_depth : nullptr;
         float* before = h_before + (at + r) * depth;
+        if (Cell::HAS_Q)
+          for (long k = 0; k < masks; ++k) before[k * masked + H] = 1;
         for (long unit = 0; unit < H; unit += LANES) {
           const long left = H - unit, block = unit / COLS, column = unit % COLS;
           Vec gates[G], dq{}, dc = load(dcell + r * stride + unit);
@@ -738,50 +763,56 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
           const Vec dh = incoming(r, f.y + place * H, unit) + load(f.dy + place * H + unit, left);
           store(direct + r * stride + unit, Cell::backward(gates, kept, cell, h, dh, dc, dq));
           store(dcell + r * stride + unit, dc);
-          store(before + unit, f.mask ? h * load(f.mask + b * H + unit, left) : h, left);
+          for (long k = 0; k < masks; ++k)
+            store(before + k * masked + unit, f.mask ? h * load(f.mask + (b * masks + k) * H + unit, left) : h, left);
           for (long g = 0; g < G; ++g) {
             store(panels + ((block * P + g) * m + at + r) * COLS + column, gates[g]);
-            Number::store(in + g * H + unit, gates[g], left);
+            Number::store(in + g * gate_depth + unit, gates[g], left);
+            if (f.projected) store(f.dx + (place * G + g) * H + unit, gates[g], left);
           }
           if constexpr (Cell::HAS_Q) {
             store(panels + ((block * P + G) * m + at + r) * COLS + column, dq);
-            for (long g = 0; g < G; ++g) Number::store(rec + g * H + unit, g == 2 ? dq : gates[g], left);
+            for (long g = 0; g < G; ++g) Number::store(rec + g * gate_depth + unit, g == 2 ? dq : gates[g], left);
           }
         }
-        if (Cell::HAS_Q) before[H] = 1;
       }
       const Element* a = Cell::HAS_Q ? da_recurrent : da + at * gates_depth;
       constexpr long TOGETHER = 4;
       for (long block = 0; block < blocks;) {
         const Element* weights = recurrent + block * gates_depth * COLS;
         float* to = through + block * rows * COLS;
-        if (n == 1 && block + TOGETHER <= blocks) {
+        if (n == 1 && masks == 1 && block + TOGETHER <= blocks) {
           row_product<Number, TOGETHER>(a, weights, gates_depth * COLS, gates_depth, false, to, rows * COLS);
           block += TOGETHER;
         } else {
-          product<Number, false>(n, z.width(block), a, gates_depth, weights, gates_depth, false, to);
+          const long each = gates_depth / masks;  // one product of all gates, or of each by itself
+          for (long k = 0; k < masks; ++k)
+            product<Number, false>(n, z.width(block), a + k * each, gates_depth, weights + k * each * COLS, each, false,
+                                   to + k * returned);
           block += 1;
         }
       }
       if (f.reset) {
         clear_fresh(f.reset, mine, z, s, f.reverse, direct, stride, H);
         clear_fresh(f.reset, mine, z, s, f.reverse, dcell, stride, H);
-        for (long block = 0; block < blocks; ++block)
+        for (long block = 0; block < masks * blocks; ++block)
           clear_fresh(f.reset, mine, z, s, f.reverse, through + block * rows * COLS, COLS, COLS);
       }
     }
     const long steps = even<Number>(c.rows);
-    const Element* x_panel = interleave<Number>(x, c.rows, input_depth, x);
-    const Element* h_panel = interleave<Number>(h_before, c.rows, depth, h_before);
+    const Element* x_panel = f.projected ? nullptr : interleave<Number>(x, c.rows, input_depth, x);
+    const Element* h_panel[G];
+    for (long k = 0; k < masks; ++k)
+      h_panel[k] = interleave<Number>(h_before + k * masked, c.rows, depth, h_before + k * masked);
     for (long p = 0; p < blocks * P; ++p) {
       const long block = p / P, g = p % P, width = z.width(block);
       float* gradients = panels + p * m * COLS;
       const Element* panel = interleave<Number>(gradients, c.rows, COLS, gradients);
-      if (g < G)
+      if (g < G && !f.projected)
         product<Number, true>(input_depth, width, x_panel, input_depth, panel, steps, true,
                               sums.input + (block * G + g) * input_depth * COLS);
       if (!(Cell::HAS_Q && g == 2))  // in place of the candidate's own gradients those of q, the last panel
-        product<Number, true>(depth, width, h_panel, depth, panel, steps, true,
+        product<Number, true>(depth, width, h_panel[std::min(g, masks - 1)], depth, panel, steps, true,
                               sums.recurrent + (block * G + std::min(g, G - 1)) * depth * COLS);
     }
     for (long begin = 0; begin < D; begin += COLS) {
@@ -815,8 +846,10 @@ void backward(Pool& pool, long threads, const Backward& f) {
   std::vector<const float*> inputs, recurrents;
   for (const auto& part : sums) inputs.push_back(part->input), recurrents.push_back(part->recurrent);
   const long input_depth = sums[0]->input_depth, depth = sums[0]->depth;
-  unpack_sum(inputs, z.inputs, G, z, 0, input_depth, f.dinput);
-  unpack_sum(inputs, 1, G, z, z.inputs, input_depth, f.dbias);
+  if (!f.projected) {
+    unpack_sum(inputs, z.inputs, G, z, 0, input_depth, f.dinput);
+    unpack_sum(inputs, 1, G, z, z.inputs, input_depth, f.dbias);
+  }
   unpack_sum(recurrents, z.units, G, z, 0, depth, f.drecurrent);
   if constexpr (Cell::HAS_Q) {
     std::vector<float> all(G * z.units);
