@@ -358,9 +358,8 @@ void pack_transposed(const float* rows, long count, long gates, long hidden, typ
     const long width = std::min(COLS, count - begin);
     if (width < COLS || each > hidden) std::fill(out, out + all * COLS, Number::of(0));
     for (long i = 0; i < width; ++i)
-      for (long g = 0; g < gates; ++g)
-        for (long k = 0; k < hidden; ++k)
-          out[slot<Number>(g * each + k, i, COLS)] = Number::of(rows[((begin + i) * gates + g) * hidden + k]);
+      for (long g = 0; g < gates; ++g, rows += hidden)
+        for (long k = 0; k < hidden; ++k) out[g * each * COLS + slot<Number>(k, i, COLS)] = Number::of(rows[k]);
   }
 }
 
@@ -524,6 +523,18 @@ void look_up(const Forward& f, const Rows& mine, const Chunk& c, long m, float* 
     }
 }
 
+// h as it enters the product of each gate: under a mask of its own. Apart from the loop that makes h, which it would make slower.
+template <class Number>
+__attribute__((noinline)) void mask_gates(const float* mask, long masks, const Rows& mine, long rows, long H, const float* h,
+                                          long stride, typename Number::Element* out, long ldh, long masked) {
+  for (long r = 0; r < rows; ++r)
+    for (long k = 0; k < masks; ++k)
+      for (long unit = 0; unit < H; unit += LANES) {
+        const Vec m = load(mask + (mine.row[r] * masks + k) * H + unit, H - unit);
+        Number::store(out + k * masked + r * ldh + unit, load(h + r * stride + unit) * m, H - unit);
+      }
+}
+
 template <class Cell, class Number>
 void forward_task(const Forward& f, const Rows& mine) {
   constexpr long G = Cell::GATES;
@@ -533,6 +544,7 @@ void forward_task(const Forward& f, const Rows& mine) {
   const long inputs = z.inputs + Number::PAIR, hidden = H + Cell::HAS_Q * Number::PAIR;  // ones behind h: the GRU's own bias
   const long input_depth = even<Number>(inputs), depth = even<Number>(hidden), ldh = stride + 3;
   const long masks = f.mask_per_gate ? G : 1, masked = rows * ldh;  // h under each mask, and from one to the next
+  const float* tied = masks > 1 ? nullptr : f.mask;
   const auto sizes = {blocks * G * input_depth * COLS, blocks * G * depth * COLS, blocks * G * m * COLS, m * input_depth,
                       masks * masked, masks * masked, rows * stride, rows * stride, rows * COLS};
   long total = 0;
@@ -619,10 +631,7 @@ void forward_task(const Forward& f, const Rows& mine) {
             const Vec h = Cell::forward(gates, Cell::HAS_Q ? load(q + r * COLS + i) : Vec{}, state, kept);
             store(carry + r * stride + unit, state);
             store(h_last + r * stride + unit, h);
-            for (long k = 0; k < masks; ++k) {
-              const Vec enters = f.mask ? h * load(f.mask + (b * masks + k) * H + unit, left) : h;
-              Number::store(h_next + k * masked + r * ldh + unit, enters, left);
-            }
+            Number::store(h_next + r * ldh + unit, tied ? h * load(tied + b * H + unit, left) : h, left);
             store(f.y + at_y + unit, h, left);
             if (f.gates) {
               for (long g = 0; g < G; ++g) store(f.gates + at_y * G + g * H + unit, gates[g], left);
@@ -631,6 +640,7 @@ void forward_task(const Forward& f, const Rows& mine) {
           }
         }
       }
+      if (masks > 1) mask_gates<Number>(f.mask, masks, mine, n, H, h_last, stride, h_next, ldh, masked);
       std::swap(h_in, h_next);
     }
   }
@@ -680,6 +690,27 @@ struct Gradients {
   }
 };
 
+// With a mask for each gate: what comes back through the gates, each under its own, added up in the place of the first; the
+// gradients of the masks; and h as it entered the products.
+__attribute__((noinline)) inline void fold_gates(const float* mask, long masks, const Rows& mine, long active, long rows, long H,
+                                                 const float* const* olds, float* h_before, long depth, long masked,
+                                                 float* through, long returned, float* dmask) {
+  for (long r = 0; r < active; ++r)
+    for (long unit = 0; unit < H; unit += LANES) {
+      const long left = H - unit, place = (unit / COLS * rows + r) * COLS + unit % COLS;
+      const Vec h = load(olds[r] + unit, left);
+      Vec sum{};
+      for (long k = 0; k < masks; ++k) {
+        const long at = (mine.row[r] * masks + k) * H + unit;
+        const Vec m = load(mask + at, left), t = load(through + k * returned + place);
+        store(dmask + at, load(dmask + at, left) + t * h, left);
+        store(h_before + k * masked + r * depth + unit, h * m, left);
+        sum += t * m;
+      }
+      store(through + place, sum);
+    }
+}
+
 template <class Cell, class Number>
 void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   constexpr long G = Cell::GATES, P = G + Cell::HAS_Q;  // the GRU has one more panel: the gradients of q
@@ -689,6 +720,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   const long gate_depth = even<Number>(H), gates_depth = G * gate_depth;
   const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth;
   const long masks = f.mask_per_gate ? G : 1, masked = m * depth, returned = blocks * rows * COLS;  // from one mask to the next
+  const float* tied = masks > 1 ? nullptr : f.mask;
   const auto sizes = {z.input_blocks() * gates_depth * COLS, blocks * gates_depth * COLS, m * input_depth, masks * masked,
                       blocks * P * m * COLS, m * gates_depth, Cell::HAS_Q ? rows * gates_depth : 0, m * COLS,
                       rows * stride, rows * stride, masks * returned, stride};
@@ -723,18 +755,15 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   // The gradient of the state h before the step that was handled last: directly, and through the recurrent weights.
   const auto incoming = [&](long r, const float* h, long unit) {
     const long b = mine.row[r], left = H - unit;
-    Vec sum = load(direct + r * stride + unit);
-    for (long k = 0; k < masks; ++k) {
-      Vec t = load(through + k * returned + (unit / COLS * rows + r) * COLS + unit % COLS);
-      if (f.mask) {
-        const long at = (b * masks + k) * H + unit;
-        store(f.dmask + at, load(f.dmask + at, left) + t * load(h + unit, left), left);
-        t *= load(f.mask + at, left);
-      }
-      sum += t;
+    Vec t = load(through + (unit / COLS * rows + r) * COLS + unit % COLS);
+    if (tied) {
+      float* dmask = f.dmask + b * H + unit;
+      store(dmask, load(dmask, left) + t * load(h + unit, left), left);
+      t *= load(tied + b * H + unit, left);
     }
-    return sum;
+    return load(direct + r * stride + unit) + t;
   };
+  std::vector<const float*> olds(rows);  // the h before a step
 
   for (long edge = mine.steps(); edge > 0;) {
     const Chunk c = chunk(mine, edge, true);
@@ -750,6 +779,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
         const float* c_old = begins ? zeros : !Cell::HAS_CELL ? nullptr : s ? f.kept + place_before * H : f.c0 + b * H;
         Element *in = da + (at + r) * gates_depth, *rec = Cell::HAS_Q ? da_recurrent + r * gates_depth : nullptr;
         float* before = h_before + (at + r) * depth;
+        olds[r] = h_old;
         if (Cell::HAS_Q)
           for (long k = 0; k < masks; ++k) before[k * masked + H] = 1;
         for (long unit = 0; unit < H; unit += LANES) {
@@ -763,13 +793,13 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
           const Vec dh = incoming(r, f.y + place * H, unit) + load(f.dy + place * H + unit, left);
           store(direct + r * stride + unit, Cell::backward(gates, kept, cell, h, dh, dc, dq));
           store(dcell + r * stride + unit, dc);
-          for (long k = 0; k < masks; ++k)
-            store(before + k * masked + unit, f.mask ? h * load(f.mask + (b * masks + k) * H + unit, left) : h, left);
+          store(before + unit, tied ? h * load(tied + b * H + unit, left) : h, left);
           for (long g = 0; g < G; ++g) {
             store(panels + ((block * P + g) * m + at + r) * COLS + column, gates[g]);
             Number::store(in + g * gate_depth + unit, gates[g], left);
-            if (f.projected) store(f.dx + (place * G + g) * H + unit, gates[g], left);
           }
+          if (f.projected)
+            for (long g = 0; g < G; ++g) store(f.dx + (place * G + g) * H + unit, gates[g], left);
           if constexpr (Cell::HAS_Q) {
             store(panels + ((block * P + G) * m + at + r) * COLS + column, dq);
             for (long g = 0; g < G; ++g) Number::store(rec + g * gate_depth + unit, g == 2 ? dq : gates[g], left);
@@ -792,10 +822,12 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
           block += 1;
         }
       }
+      if (masks > 1)
+        fold_gates(f.mask, masks, mine, n, rows, H, olds.data(), h_before + at * depth, depth, masked, through, returned, f.dmask);
       if (f.reset) {
         clear_fresh(f.reset, mine, z, s, f.reverse, direct, stride, H);
         clear_fresh(f.reset, mine, z, s, f.reverse, dcell, stride, H);
-        for (long block = 0; block < masks * blocks; ++block)
+        for (long block = 0; block < blocks; ++block)
           clear_fresh(f.reset, mine, z, s, f.reverse, through + block * rows * COLS, COLS, COLS);
       }
     }
