@@ -722,8 +722,8 @@ BREAKAGES = {
     ),
     "native kernel: a word is looked up in another place": Breakage(
         "flax_lstm/nn/recurrence/native/kernel.h",
-        "f.words[z.place(mine.row[r], mine.time(r, s, f.reverse))]",
-        "f.words[z.place(mine.row[r], s)]",
+        "const long place = z.place(mine.row[r], mine.time(r, s, f.reverse));\n      const long word",
+        "const long place = z.place(mine.row[r], s);\n      const long word",
         "tests/test_words.py::test_tables_give_what_embeddings_give",
     ),
     "weights of 8 bits: what 128 adds is left in": Breakage(
@@ -800,7 +800,7 @@ BREAKAGES = {
     ),
     "native kernel: recurrent dropout forgotten backwards": Breakage(
         "flax_lstm/nn/recurrence/native/kernel.h",
-        "t *= load(f.mask + b * H + unit, left);",
+        "t *= load(tied + b * H + unit, left);",
         "",
         "tests/test_backends.py::test_equals_the_scan",
     ),
@@ -818,8 +818,8 @@ BREAKAGES = {
     ),
     "native kernel: only the last chunk's gradients": Breakage(
         "flax_lstm/nn/recurrence/native/kernel.h",
-        "h_panel, depth, panel, steps, true,",
-        "h_panel, depth, panel, steps, false,",
+        "h_panel[std::min(g, masks - 1)], depth, panel, steps, true,",
+        "h_panel[std::min(g, masks - 1)], depth, panel, steps, false,",
         "tests/test_backends.py::test_long_sequences",
     ),
     "a run that begins with another makes a vocabulary of its own": Breakage(
