@@ -722,8 +722,8 @@ BREAKAGES = {
     ),
     "native kernel: a word is looked up in another place": Breakage(
         "flax_lstm/nn/recurrence/native/kernel.h",
-        "const long place = z.place(mine.row[r], mine.time(r, s, f.reverse));\n      const long word",
-        "const long place = z.place(mine.row[r], s);\n      const long word",
+        "mine.time(r, s, f.reverse));\n      const long word",
+        "s);\n      const long word",
         "tests/test_words.py::test_tables_give_what_embeddings_give",
     ),
     "weights of 8 bits: what 128 adds is left in": Breakage(
