@@ -13,13 +13,15 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
-from jax.sharding import PartitionSpec
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_lstm import (
     RNN,
     Classification,
     Config,
     Forecasting,
+    GRUCell,
     LanguageModel,
     LanguageModeling,
     LSTMCell,
@@ -403,3 +405,35 @@ def test_on_each_device_hands_over_rows_and_hidden_units():
     assert seen == [((3, 2), (2, 2), (2, 5, 3), None)]
     np.testing.assert_array_equal(y_BTH[:, 0], arguments[1][0])
     assert on_each_device(run) is run
+
+
+@pytest.mark.parametrize("backend", ["cpu", "fused", "scan", "foreign"])
+def test_explicit_axes_keep_the_rows_where_they_are(backend, quick_compile):
+    """In a library user's own program, of `jax.make_mesh`'s explicit axes: outputs and gradients
+    are those of one device, split as the inputs are, and nothing is gathered."""
+    cell = nn.GRUCell(7) if backend == "foreign" else GRUCell(7)
+    rnn = RNN(cell, backend="auto" if backend == "foreign" else backend)
+    x_BTD = jax.random.normal(jax.random.key(0), (8, 6, 5))
+    lengths_B, reset_BT = jnp.arange(8) % 7, x_BTD[..., 0] > 1
+    variables = rnn.init(jax.random.key(1), x_BTD)
+
+    def step(variables, x_BTD, lengths_B, reset_BT):
+        def loss(variables, x_BTD):
+            _, y_BTH = rnn.apply(variables, x_BTD, lengths_B, reset_BT=reset_BT)
+            return jnp.sum(jnp.sin(y_BTH)), y_BTH
+
+        return jax.grad(loss, (0, 1), has_aux=True)(variables, x_BTD)
+
+    expected = jax.jit(step)(variables, x_BTD, lengths_B, reset_BT)
+    mesh = jax.make_mesh((8,), ("rows",), (AxisType.Explicit,))
+    place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+    rows = (place(a, "rows") for a in (x_BTD, lengths_B, reset_BT))
+    arguments = (place(variables), *rows)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).lower(*arguments).compile()
+        found = compiled(*arguments)
+    (_, dx_BTD), y_BTH = found
+    assert dx_BTD.sharding.spec[0] == y_BTH.sharding.spec[0] == "rows"
+    assert "all-gather" not in compiled.as_text()
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, jax.device_get(found), jax.device_get(expected))

@@ -774,6 +774,18 @@ BREAKAGES = {
         "sums = (False,) * linear",
         "tests/test_transformations.py::test_equals_that_of_the_scan",
     ),
+    "explicit axes: a foreign cell begins with a state that is whole everywhere": Breakage(
+        "flax_lstm/nn/layers.py",
+        "state, lengths_B, reset_BT = with_rows_of((state, lengths_B, reset_BT), x_BTD)",
+        "pass",
+        "tests/test_sharding.py::test_explicit_axes_keep_the_rows_where_they_are",
+    ),
+    "explicit axes: results are whole everywhere": Breakage(
+        "flax_lstm/machine/sharding.py",
+        "jax.sharding.auto_axes(run, out_sharding=PartitionSpec(spec[0]))",
+        "jax.sharding.auto_axes(run, out_sharding=PartitionSpec())",
+        "tests/test_sharding.py::test_explicit_axes_keep_the_rows_where_they_are",
+    ),
     "the compiler gathers the batch for the kernel": Breakage(
         "flax_lstm/machine/sharding.py",
         "_is_split.set(len(devices) > 1)",

@@ -303,6 +303,24 @@ def on_each_device(run: Callable[..., Any], partitioned: bool = False) -> Callab
     return spread
 
 
+def in_auto_axes(run: Callable[..., Any], x_BTD: Any) -> Callable[..., Any]:
+    """`run`, whose results all have rows first, where axis types are explicit (`jax.set_mesh`) and
+    split the inputs: within it the compiler places arrays, and its results are split as the rows of
+    the inputs are. Elsewhere `run` itself."""
+    spec = jax.typeof(x_BTD).sharding.spec
+    if not any(spec):
+        return run
+    return jax.sharding.auto_axes(run, out_sharding=PartitionSpec(spec[0]))
+
+
+def with_rows_of(arrays: Any, x_BTD: Any) -> Any:
+    """The arrays [B, ...], split as the rows of the inputs are where axis types are explicit."""
+    spec = jax.typeof(x_BTD).sharding.spec
+    if not any(spec):
+        return arrays
+    return jax.tree.map(lambda a: jax.sharding.reshard(a, PartitionSpec(spec[0])), arrays)
+
+
 # Whether the program that is being lowered is one that the compiler splits over several devices.
 _is_split: contextvars.ContextVar[bool] = contextvars.ContextVar("is_split", default=False)
 

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
 from flax_lstm.errors import ArgumentError, UserError
-from flax_lstm.machine.sharding import on_each_device
+from flax_lstm.machine.sharding import in_auto_axes, on_each_device, with_rows_of
 from flax_lstm.nn import checks, recurrence
 from flax_lstm.nn.cells import Cell, GRUCell, Weights
 from flax_lstm.nn.recurrence import rows
@@ -197,11 +197,12 @@ class RNN(nn.Module):
         weights, state, x_BTD, mask_BJ = self.prepare(x_BTD, state, deterministic)
         if not isinstance(cell, Cell):
             x_BTD = rows.without_padding(x_BTD, lengths_B)
+            state, lengths_B, reset_BT = with_rows_of((state, lengths_B, reset_BT), x_BTD)
             arrays = (x_BTD, lengths_B, reverse, reset_BT, self.return_states)
             return scan(lambda cell, state, x: cell(state, x), cell, state, *arrays)
 
         way = Way(backend, reverse, self.time_major, self.return_states)
-        run = functools.partial(run_cell, cell, way)
+        run = in_auto_axes(functools.partial(run_cell, cell, way), x_BTD)
         return on_each_device(run, partitioned=backend is None)(
             weights, state, x_BTD, lengths_B, mask_BJ, reset_BT
         )
