@@ -64,23 +64,6 @@ def test_a_run_with_another_vocabulary_is_refused(folder):
         data.inherit(folder / "language" / "assets", folder / "other" / "assets")
 
 
-def test_a_start_that_failed_leaves_no_vocabulary_to_the_next(folder):
-    """Which begins without that run, or with it."""
-
-    def fails(*_):
-        raise UserError("no")
-
-    def vocabulary(**more):
-        with pytest.raises(UserError, match="no"):
-            small_runs.fit(classifier(folder), folder / "failed", {"assemble": fails}, **more)
-        return Vocabulary.load(folder / "failed" / "assets" / "vocabulary.json")
-
-    language = load(folder / "language")
-    theirs, own = vocabulary(init_from=language), vocabulary()
-    assert theirs == language.info.vocabulary != own
-    assert vocabulary(init_from=language) == theirs
-
-
 def test_from_the_command_line(folder, capsys):
     save_config(classifier(folder), folder / "settings.py")
     cli = ["train", "--config", str(folder / "settings.py"), "--workdir", str(folder / "cli")]

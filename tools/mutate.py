@@ -452,12 +452,6 @@ BREAKAGES = {
         "len(devices)",
         "tests/test_bad_values.py::test_processes_of_a_run_share_the_memory_of_their_machine",
     ),
-    "a start that failed leaves its vocabulary to the next": Breakage(
-        "flax_lstm/runs/workdir.py",
-        "            shutil.rmtree(self.assets, ignore_errors=True)\n",
-        "",
-        "tests/test_init_from.py::test_a_start_that_failed_leaves_no_vocabulary_to_the_next",
-    ),
     "a damaged vocabulary whose manifest is gone is used": Breakage(
         "flax_lstm/runs/workdir.py",
         " or (self.assets.is_dir() and any(sealed))",

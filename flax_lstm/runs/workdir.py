@@ -15,7 +15,12 @@ from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import write_atomically, written_or_told
 from flax_lstm.machine.lock import locked
 from flax_lstm.runs.manifest import Damaged, is_sealed, seal, verify
-from flax_lstm.runs.saved_config import read_config, resume_config, save_config
+from flax_lstm.runs.saved_config import (
+    flatten,
+    read_config,
+    resume_config,
+    save_config,
+)
 
 RESULT_KEYS = {"name", "steps", "best_step", "stopped_early", "test", "baselines"}
 
@@ -127,8 +132,8 @@ class Workdir:
             return begun
         saved, before = read_config(self.config), self.data_sha256()
         other_data = None not in (before, data_sha256) and before != data_sha256
-        if self._failed_at_its_start():
-            # What was fitted may be of other data or settings, or of another run (`--init-from`).
+        if self._failed_at_its_start() and (other_data or flatten(saved) != flatten(begun)):
+            # Fitted on other data or under other settings.
             shutil.rmtree(self.assets, ignore_errors=True)
             self.data.unlink(missing_ok=True)
             return begun
