@@ -462,6 +462,12 @@ def per_gate(mask_BJ: Array | None) -> TypeGuard[Array]:
     return mask_BJ is not None and mask_BJ.ndim == 3
 
 
+def by_gates(axes: str, a: Array, b: Array, dtype: Any) -> Array:
+    """A product for each gate, added up in a dtype. Numbers that are rounded to bfloat16 are
+    multiplied in that: XLA for CPUs has no batch of products of them that adds up in float32."""
+    return jnp.einsum(axes, a.astype(dtype), b.astype(dtype))
+
+
 def transposed_matmul(
     recurrent_JGH: Array, mask_BJ: Array | None, state_dtype: Any
 ) -> Callable[[Array], Array]:
@@ -474,9 +480,7 @@ def transposed_matmul(
 
         def by_gate(da: Array) -> Array:
             da_BGH = da.reshape(-1, gates, hidden)
-            dh_BGJ = jnp.einsum(
-                "bgh,ghj->bgj", da_BGH, transposed_GHJ, preferred_element_type=state_dtype
-            )
+            dh_BGJ = by_gates("bgh,ghj->bgj", da_BGH, transposed_GHJ, state_dtype)
             return jnp.sum(dh_BGJ * mask_BGJ, 1)
 
         return by_gate
@@ -496,7 +500,7 @@ def outer_products(
     if per_gate(mask_BJ):
         h_TBGJ = (h_TBJ[:, :, None] * mask_BJ[None]).astype(dtype)
         da_TBGH = da_T.reshape(*da_T.shape[:2], *shape[1:])
-        return jnp.einsum("tbgj,tbgh->jgh", h_TBGJ, da_TBGH, preferred_element_type=h_TBJ.dtype)
+        return by_gates("tbgj,tbgh->jgh", h_TBGJ, da_TBGH, h_TBJ.dtype)
     h = merge((h_TBJ if mask_BJ is None else h_TBJ * mask_BJ[None]).astype(dtype))
     steps = tuple(range(h.ndim - 1))
     return jax.lax.dot_general(
@@ -507,10 +511,11 @@ def outer_products(
 def of_mask(recurrent_JGH: Array, h_TBJ: Array, da_T: Array, mask_BJ: Array) -> Array:
     """The gradient of a mask, in its shape."""
     da_TBGH = da_T.reshape(*da_T.shape[:2], *recurrent_JGH.shape[1:])
-    axes = "tbgh,jgh->tbgj" if per_gate(mask_BJ) else "tbgh,jgh->tbj"
-    dh = jnp.einsum(axes, da_TBGH, recurrent_JGH, preferred_element_type=h_TBJ.dtype)
-    h = h_TBJ[:, :, None] if per_gate(mask_BJ) else h_TBJ
-    return jnp.sum(h * dh, 0).astype(mask_BJ.dtype)
+    if per_gate(mask_BJ):
+        dh = by_gates("tbgh,jgh->tbgj", da_TBGH, recurrent_JGH, h_TBJ.dtype)
+        return jnp.sum(h_TBJ[:, :, None] * dh, 0).astype(mask_BJ.dtype)
+    dh = jnp.einsum("tbgh,jgh->tbj", da_TBGH, recurrent_JGH, preferred_element_type=h_TBJ.dtype)
+    return jnp.sum(h_TBJ * dh, 0).astype(mask_BJ.dtype)
 
 
 def keep_where(valid_B: Array, new: State, old: State) -> State:
