@@ -21,7 +21,7 @@ from flax_lstm.data.text import TextDataset, TextInfo
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import found_at
 from flax_lstm.nn.models import DTYPES, DTypeName
-from flax_lstm.nn.words import with_tables
+from flax_lstm.nn.words import LARGEST, cells_for_tables, with_tables
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Forecaster, Outputs
@@ -52,6 +52,13 @@ class Run:
         self.info = config.data.restore(self._folder.assets)
         self._parts = assemble(config, self.info)
         self._checkpoints = Checkpoints(self._folder.checkpoints)
+        alone = self._parts.mesh.size == 1
+        require(
+            not eight_bits or (alone and bool(cells_for_tables(self._module()))),
+            f"dtype int8: {workdir} cannot be read with weights of 8 bits. It is for models that "
+            "answer for whole texts, by an LSTM, GRU or simple RNN with the backend cpu, on one "
+            f"device, whose tables take at most {LARGEST >> 20} MiB",
+        )
         self._ready: tuple[Any, Callable[[Batch], np.ndarray]] | None = None  # of `forward`
 
     def step(self, checkpoint: str | int = "best") -> int:
@@ -194,16 +201,13 @@ class Run:
             self._ready = asked, self._made(self.step(checkpoint))
         return self._ready[1]
 
+    def _module(self) -> Any:
+        return self.config.task.build(self.config.model, self.info)
+
     def _made(self, step: int) -> Callable[[Batch], np.ndarray]:
         params, steps = self.params(step), self._parts.steps
-        module = self.config.task.build(self.config.model, self.info)
         alone = self._parts.mesh.size == 1
-        reader = with_tables(module, params, self.eight_bits) if alone else None
-        require(
-            reader is not None or not self.eight_bits,
-            f"dtype int8: {self.workdir} cannot be read with weights of 8 bits. It is for models "
-            "that read words by an LSTM, GRU or simple RNN, with the backend cpu, on one device",
-        )
+        reader = with_tables(self._module(), params, self.eight_bits) if alone else None
         run: Callable[..., Any] = steps.forward
         if reader is not None:
             run, params = jax.jit(partial(apply, reader[0])), reader[1]

@@ -101,7 +101,7 @@ class ByteLayer(WordLayer):
         apart = isinstance(cell, GRUCell)
         bias_H = self.param(f"recurrent_bias_{n}", zeros, (units,)) if apart else None
         weights = int8.Bytes(panels, scale_GH)
-        return cpu.run_bytes(cell, weights, bias_H, table_VGH, words_BT, lengths_B, state, reverse)
+        return cpu.run_bytes(weights, bias_H, table_VGH, words_BT, lengths_B, state, reverse)
 
 
 def like(cell: Cell) -> Array:
@@ -116,6 +116,23 @@ def table(cell: Cell, embedding_VE: Array, weights: Weights) -> Array:
     return input_matmul(x_VE, input_EGH, jnp.float32) + weights.bias_GH[None]
 
 
+def cells_for_tables(module: nn.Module) -> tuple[Cell, ...]:
+    """The cells of the layer that reads words, of each direction; none where `with_tables` leaves a
+    module as it is."""
+    if not (isinstance(module, SequenceModel) and isinstance(module.embed, nn.Embed)):
+        return ()
+    stack, embed = module.recurrent, module.embed
+    if module.tied or not isinstance(stack, Stack) or stack.residual:
+        return ()
+    first = stack.layers[0]
+    if not isinstance(first, RNN | Bidirectional):
+        return ()
+    rnns = first.directions()
+    cells = tuple(rnn.cell for rnn in rnns if fits(rnn) and isinstance(rnn.cell, Cell))
+    size = sum(4 * embed.num_embeddings * cell.gates * cell.features for cell in cells)
+    return cells if len(cells) == len(rnns) and size <= LARGEST else ()
+
+
 def with_tables(
     module: nn.Module, params: Any, eight_bits: bool = False
 ) -> tuple[nn.Module, Any] | None:
@@ -124,20 +141,12 @@ def with_tables(
     that is not possible, or would be no faster: it is for words, and for the backend `cpu`.
 
     eight_bits: whether that layer's recurrent weights become int8."""
-    if not (isinstance(module, SequenceModel) and isinstance(module.embed, nn.Embed)):
+    cells = cells_for_tables(module)
+    if not cells:
         return None
     stack, embed = module.recurrent, module.embed
-    if module.tied or not isinstance(stack, Stack) or stack.residual:
-        return None
     first, *rest = stack.layers
-    if not isinstance(first, RNN | Bidirectional):
-        return None
     rnns = first.directions()
-    cells = tuple(rnn.cell for rnn in rnns if fits(rnn) and isinstance(rnn.cell, Cell))
-    if len(cells) < len(rnns):
-        return None
-    if sum(4 * embed.num_embeddings * cell.gates * cell.features for cell in cells) > LARGEST:
-        return None
 
     layers = params["recurrent"]
     below = layers["layers_0"]

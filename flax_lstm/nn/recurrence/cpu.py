@@ -162,23 +162,13 @@ def run_words(
 ) -> tuple[Any, Array]:
     """`run` without gradients, where Wx + b of a step is a row of a table, by its word. A word that
     is none takes the first or the last row."""
-    leaves, structure = jax.tree.flatten(state)
-    c_BH, h_BH = leaves if len(leaves) == 2 else (None, *leaves)
-    if lengths_B is None:
-        lengths_B = jnp.full(words_BT.shape[0], words_BT.shape[1])
-    recurrent_bias_H = placed(weights.recurrent_bias_H)
-    given = (table_VGH, weights.recurrent_JGH, recurrent_bias_H, placed(c_BH), h_BH)
-    floats = [array.astype(jnp.float32) for array in given]
-    whole = (words_BT.astype(jnp.int32), *floats, lengths_B.astype(jnp.int32))
-    shapes = [(*words_BT.shape, cell.features), floats[3].shape, h_BH.shape]
+    recurrent = (weights.recurrent_JGH.astype(jnp.float32), placed(weights.recurrent_bias_H))
     ways = {"reverse": reverse, "half": halved(cell, table_VGH)}
-    y_BTH, c, h = call_native("words", shapes, whole, ways)
-    ends = [end for end in (there(c), h) if end is not None]
-    return jax.tree.unflatten(structure, ends), y_BTH.astype(cell.compute_dtype(table_VGH))
+    end, y_BTH = look_up("words", table_VGH, recurrent, words_BT, lengths_B, state, ways)
+    return end, y_BTH.astype(cell.compute_dtype(table_VGH))
 
 
 def run_bytes(
-    cell: Any,
     weights: Bytes,
     recurrent_bias_H: Array | None,
     table_VGH: Array,
@@ -189,21 +179,35 @@ def run_bytes(
 ) -> tuple[Any, Array]:
     """`run_words` with recurrent weights of 8 bits, from whose table and bias is taken what
     `int8.py` says."""
+    recurrent = (*weights, placed(recurrent_bias_H))
+    ways = {"reverse": reverse}
+    return look_up("bytes", table_VGH, recurrent, words_BT, lengths_B, state, ways)
+
+
+def look_up(
+    name: str,
+    table_VGH: Array,
+    recurrent: tuple[Array, ...],
+    words_BT: Array,
+    lengths_B: Array | None,
+    state: Any,
+    ways: dict[str, bool],
+) -> tuple[Any, Array]:
+    """The kernel's call `name`, whose recurrent weights and their bias are `recurrent`."""
     leaves, structure = jax.tree.flatten(state)
     c_BH, h_BH = leaves if len(leaves) == 2 else (None, *leaves)
     if lengths_B is None:
         lengths_B = jnp.full(words_BT.shape[0], words_BT.shape[1])
-    rest = [placed(recurrent_bias_H), placed(c_BH), h_BH]
+    *weights, bias, c, h = (*recurrent, placed(c_BH), h_BH)
     whole = (
         words_BT.astype(jnp.int32),
         table_VGH.astype(jnp.float32),
-        weights.panels,
-        weights.scale_GH,
-        *(array.astype(jnp.float32) for array in rest),
+        *weights,
+        *(array.astype(jnp.float32) for array in (bias, c, h)),
         lengths_B.astype(jnp.int32),
     )
-    shapes = [(*words_BT.shape, cell.features), rest[1].shape, h_BH.shape]
-    y_BTH, c, h = call_native("bytes", shapes, whole, {"reverse": reverse})
+    shapes = [(*words_BT.shape, table_VGH.shape[2]), c.shape, h.shape]
+    y_BTH, c, h = call_native(name, shapes, whole, ways)
     ends = [end for end in (there(c), h) if end is not None]
     return jax.tree.unflatten(structure, ends), y_BTH
 

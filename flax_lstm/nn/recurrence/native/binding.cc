@@ -152,20 +152,18 @@ ffi::Error run_forward(ffi::ThreadPool pool, Floats x, Floats input, Floats recu
   return ffi::Error::Success();
 }
 
-// Outputs alone, of words: the inputs' part of the gates' arguments is looked up in a table [count,G,H].
-ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recurrent, Floats recurrent_bias, Floats c0,
-                     Floats h0, Ints lengths, Result y, Result c, Result h, bool reverse, bool half) {
-  Shapes shapes;
+// What calls with words have in common; `expected` is filled in unless something is wrong. The inputs' part of the gates' arguments
+// is looked up in a table [count,G,H].
+ffi::Error check_words(Shapes& shapes, Expected& expected, const Ints& words, const Floats& table, const Floats& recurrent_bias,
+                       const Floats& c0, const Floats& h0, const Ints& lengths, Result& y, Result& c, Result& h) {
   shapes.rank("words", words.dimensions(), 2);
   shapes.rank("table", table.dimensions(), 3);
-  shapes.rank("recurrent weights", recurrent.dimensions(), 3);
   if (!shapes.fine()) return shapes.error();
   const Dims d = words.dimensions(), t = table.dimensions();
-  const Expected e{d[0], d[1], 0, t[1], t[2], false, t[1] == 4, t[1] == 3, true};
+  const Expected& e = expected = {d[0], d[1], 0, t[1], t[2], false, t[1] == 4, t[1] == 3, true};
   if (e.G != 4 && e.G != 3 && e.G != 1)
     return ffi::Error::InvalidArgument("flax_lstm: no cell has " + std::to_string(e.G) + " gates");
   if (t[0] == 0) return ffi::Error::InvalidArgument("flax_lstm: the table has no words");
-  shapes.expect("recurrent weights", recurrent.dimensions(), {e.H, e.G, e.H});
   shapes.expect("recurrent bias", recurrent_bias.dimensions(), e.recurrent_bias());
   shapes.expect("state c", c0.dimensions(), e.cell());
   shapes.expect("state h", h0.dimensions(), e.state());
@@ -173,6 +171,16 @@ ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recu
   shapes.expect("outputs", y->dimensions(), e.over_time({e.H}));
   shapes.expect("final c", c->dimensions(), e.cell());
   shapes.expect("final h", h->dimensions(), e.state());
+  return shapes.fine() ? ffi::Error::Success() : shapes.error();
+}
+
+// Outputs alone, of words.
+ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recurrent, Floats recurrent_bias, Floats c0,
+                     Floats h0, Ints lengths, Result y, Result c, Result h, bool reverse, bool half) {
+  Shapes shapes;
+  Expected e;
+  if (auto error = check_words(shapes, e, words, table, recurrent_bias, c0, h0, lengths, y, c, h); error.failure()) return error;
+  shapes.expect("recurrent weights", recurrent.dimensions(), {e.H, e.G, e.H});
   if (!shapes.fine()) return shapes.error();
   const Forward f{
       .size = e.sizes(),
@@ -182,7 +190,7 @@ ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recu
       .projected = true,
       .table = table.typed_data(),
       .words = words.typed_data(),
-      .count = t[0],
+      .count = table.dimensions()[0],
       .c0 = some(c0),
       .h0 = h0.typed_data(),
       .lengths = lengths.typed_data(),
@@ -198,31 +206,18 @@ ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recu
 ffi::Error run_bytes(ffi::ThreadPool pool, Ints words, Floats table, ffi::Buffer<ffi::S8> panels, Floats scales,
                      Floats recurrent_bias, Floats c0, Floats h0, Ints lengths, Result y, Result c, Result h, bool reverse) {
   Shapes shapes;
-  shapes.rank("words", words.dimensions(), 2);
-  shapes.rank("table", table.dimensions(), 3);
-  if (!shapes.fine()) return shapes.error();
-  const Dims d = words.dimensions(), t = table.dimensions();
-  const Expected e{d[0], d[1], 0, t[1], t[2], false, t[1] == 4, t[1] == 3};
-  if (e.G != 4 && e.G != 3 && e.G != 1)
-    return ffi::Error::InvalidArgument("flax_lstm: no cell has " + std::to_string(e.G) + " gates");
-  if (t[0] == 0) return ffi::Error::InvalidArgument("flax_lstm: the table has no words");
+  Expected e;
+  if (auto error = check_words(shapes, e, words, table, recurrent_bias, c0, h0, lengths, y, c, h); error.failure()) return error;
   const int64_t blocks = (e.H + COLUMNS - 1) / COLUMNS, depth = (e.H + DEPTH - 1) / DEPTH * DEPTH;
   shapes.expect("panels", panels.dimensions(), {blocks, e.G, depth / FOUR, COLUMNS, FOUR});
   shapes.expect("scales", scales.dimensions(), {e.G, e.H});
-  shapes.expect("recurrent bias", recurrent_bias.dimensions(), e.recurrent_bias());
-  shapes.expect("state c", c0.dimensions(), e.cell());
-  shapes.expect("state h", h0.dimensions(), e.state());
-  shapes.expect("lengths", lengths.dimensions(), {e.B});
-  shapes.expect("outputs", y->dimensions(), e.over_time({e.H}));
-  shapes.expect("final c", c->dimensions(), e.cell());
-  shapes.expect("final h", h->dimensions(), e.state());
   if (!shapes.fine()) return shapes.error();
   const Bytes f{
       .size = e.sizes(),
       .reverse = reverse,
       .words = words.typed_data(),
       .table = table.typed_data(),
-      .count = t[0],
+      .count = table.dimensions()[0],
       .depth = depth,
       .panels = panels.typed_data(),
       .scales = scales.typed_data(),
