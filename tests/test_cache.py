@@ -3,8 +3,11 @@
 
 import os
 import stat
+from pathlib import Path
 
+import platformdirs
 import pytest
+from platformdirs.macos import MacOS
 
 from flax_lstm.machine.cache import cache_folder, intact, keep, private_cache_folder
 
@@ -94,9 +97,23 @@ def test_a_planted_file_is_not_intact(cache):
     assert not intact(library)
 
 
-def test_without_a_home_there_is_a_folder_of_the_users_own(monkeypatch):
-    """A container's user without HOME and without an entry among the users."""
+def test_it_is_where_the_platform_keeps_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "flax_lstm"  # XDG_CACHE_HOME
+    for named in ("", "relative"):  # which the standard of these variables says to pass over
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+        assert cache_folder() == tmp_path / "home/.cache/flax_lstm"
+    monkeypatch.setattr(platformdirs, "PlatformDirs", MacOS)
+    assert cache_folder() == tmp_path / "home/Library/Caches/flax_lstm"
+
+
+@pytest.mark.parametrize("version", ["raises", "returns"])
+def test_without_a_home_there_is_a_folder_of_the_users_own(monkeypatch, version):
+    """A container's user without HOME and without an entry among the users. platformdirs raises
+    today and gave a path below `~` before."""
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    if version == "returns":
+        monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: Path("~/.cache/x"))
     assert cache_folder().name == f"flax_lstm-{os.geteuid()}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where what was made once is kept for the next run: $XDG_CACHE_HOME/flax_lstm, or
-~/.cache/flax_lstm; without a home (a container's nameless user), a folder of the user's own among
-the temporary ones.
+"""Where what was made once is kept for the next run: where the platform keeps such things, on Linux
+$XDG_CACHE_HOME/flax_lstm, or ~/.cache/flax_lstm; without a home (a container's nameless user), a
+folder of the user's own among the temporary ones.
 
 Programs are kept here, too, and are run: only what belongs to this user, in a folder that nobody
 else can write, is taken.
@@ -17,15 +17,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import platformdirs
+
 from flax_lstm.machine.files import write_atomically
 
 
 def cache_folder() -> Path:
     """The folder, there or not yet."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flax_lstm"
-    except RuntimeError:  # no HOME, and no entry for this user
-        return Path(tempfile.gettempdir()) / f"flax_lstm-{os.geteuid()}"
+    with contextlib.suppress(RuntimeError):  # no HOME, and no entry for this user
+        folder = platformdirs.user_cache_path("flax_lstm", appauthor=False)
+        if folder.is_absolute():  # older versions then give a path below `~`
+            return folder
+    return Path(tempfile.gettempdir()) / f"flax_lstm-{os.geteuid()}"
 
 
 def private_cache_folder() -> Path:
