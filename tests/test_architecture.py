@@ -18,7 +18,7 @@ ALLOWED = {
     "nn/recurrence": {"machine"},
     "nn/cells": {"machine"},
     "data": {"machine"},
-    "tasks": {"data", "nn"},
+    "tasks": {"data", "machine", "nn"},
     "tasks/metrics": set(),
     "tasks/plots": set(),
     "config": {"machine"},

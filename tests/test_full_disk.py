@@ -15,7 +15,7 @@ from small_runs import fit
 
 from flax_lstm import UserError
 from flax_lstm.commands.train import quiet_late_answers
-from flax_lstm.machine.files import write_atomically, written_or_told
+from flax_lstm.machine.files import draft, write_atomically, written_or_told
 from flax_lstm.machine.sharding import put_batch
 from flax_lstm.runs.journal import MetricsLog
 
@@ -149,6 +149,17 @@ def test_a_file_is_written_whole_or_stays(tmp_path):
     with pytest.raises(OSError):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_draft_goes_with_the_writer_that_fails(tmp_path, shared):
+    path = tmp_path / ("n" * 250)  # with ".part" a name may have
+    write_atomically(path, "old")
+    with pytest.raises(KeyboardInterrupt), draft(path, shared=shared) as new:
+        new.write_text("half")
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
 
 
 def test_errors_of_the_disk_that_orbax_leaves_lying_are_no_tracebacks(caplog, monkeypatch):

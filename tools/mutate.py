@@ -61,9 +61,9 @@ BREAKAGES = {
         "tests/test_adversary.py::test_moves_count_in_deviations_of_the_valid_steps",
     ),
     "processes that keep the same library share a draft": Breakage(
-        "flax_lstm/machine/cache.py",
-        'path.with_name(f".{noted.name}.{os.getpid()}")',
-        'path.with_name(f".{noted.name}")',
+        "flax_lstm/machine/files.py",
+        'f".{secrets.token_hex(8)}.part"',
+        '".all-of-them.part"',
         "tests/test_cache.py::test_two_processes_may_keep_the_same_at_once",
     ),
     "few rows are the first ones": Breakage(
@@ -1087,9 +1087,9 @@ BREAKAGES = {
         "tests/test_bad_values.py::test_outputs_that_cannot_be",
     ),
     "a draft is called by the whole name": Breakage(
-        "flax_lstm/commands/tables.py",
-        'path.with_name(f".{os.getpid()}.part")',
-        'path.with_name(f".{path.name}.part")',
+        "flax_lstm/machine/files.py",
+        'f".{secrets.token_hex(8)}.part"',
+        'f".{secrets.token_hex(8)}.{path.name}.part"',
         "tests/test_bad_values.py::test_what_a_format_cannot_hold_leaves_no_file",
     ),
     "a seed of 33 bits": Breakage(

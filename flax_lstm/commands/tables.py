@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables that commands write: whole, or not at all."""
 
-import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax_lstm.errors import UserError, listing, require
-from flax_lstm.machine.files import found_at
+from flax_lstm.machine.files import draft, found_at
 
 WRITERS: dict[str, Callable[[Any, Path], None]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
@@ -23,10 +22,9 @@ WRITERS: dict[str, Callable[[Any, Path], None]] = {
 
 def write_table(table: Any, path: Path) -> None:
     """Writes the file whole, or leaves what was there."""
-    draft = path.with_name(f".{os.getpid()}.part")  # short: a name ends at 255 bytes
     try:
-        WRITERS[path.suffix.lower()](table, draft)
-        draft.replace(path)
+        with draft(path, shared=True) as new:
+            WRITERS[path.suffix.lower()](table, new)
     except OSError as error:
         raise UserError(
             f"--output {path}: cannot be written ({error.strerror or error})"
@@ -38,8 +36,6 @@ def write_table(table: Any, path: Path) -> None:
             f"--output {path}: the table cannot be written as {path.suffix} ({reason}); try one of "
             f"{others}"
         ) from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def check_output(path: Path, overwrite: bool, source: Path | None = None) -> None:

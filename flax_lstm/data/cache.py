@@ -7,12 +7,12 @@ Everything here can be deleted at any time. Spoilt files, and those of other use
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from flax_lstm.machine.cache import cache_folder, intact, keep, private_cache_folder
+from flax_lstm.machine.files import draft
 
 FILES_KEPT = 16  # the ones used last
 
@@ -35,19 +35,14 @@ def remember(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
             path.touch()
             return arrays
     arrays = make()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a full or read-only disk costs time only
-        private_cache_folder()
-        with partial.open("wb") as file:
+        folder = private_cache_folder()
+        with draft(path, shared=True) as new, new.open("wb") as file:
+            new.chmod(0o600)
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types the names it reserves
-        partial.chmod(0o600)
-        partial.replace(path)
         keep(path)
-        for old in sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)[
-            :-FILES_KEPT
-        ]:
+        by_use = sorted(folder.glob("*.npz"), key=lambda file: file.stat().st_mtime)
+        for old in by_use[:-FILES_KEPT]:
             old.unlink()
             old.with_suffix(".sha256").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        partial.unlink(missing_ok=True)
     return arrays

@@ -52,7 +52,7 @@ def remembered(paths: Sequence[Path], digest: Callable[[], str]) -> str:
     found = digest()
     with contextlib.suppress(OSError):  # a full or read-only disk costs time only
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(kept, found)
+        write_atomically(kept, found, shared=True)
     return found
 
 

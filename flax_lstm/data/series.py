@@ -30,9 +30,9 @@ from flax_lstm.data.timetable import (
     require_columns,
 )
 from flax_lstm.data.tracks import Layout, Track
-from flax_lstm.data.vocabulary import write_atomically
 from flax_lstm.data.windows import SPLITS, Buffer, Scale, WindowDataset, WindowForm, scored
 from flax_lstm.errors import MOST, UserError, listing, require
+from flax_lstm.machine.files import write_atomically
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
@@ -260,7 +260,8 @@ class SeriesInfo(Layout):
         return dataset.batch("test", np.array([0])), dataset.buffer.times[-self.horizon :]
 
     def save(self, assets: Path) -> None:
-        """Writes info.json into the folder."""
+        """Writes info.json into the folder, which is made."""
+        assets.mkdir(parents=True, exist_ok=True)
         write_atomically(
             assets / "info.json", json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
         )

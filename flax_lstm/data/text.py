@@ -39,9 +39,9 @@ from flax_lstm.data.tables import (
     weight_values,
 )
 from flax_lstm.data.vectors import WordVectors, read_vectors
-from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary, write_atomically
+from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary
 from flax_lstm.errors import MOST, UserError, listing, nearest, require, within
-from flax_lstm.machine.files import expanded, found_at
+from flax_lstm.machine.files import expanded, found_at, write_atomically
 
 MOST_WORDS = 4_000_000  # of a vocabulary
 LONGEST = 10_000_000  # tokens, of a text

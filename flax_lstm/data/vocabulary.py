@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from flax_lstm.data.cache import fingerprint, remember
 from flax_lstm.errors import UserError
-from flax_lstm.machine import files
+from flax_lstm.machine.files import write_atomically
 
 PAD, UNKNOWN, END = 0, 1, 2  # ids that every vocabulary has; END also separates documents
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<eos>"]
@@ -140,7 +140,8 @@ class Vocabulary:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, path: Path) -> None:
-        """Writes the JSON format of `tokenizers`, whole or not at all."""
+        """Writes the JSON format of `tokenizers`, whole or not at all; the folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, self._tokenizer.to_str())
 
     @classmethod
@@ -150,12 +151,6 @@ class Vocabulary:
             return cls(Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"cannot read the vocabulary {path}: {error}") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of it; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, text)
 
 
 def _valid(text: str) -> str:

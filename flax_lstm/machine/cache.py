@@ -48,7 +48,7 @@ def private_cache_folder() -> Path:
 def _remove_drafts(folder: Path) -> None:
     """Of processes that were killed: folders to compile in, files half written. None is used for an
     hour."""
-    for draft in (*folder.glob("tmp*/"), *folder.glob(".*.npz.*"), *folder.glob(".*.sha256.*")):
+    for draft in (*folder.glob("tmp*/"), *folder.glob(".*.part")):
         with contextlib.suppress(OSError):
             if draft.stat().st_mtime < time.time() - 3600:
                 shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
@@ -62,11 +62,8 @@ def is_own(path: Path) -> bool:
 
 def keep(path: Path) -> None:
     """Notes the content of a file in the folder, for `intact`."""
-    noted = path.with_suffix(".sha256")
-    # A draft of this process's own: others may keep the same at the same time.
-    draft = path.with_name(f".{noted.name}.{os.getpid()}")
-    write_atomically(draft, hashlib.sha256(path.read_bytes()).hexdigest())
-    draft.replace(noted)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_atomically(path.with_suffix(".sha256"), digest, shared=True)
 
 
 def intact(path: Path) -> bool:

@@ -4,6 +4,7 @@ full disk a line."""
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,21 +34,37 @@ def found_at(path: Path) -> os.stat_result | None:
         raise UserError(f"cannot look at {path}: {reason}") from None
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file has its old content or the new one, whatever happens; text is UTF-8.
+@contextmanager
+def draft(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Where to write the new content of a file. It takes the place of the old one when the block
+    ends well, and is removed when it does not.
+
+    shared: others may write the same file at the same time, and each has a draft of its own. Where
+    a folder has one owner, the draft of one that was killed is written over by the next.
+    """
+    # Without the file's name, which may be as long as names can be.
+    name = f".{secrets.token_hex(8)}.part" if shared else f"{path.name}.part"
+    new = path.with_name(name)
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        if new.is_file():
+            new.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+    """The file has its old content or the new one, whatever happens; text is UTF-8. shared: as of
+    `draft`.
 
     Raises OSError where it cannot be written, and then leaves no draft behind.
     """
-    draft = path.with_name(path.name + ".part")
     try:
-        with draft.open("wb") as file:
+        with draft(path, shared=shared) as new, new.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
     except OSError as error:
-        if draft.is_file():
-            draft.unlink(missing_ok=True)
         error.filename = error.filename or str(path)
         raise
 

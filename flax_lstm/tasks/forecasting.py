@@ -18,9 +18,9 @@ import pandas as pd
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, SeriesForm, Windows
-from flax_lstm.data.vocabulary import write_atomically
 from flax_lstm.data.windows import WindowDataset
 from flax_lstm.errors import UserError, require, within
+from flax_lstm.machine.files import write_atomically
 from flax_lstm.nn.likelihoods import (
     Likelihood,
     NegativeBinomial,
