@@ -233,7 +233,7 @@ def test_download_and_prepare(server, tmp_path, monkeypatch, capfd):
 
 
 def test_reviews(prepared):
-    files = Imdb(data_dir=str(prepared))
+    files = Imdb(data_dir=str(prepared)).source
     train = files.reviews("train")
     assert sorted(zip(train.texts, train.labels, strict=True)) == sorted(
         [(f"film {i} is  a joy", "pos") for i in range(40)]
@@ -244,7 +244,7 @@ def test_reviews(prepared):
 
 
 def test_splits_are_disjoint_and_of_train_alone(prepared):
-    splits = Imdb(data_dir=str(prepared)).splits()
+    splits = Imdb(data_dir=str(prepared)).source.splits()
     train, validation, test = (set(splits[name].texts) for name in ("train", "validation", "test"))
     assert (
         len(train) + len(validation) == 80
@@ -253,24 +253,24 @@ def test_splits_are_disjoint_and_of_train_alone(prepared):
     )
     assert 0 < len(validation) < 20
     assert (
-        Imdb(data_dir=str(prepared), split_seed=1).splits()["validation"].texts
+        Imdb(data_dir=str(prepared), split_seed=1).source.splits()["validation"].texts
         != splits["validation"].texts
     )
 
 
 def test_language_model_never_sees_test_or_validation_text(prepared, tmp_path):
     data = ImdbLanguage(data_dir=str(prepared), sequence_length=7)
-    documents = data.documents()
+    documents = {name: rows.texts for name, rows in data.source.splits().items()}
     assert not set(documents["train"]) & {*documents["validation"], *documents["test"]}
-    assert documents["validation"] == Imdb(data_dir=str(prepared)).splits()["validation"].texts
+    assert (
+        documents["validation"] == Imdb(data_dir=str(prepared)).source.splits()["validation"].texts
+    )
     assert sum("song" in text for text in documents["train"]) == 10
     vocabulary = data.load(tmp_path).info.vocabulary
     assert vocabulary.encode(["secretword"])[0].tolist() == [1]
     assert vocabulary.encode(["rareword"])[0].tolist() != [1]
-    assert not any(
-        "song" in text
-        for text in ImdbLanguage(data_dir=str(prepared), unsupervised=False).documents()["train"]
-    )
+    labelled = ImdbLanguage(data_dir=str(prepared), unsupervised=False).source.splits()["train"]
+    assert not any("song" in text for text in labelled.texts)
 
 
 def test_no_test_review_reaches_training_or_vocabulary(prepared, tmp_path, monkeypatch):
@@ -287,7 +287,7 @@ def test_no_test_review_reaches_training_or_vocabulary(prepared, tmp_path, monke
         "train_cached",
         classmethod(lambda cls, texts, *rest: given.extend(texts) or train(cls, texts, *rest)),
     )
-    forbidden = digests(Imdb(data_dir=str(prepared)).reviews("test").texts)
+    forbidden = digests(Imdb(data_dir=str(prepared)).source.reviews("test").texts)
     assert len(forbidden) == 12
     for data, assets in (
         (Imdb(data_dir=str(prepared)), tmp_path / "classifier"),
@@ -321,7 +321,7 @@ def test_prepared_in_a_format_that_needs_tensorflow(prepared, tmp_path):
     info = tmp_path / "tfds" / imdb.FOLDER / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(UserError, match="tfrecord"):
-        Imdb(data_dir=str(tmp_path / "tfds")).splits()
+        Imdb(data_dir=str(tmp_path / "tfds")).source.splits()
 
 
 def test_spoilt_records_are_a_user_error(prepared, tmp_path):
@@ -329,7 +329,7 @@ def test_spoilt_records_are_a_user_error(prepared, tmp_path):
     record = next((tmp_path / "tfds" / imdb.FOLDER).glob("*train*"))
     record.write_bytes(record.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot read the train reviews"):
-        Imdb(data_dir=str(tmp_path / "tfds")).splits()
+        Imdb(data_dir=str(tmp_path / "tfds")).source.splits()
 
 
 def test_paths_are_made_absolute(tmp_path, monkeypatch):

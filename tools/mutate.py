@@ -127,7 +127,7 @@ BREAKAGES = {
         "tests/test_prepared.py::test_texts_with_labels_give_the_batches_that_they_give_from_memory",
     ),
     "files of tokens are trained from unseen": Breakage(
-        "flax_lstm/data/text.py",
+        "flax_lstm/data/corpus.py",
         "        found.verify(file_sha256)\n",
         "",
         "tests/test_prepared.py::test_a_byte_that_differs_is_noticed_before_training_from_it",
@@ -337,10 +337,16 @@ BREAKAGES = {
         "inputs=np.ascontiguousarray(values_BSD[:, 1 : lookback + 1])",
         "tests/test_series_data.py::test_forecast_steps_are_not_in_the_inputs",
     ),
+    "the archive of reviews is looked for where a run goes on": Breakage(
+        "flax_lstm/data/imdb.py",
+        '(*TextData.paths, "data_dir", "archive")',
+        '(*TextData.paths, "data_dir")',
+        "tests/test_text_sources.py::test_every_setting_that_names_a_place_is_made_absolute",
+    ),
     "copies of a text in training and validation": Breakage(
-        "flax_lstm/data/text.py",
-        "[_hash(key, seed) for key in keys or rows.texts]",
-        "[_hash(f'{key}{n}', seed) for n, key in enumerate(keys or rows.texts)]",
+        "flax_lstm/data/sources.py",
+        "[steady_number(key, seed) for key in keys or rows.texts]",
+        "[steady_number(f'{key}{n}', seed) for n, key in enumerate(keys or rows.texts)]",
         "tests/test_text_data.py::test_more_rows_move_none_and_copies_stay_together",
     ),
     "every epoch in the same order": Breakage(
@@ -829,7 +835,7 @@ BREAKAGES = {
         "tests/test_backends.py::test_long_sequences",
     ),
     "a run that begins with another makes a vocabulary of its own": Breakage(
-        "flax_lstm/data/text.py",
+        "flax_lstm/data/corpus.py",
         "vocabulary.save(ours / VOCABULARY)",
         "pass",
         "tests/test_init_from.py::test_encoder_embedding_and_vocabulary_come_from_the_other_run",

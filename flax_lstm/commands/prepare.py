@@ -25,8 +25,8 @@ class Options:
 def main(arguments: Sequence[str], prog: str = "flax-lstm prepare") -> int:
     """Prepares, or verifies; returns the exit status."""
     options, config = parse_with_config(Options, arguments, prog, ABOUT)
+    from flax_lstm.data.corpus import Corpus
     from flax_lstm.data.prepared import Prepared
-    from flax_lstm.data.text import Corpus
 
     if options.verify:
         Prepared.open(options.out).verify()

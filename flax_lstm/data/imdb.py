@@ -18,11 +18,11 @@ import tarfile
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 from flax_lstm.data.download import RemoteFile, download, verify
-from flax_lstm.data.memory import absolute_path
-from flax_lstm.data.text import Corpus, TextData, Texts, split_by_hash
+from flax_lstm.data.sources import Texts, TextSource, split_by_hash
+from flax_lstm.data.text import TextData
 from flax_lstm.errors import UserError
 from flax_lstm.machine.files import expanded
 
@@ -38,19 +38,13 @@ FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")  # within the folder of Ten
 
 
 @dataclasses.dataclass(frozen=True)
-class ImdbFiles(Corpus):
-    """Where the reviews are found, or put once."""
+class ImdbSource(TextSource):
+    """The labelled reviews, from where they are found, or put once."""
 
-    # Folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    data_dir: str = ""
-    archive: str = ""  # a local aclImdb_v1.tar.gz to prepare from instead of downloading it (80 MB)
-
-    def absolute(self) -> Self:
-        return dataclasses.replace(
-            super().absolute(),
-            data_dir=absolute_path(self.data_dir),
-            archive=absolute_path(self.archive),
-        )
+    data_dir: str  # of TensorFlow Datasets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    archive: str  # to prepare from; empty: it is fetched
+    validation_fraction: float
+    seed: int
 
     def folder(self) -> Path:
         """Of TensorFlow Datasets."""
@@ -59,11 +53,11 @@ class ImdbFiles(Corpus):
 
     def files(self) -> list[Path]:
         """Of what is prepared, the reviews alone: what else lies there names versions and times."""
-        return [*super().files(), *sorted((self.folder() / FOLDER).glob("*.array_record*"))]
+        return sorted((self.folder() / FOLDER).glob("*.array_record*"))
 
     def reviews(self, split: str) -> Texts:
-        """The "train", "test" or "unsupervised" reviews (label ""); prepares the data first where
-        that is not done.
+        """The "train", "test" or "unsupervised" reviews; prepares the data first where that is not
+        done.
 
         Raises UserError without data and network, and for a spoilt archive.
         """
@@ -86,33 +80,57 @@ class ImdbFiles(Corpus):
                 "move that folder away to have them prepared anew"
             ) from None
         texts = [re.sub(r"<br\s*/?>", " ", record["text"].decode("utf-8")) for record in records]
-        return Texts(
-            texts,
-            [LABELS[record["label"]] if split != "unsupervised" else "" for record in records],
-        )
+        if split == "unsupervised":
+            return Texts.unlabelled(texts)
+        return Texts(texts, [LABELS[record["label"]] for record in records])
 
-    def labelled_splits(self) -> dict[str, Texts]:
-        """The labelled reviews as "train", "validation" (split off by a hash of their text) and
-        "test". The 123 that were published for training and are copies of test reviews are left
-        out."""
+    def splits(self) -> dict[str, Texts]:
+        """Validation is split off by a hash of the texts. The 123 reviews that were published for
+        training and are copies of test reviews are left out."""
         test = self.reviews("test")
         known = set(test.texts)
         train = self.reviews("train")
         train = train.take(n for n, text in enumerate(train.texts) if text not in known)
         shares = {"validation": self.validation_fraction}
-        return {**split_by_hash(train, shares, self.split_seed), "test": test}
+        return {**split_by_hash(train, shares, self.seed), "test": test}
 
 
 @dataclasses.dataclass(frozen=True)
-class Imdb(ImdbFiles, TextData):
+class ImdbDocuments(TextSource):
+    """The same reviews for language models: those to train on are joined by the reviews without
+    labels, and none of them is a copy of a validation or test review."""
+
+    reviews: ImdbSource
+    unsupervised: bool  # whether those without labels are read
+
+    def files(self) -> list[Path]:
+        return self.reviews.files()
+
+    def splits(self) -> dict[str, Texts]:
+        texts = {name: rows.texts for name, rows in self.reviews.splits().items()}
+        if self.unsupervised:
+            texts["train"] = texts["train"] + self.reviews.reviews("unsupervised").texts
+        held_out = {*texts["validation"], *texts["test"]}
+        texts["train"] = [text for text in texts["train"] if text not in held_out]
+        return {name: Texts.unlabelled(texts[name]) for name in ("train", "validation", "test")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Imdb(TextData):
     """Sentiment of IMDB reviews. No training or validation review is a copy of a test review."""
 
+    paths: ClassVar[tuple[str, ...]] = (*TextData.paths, "data_dir", "archive")
+
+    # Folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    data_dir: str = ""
+    archive: str = ""  # a local aclImdb_v1.tar.gz to prepare from instead of downloading it (80 MB)
     max_length: int = 200  # tokens kept of a longer review
 
     classes = tuple(LABELS)
 
-    def splits(self) -> dict[str, Texts]:
-        return self.labelled_splits()
+    @property
+    def source(self) -> ImdbSource:
+        return ImdbSource(self.data_dir, self.archive, self.validation_fraction, self.split_seed)
 
 
 def _is_prepared(data_dir: Path) -> bool:

@@ -6,7 +6,6 @@ Axes: B lanes (rows of a batch), T tokens of a window.
 
 import dataclasses
 import functools
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -14,22 +13,14 @@ from typing import ClassVar
 import numpy as np
 
 from flax_lstm.data.base import Batch, BatchSource
+from flax_lstm.data.corpus import LONGEST, Corpus, VocabularyInfo, check_sizes
 from flax_lstm.data.documents import stream_documents
-from flax_lstm.data.imdb import ImdbFiles
-from flax_lstm.data.memory import in_memory
+from flax_lstm.data.imdb import ImdbDocuments, ImdbSource
+from flax_lstm.data.memory import InMemory, in_memory
 from flax_lstm.data.order import permutation
 from flax_lstm.data.prepared import PieceBatches, Prepared
-from flax_lstm.data.preparing import Document
+from flax_lstm.data.sources import DocumentSource, Texts, check_shares
 from flax_lstm.data.tables import read_table, text_values
-from flax_lstm.data.text import (
-    LONGEST,
-    Corpus,
-    TableFiles,
-    Texts,
-    VocabularyInfo,
-    check_sizes,
-    split_of,
-)
 from flax_lstm.data.vocabulary import END, Vocabulary
 from flax_lstm.errors import require
 
@@ -170,7 +161,7 @@ def judged(lengths: Sequence[int], settings: "LanguageData") -> list[int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageData(Corpus):
-    """Language modelling; subclasses say where the documents come from (`documents`)."""
+    """Language modelling; subclasses say where the documents come from (`source`)."""
 
     gives: ClassVar[type | None] = LanguageInfo
 
@@ -191,19 +182,10 @@ class LanguageData(Corpus):
             f"data.evaluation-tokens is {self.evaluation_tokens}: give 0 (all) or a number",
         )
 
-    @abstractmethod
-    def documents(self) -> dict[str, list[str]]:
-        """The texts of "train", "validation" and "test"."""
-
-    def stream(self) -> Iterator[Document]:
-        """The same, one by one. The same on every call."""
-        for split, texts in self.documents().items():
-            yield from (Document(split, text) for text in texts)
-
     def load(self, assets: Path) -> LanguageDataset | PreparedDataset:
         if self.prepared:
             return self._load_prepared(assets)
-        documents = self.documents()
+        documents = {name: rows.texts for name, rows in self.source.splits().items()}
         check_sizes({name: len(texts) for name, texts in documents.items()})
         vocabulary = self.vocabulary(assets, documents["train"])
         end = np.array([END], np.int32)
@@ -237,7 +219,7 @@ class LanguageData(Corpus):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImdbLanguage(ImdbFiles, LanguageData):
+class ImdbLanguage(LanguageData):
     """Language modelling of IMDB reviews, clean of test texts: pretraining for `Imdb` with the same
     split.
 
@@ -245,47 +227,47 @@ class ImdbLanguage(ImdbFiles, LanguageData):
     that are copies of a validation or test review. The test reviews are only ever evaluated.
     """
 
+    paths: ClassVar[tuple[str, ...]] = (*LanguageData.paths, "data_dir", "archive")
+
+    # Folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    data_dir: str = ""
+    archive: str = ""  # a local aclImdb_v1.tar.gz to prepare from instead of downloading it (80 MB)
     unsupervised: bool = True  # read the 50,000 reviews without labels, too
 
-    def documents(self) -> dict[str, list[str]]:
-        splits = self.labelled_splits()
-        validation, test = splits["validation"].texts, splits["test"].texts
-        train = splits["train"].texts + (
-            self.reviews("unsupervised").texts if self.unsupervised else []
-        )
-        held_out = {*validation, *test}
-        return {
-            "train": [text for text in train if text not in held_out],
-            "validation": validation,
-            "test": test,
-        }
+    @property
+    def source(self) -> ImdbDocuments:
+        reviews = ImdbSource(self.data_dir, self.archive, self.validation_fraction, self.split_seed)
+        return ImdbDocuments(reviews, self.unsupervised)
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageTable(TableFiles, LanguageData):
+class LanguageTable(LanguageData, InMemory):
     """Your own documents: the text column of a table, or all files of texts below a folder (.txt,
     .jsonl, .ndjson, each also as .gz, and .parquet)."""
 
     below: ClassVar[tuple[str, ...]] = ("**/*",)
+    paths: ClassVar[tuple[str, ...]] = (*LanguageData.paths, "path", "test_path")
 
-    def documents(self) -> dict[str, list[str]]:
-        return {name: rows.texts for name, rows in self.table_splits(self._texts).items()}
+    # table (.csv .tsv .jsonl .ndjson .parquet), folder of files, or folder of train/ and test/ such
+    path: str = ""
+    # Column of the table with the texts; a name such as title+body joins two columns
+    text_column: str = "text"
+    test_path: str = ""  # table or folder with the test rows; without it they are split off
+    # Share of the rows split off for the test where no test rows are given
+    test_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self.validation_fraction, self.test_fraction, "row")
+
+    @property
+    def source(self) -> DocumentSource:
+        shares = {"test": self.test_fraction, "validation": self.validation_fraction}
+        files = self.path, self.test_path
+        return DocumentSource(*files, shares, self.split_seed, self._texts, self.text_column)
 
     def _texts(self, path: Path) -> Texts:
         if path.is_dir():
-            texts = [*stream_documents(path, self.text_column)]
-        else:
-            frame = self.held() if in_memory(path) else read_table(path)
-            texts = text_values(frame, self.text_column, path)
-        return Texts(texts, [""] * len(texts))
-
-    def stream(self) -> Iterator[Document]:
-        train, test, shares = self.table_files()
-        if in_memory(train):
-            yield from super().stream()
-            return
-        for text in stream_documents(train, self.text_column):
-            yield Document(split_of(text, shares, self.split_seed), text)
-        if test is not None:
-            texts = stream_documents(test, self.text_column)
-            yield from (Document("test", text) for text in texts)
+            return Texts.unlabelled([*stream_documents(path, self.text_column)])
+        frame = self.held() if in_memory(path) else read_table(path)
+        return Texts.unlabelled(text_values(frame, self.text_column, path))

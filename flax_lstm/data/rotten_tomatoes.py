@@ -16,8 +16,9 @@ from pathlib import Path
 import pandas as pd
 
 from flax_lstm.data.download import RemoteFile, verify
-from flax_lstm.data.text import TextData, Texts, check_fraction, split_by_hash
-from flax_lstm.errors import UserError, require
+from flax_lstm.data.sources import Texts, TextSource, check_shares, split_by_hash
+from flax_lstm.data.text import TextData
+from flax_lstm.errors import UserError
 from flax_lstm.machine.cache import cache_folder
 from flax_lstm.machine.files import draft
 
@@ -51,11 +52,20 @@ class RottenTomatoes(TextData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction("test-fraction", self.test_fraction)
-        total = self.validation_fraction + self.test_fraction
-        require(
-            total < 1, "data.validation-fraction and data.test-fraction leave no film for training"
-        )
+        check_shares(self.validation_fraction, self.test_fraction, "film")
+
+    @property
+    def source(self) -> "FilmReviews":
+        return FilmReviews(self.test_fraction, self.validation_fraction, self.split_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class FilmReviews(TextSource):
+    """The reviews in the wheel, split by film."""
+
+    test_fraction: float
+    validation_fraction: float
+    seed: int
 
     def splits(self) -> dict[str, Texts]:
         with zipfile.ZipFile(wheel()) as archive:
@@ -63,7 +73,7 @@ class RottenTomatoes(TextData):
         reviews = table[table["category"] != "plot"].drop_duplicates("text")
         rows = Texts(reviews["text"].tolist(), reviews["category"].tolist())
         shares = {"test": self.test_fraction, "validation": self.validation_fraction}
-        return split_by_hash(rows, shares, self.split_seed, keys=reviews["movie_name"].tolist())
+        return split_by_hash(rows, shares, self.seed, keys=reviews["movie_name"].tolist())
 
 
 def wheel() -> Path:

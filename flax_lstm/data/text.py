@@ -5,18 +5,15 @@ Axes: B rows of a batch, T tokens.
 """
 
 import dataclasses
-import hashlib
-import json
-from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
 
-from flax_lstm.data.base import Batch, BatchSource, Data
+from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.buckets import (
     BucketedBatches,
     Rows,
@@ -25,82 +22,27 @@ from flax_lstm.data.buckets import (
     pad,
     take,
 )
-from flax_lstm.data.fingerprint import file_sha256
-from flax_lstm.data.memory import InMemory, absolute_path, in_memory, with_names
-from flax_lstm.data.prepared import INDEX, SPLITS, Documents, Prepared
-from flax_lstm.data.preparing import Document, Recipe, prepare
+from flax_lstm.data.corpus import LONGEST, Corpus, VocabularyInfo, check_sizes
+from flax_lstm.data.memory import InMemory, with_names
+from flax_lstm.data.prepared import SPLITS, Documents
+from flax_lstm.data.sources import (
+    TableSource,
+    Texts,
+    check_shares,
+    read_texts,
+    steady_number,
+)
 from flax_lstm.data.tables import (
     label_values,
-    read_folder,
     read_table,
     sort_labels,
     tag_values,
     text_values,
-    weight_values,
 )
 from flax_lstm.data.vectors import WordVectors, read_vectors
-from flax_lstm.data.vocabulary import TokenizerKind, Vocabulary
-from flax_lstm.errors import MOST, UserError, listing, nearest, require, within
-from flax_lstm.machine.files import expanded, found_at, write_atomically
-
-MOST_WORDS = 4_000_000  # of a vocabulary
-LONGEST = 10_000_000  # tokens, of a text
-VOCABULARY = "vocabulary.json"  # in the folder of what is fitted
-
-
-class Texts(NamedTuple):
-    """The examples of a split, as read."""
-
-    texts: list[str]
-    labels: list[Any]  # a name each, or a tuple of tags
-    weights: list[float] | None = None  # how much each counts in training; None: alike
-
-    def take(self, chosen: Iterable[int]) -> "Texts":
-        """These rows."""
-        rows = list(chosen)
-        return Texts(
-            [self.texts[n] for n in rows],
-            [self.labels[n] for n in rows],
-            None if self.weights is None else [self.weights[n] for n in rows],
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class VocabularyInfo:
-    """What is kept of texts for predictions: a folder with vocabulary.json, and the other fields in
-    info.json."""
-
-    vocabulary: Vocabulary
-
-    @property
-    def vocabulary_size(self) -> int:
-        return self.vocabulary.size
-
-    def save(self, assets: Path) -> None:
-        fields = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name != "vocabulary"
-        }
-        self.vocabulary.save(assets / VOCABULARY)
-        write_atomically(
-            assets / "info.json", json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
-        )
-
-    @classmethod
-    def load(cls, assets: Path) -> Self:
-        """Reads what `save` wrote. Raises UserError if it is missing or spoilt."""
-        try:
-            saved = json.loads((assets / "info.json").read_text(encoding="utf-8"))
-            fields: Any = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in saved.items()
-            }
-            return cls(vocabulary=Vocabulary.load(assets / VOCABULARY), **fields)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"cannot read what training saved of its data, {assets / 'info.json'}: {error}"
-            ) from None
+from flax_lstm.data.vocabulary import Vocabulary
+from flax_lstm.errors import MOST, UserError, listing, nearest, require
+from flax_lstm.machine.files import expanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,93 +194,8 @@ class PreparedTexts(TextDataset):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Corpus(Data):
-    """The settings that every data set of texts has."""
-
-    vocabulary_size: int = 20_000  # most frequent training tokens kept, special ones included
-    # Word: lower-cased words and punctuation; bpe: byte pairs, nothing unknown
-    tokenizer: TokenizerKind = "word"
-    validation_fraction: float = 0.1  # share of the training rows held out to choose the best step
-    split_seed: int = 0  # another value draws another split; the seed of the model does not move it
-    # Folder that flax-lstm prepare wrote: its tokens are read, in the place of the texts
-    prepared: str = ""
-
-    # Settings that the tokens do not depend on
-    free: ClassVar[tuple[str, ...]] = ("prepared",)
-
-    def __post_init__(self) -> None:
-        least = 4 if self.tokenizer == "word" else 260
-        require(
-            least <= self.vocabulary_size <= MOST_WORDS,
-            f"data.vocabulary-size is {self.vocabulary_size}: give at least {least}, and at most "
-            f"{MOST_WORDS:,}",
-        )
-        within("data.split-seed", self.split_seed, 0, 2**63 - 1)
-        check_fraction("validation-fraction", self.validation_fraction)
-
-    def absolute(self) -> Self:
-        return dataclasses.replace(super().absolute(), prepared=absolute_path(self.prepared))
-
-    def files(self) -> list[Path]:
-        """The index of what was prepared says by hashes what the tokens are."""
-        return [expanded(self.prepared) / INDEX] if self.prepared else super().files()
-
-    @abstractmethod
-    def stream(self) -> Iterator[Document]:
-        """All texts, one by one, the same on every call."""
-
-    def prepare(self, folder: Path) -> None:
-        """Encodes all texts into files, to be trained from with `prepared` (see
-        `flax_lstm.data.prepared`); what is there already is kept."""
-        settings = {
-            f.name: getattr(self.absolute(), f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in self.free
-        }
-        recipe = Recipe(self.vocabulary_size, self.tokenizer, settings)
-        prepare(self.stream, recipe, folder)
-
-    def open_prepared(self, assets: Path) -> Prepared:
-        """What was prepared, whose vocabulary is in `assets` from then on. Raises UserError where
-        the settings, or the vocabulary there, are others, and where a byte is not as it was."""
-        found = Prepared.open(expanded(self.prepared))
-        found.verify(file_sha256)
-        for name in ("vocabulary_size", "tokenizer"):
-            then, now = found.settings.get(name), getattr(self, name)
-            flag = f"--data.{name.replace('_', '-')}"
-            require(then == now, f"{found.folder} was prepared with {flag} {then}, not {now}")
-        vocabulary = found.vocabulary()
-        if not (assets / VOCABULARY).exists():
-            vocabulary.save(assets / VOCABULARY)
-        require(
-            Vocabulary.load(assets / VOCABULARY) == vocabulary,
-            f"{found.folder} was prepared with another vocabulary than that of {assets}",
-        )
-        return found
-
-    def vocabulary(self, assets: Path, texts: Sequence[str]) -> Vocabulary:
-        """The one saved in `assets` if there is one (say of a language model), else trained on
-        `texts` and saved."""
-        path = assets / VOCABULARY
-        if not path.exists():
-            Vocabulary.train_cached(texts, self.vocabulary_size, self.tokenizer).save(path)
-        return Vocabulary.load(path)
-
-    def inherit(self, theirs: Path, ours: Path) -> None:
-        """Takes over the vocabulary, whatever its size: weights know words by their ids."""
-        vocabulary = Vocabulary.load(theirs / VOCABULARY)
-        if not (ours / VOCABULARY).exists():
-            vocabulary.save(ours / VOCABULARY)
-        require(
-            Vocabulary.load(ours / VOCABULARY) == vocabulary,
-            f"{ours.parent} was begun with another vocabulary than that of {theirs.parent}: name a "
-            "new folder, --workdir DIR",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextData(Corpus):
-    """Classification of texts; subclasses say where the texts come from (`splits`)."""
+    """Classification of texts; subclasses say where the texts come from (`source`)."""
 
     gives: ClassVar[Any] = TextInfo  # or `TagInfo`
 
@@ -356,6 +213,7 @@ class TextData(Corpus):
     free: ClassVar[tuple[str, ...]] = (
         *("prepared", "max_length", "keep", "balanced", "train_rows", "vectors"),
     )
+    paths: ClassVar[tuple[str, ...]] = ("prepared", "vectors")
     # what a table of new texts calls them; a field where the user has a table of their own
     text_column = "text"
     label_column = "label"
@@ -375,25 +233,16 @@ class TextData(Corpus):
             "data.vectors are of words: they do not go with --data.tokenizer bpe",
         )
 
-    def absolute(self) -> Self:
-        return dataclasses.replace(super().absolute(), vectors=absolute_path(self.vectors))
-
-    @abstractmethod
-    def splits(self) -> dict[str, Texts]:
-        """The texts and labels of "train", "validation" and "test"."""
-
-    def stream(self) -> Iterator[Document]:
+    def prepare(self, folder: Path) -> None:
         require(
             self.gives is TextInfo, "flax-lstm prepare takes texts with one label, not with tags"
         )
-        for split, rows in self.splits().items():
-            pairs = zip(rows.texts, rows.labels, strict=True)
-            yield from (Document(split, text, label) for text, label in pairs)
+        super().prepare(folder)
 
     def load(self, assets: Path) -> TextDataset:
         if self.prepared:
             return self._load_prepared(assets)
-        splits = self.splits()
+        splits = self.source.splits()
         check_sizes({name: len(split.texts) for name, split in splits.items()})
         splits["train"] = self._drawn(splits["train"])
         if saved := (assets / "info.json").exists():
@@ -444,7 +293,8 @@ class TextData(Corpus):
             self.train_rows <= found,
             f"data.train-rows is {self.train_rows}: there are {found} training rows",
         )
-        places = np.argsort([_hash(text, self.split_seed) for text in train.texts], kind="stable")
+        numbers = [steady_number(text, self.split_seed) for text in train.texts]
+        places = np.argsort(numbers, kind="stable")
         return train.take(np.sort(places[: self.train_rows]))
 
     def _weighed(self, info: TextInfo, train: Rows, given: Sequence[float] | None) -> Rows:
@@ -523,57 +373,7 @@ class TextData(Corpus):
 
 
 @dataclasses.dataclass(frozen=True)
-class TableFiles(Corpus, InMemory):
-    """Rows of the user's own files, in splits that they give or that are drawn."""
-
-    # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/
-    # such
-    path: str = ""
-    # Column of the table with the texts; a name such as title+body joins two columns
-    text_column: str = "text"
-    test_path: str = ""  # table or folder with the test rows; without it they are split off
-    # Share of the rows split off for the test where no test rows are given
-    test_fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("test-fraction", self.test_fraction)
-        total = self.validation_fraction + self.test_fraction
-        require(
-            total < 1, "data.validation-fraction and data.test-fraction leave no row for training"
-        )
-
-    def absolute(self) -> Self:
-        return dataclasses.replace(
-            super().absolute(),
-            path=absolute_path(self.path),
-            test_path=absolute_path(self.test_path),
-        )
-
-    def table_files(self) -> tuple[Path, Path | None, dict[str, float]]:
-        """Where rows are to be read, where those of the test, and the shares of the first that are
-        split off by the hash of their texts."""
-        require(
-            bool(self.path),
-            "data.path is not given: name a table or folder of texts, --data.path FILE",
-        )
-        train = expanded(self.path)
-        test = expanded(self.test_path) if self.test_path else None
-        found_at(train)  # what can be no path is refused
-        if test is None and (train / "train").is_dir() and (train / "test").is_dir():
-            train, test = train / "train", train / "test"
-        shares = {} if test is not None else {"test": self.test_fraction}
-        return train, test, {**shares, "validation": self.validation_fraction}
-
-    def table_splits(self, read: Callable[[Path], Texts]) -> dict[str, Texts]:
-        """The rows that `read` finds in the files, as "train", "validation" and "test"."""
-        train, test, shares = self.table_files()
-        splits = split_by_hash(read(train), shares, self.split_seed)
-        return splits if test is None else {**splits, "test": read(test)}
-
-
-@dataclasses.dataclass(frozen=True)
-class TextTable(TableFiles, TextData):
+class TextTable(TextData, InMemory):
     """Your own texts: a CSV, TSV, JSON-lines or Parquet file, or a folder with one folder of .txt
     files per label.
 
@@ -584,12 +384,28 @@ class TextTable(TableFiles, TextData):
 
     below: ClassVar[tuple[str, ...]] = ("*/*.txt", "t*/*/*.txt")  # LABEL, train/LABEL, test/LABEL
 
+    paths: ClassVar[tuple[str, ...]] = (*TextData.paths, "path", "test_path")
+
+    # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/
+    # such
+    path: str = ""
+    # Column of the table with the texts; a name such as title+body joins two columns
+    text_column: str = "text"
+    test_path: str = ""  # table or folder with the test rows; without it they are split off
+    # Share of the rows split off for the test where no test rows are given
+    test_fraction: float = 0.1
     # Column of the table with the labels: names or numbers, two or more different ones
     label_column: str = "label"
     weight_column: str = ""  # column with how much a row counts in training; empty: all alike
 
-    def splits(self) -> dict[str, Texts]:
-        return self.table_splits(self._texts)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self.validation_fraction, self.test_fraction, "row")
+
+    @property
+    def source(self) -> TableSource:
+        shares = {"test": self.test_fraction, "validation": self.validation_fraction}
+        return TableSource(self.path, self.test_path, shares, self.split_seed, self._texts)
 
     def _texts(self, path: Path) -> Texts:
         return read_texts(path, self.text_column, self.labels_of, self.weight_column, self.held)
@@ -615,65 +431,6 @@ class TagTable(TextTable):
 
     def labels_of(self, frame: pd.DataFrame, path: Path) -> list[Any]:
         return tag_values(frame, self.label_column, path, self.tag_separator)
-
-
-def read_texts(
-    path: Path,
-    text_column: str,
-    labels_of: Callable[[pd.DataFrame, Path], list[Any]],
-    weight_column: str = "",
-    held: Callable[[], pd.DataFrame] | None = None,
-) -> Texts:
-    """The texts and labels of a table, or of a folder LABEL/*.txt, and weights where a column has
-    them; `held` gives a table that is in memory."""
-    if path.is_dir():
-        return Texts(*read_folder(path))
-    frame = held() if held is not None and in_memory(path) else read_table(path)
-    texts = text_values(frame, text_column, path)
-    weights = weight_values(frame, weight_column, path) if weight_column else None
-    return Texts(texts, labels_of(frame, path), weights)
-
-
-def split_by_hash(
-    rows: Texts, shares: Mapping[str, float], seed: int, keys: Sequence[str] = ()
-) -> dict[str, Texts]:
-    """About these shares of the rows, and the others as "train".
-
-    Where a row goes is a function of the seed and its key (its text by default) alone: rows with
-    one key stay together.
-    """
-    names = [*shares, "train"]
-    chosen = np.searchsorted(
-        np.cumsum([*shares.values()]), [_hash(key, seed) for key in keys or rows.texts], "right"
-    )
-    return {name: rows.take(np.flatnonzero(chosen == n)) for n, name in enumerate(names)}
-
-
-def split_of(key: str, shares: Mapping[str, float], seed: int) -> str:
-    """In which of these shares, or "train", `split_by_hash` puts a row of this key."""
-    ends = np.cumsum([*shares.values()])
-    return [*shares, "train"][int(np.searchsorted(ends, _hash(key, seed), "right"))]
-
-
-def _hash(key: str, seed: int) -> float:
-    """A number in [0, 1) that only the key and the seed decide."""
-    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64
-
-
-def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Raises UserError for an empty split."""
-    empty = [name for name, size in sizes.items() if not size]
-    found = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    require(
-        not empty,
-        f"no row for the split {listing(empty)} ({found}): give more rows or a larger share of "
-        "them",
-    )
-
-
-def check_fraction(field: str, value: float) -> None:
-    require(0 < value < 1, f"data.{field} is {value}: give a share between 0 and 1, such as 0.1")
 
 
 def check_names(split: str, found: Iterable[str], known: Sequence[str], kind: str) -> None:
