@@ -240,6 +240,9 @@ void tile(const typename Number::Element* a, long lda, const typename Number::El
   Vec sum[ROWS][VECS];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < VECS; ++v) sum[r][v] = add ? load(c + r * COLS + v * LANES) : Vec{};
+  if (TRANSPOSED)  // gradients of weights, which may be far away: those of the next tile
+    for (int r = ROWS; r < 2 * ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) __builtin_prefetch(c + r * COLS + v * LANES, 1);
   for (long k = 0; k < depth; k += PAIR) {
     typename Number::Many w[VECS];
     for (int v = 0; v < VECS; ++v) w[v] = Number::many(b + k * COLS + v * LANES * PAIR);
@@ -589,6 +592,9 @@ void forward_task(const Forward& f, const Rows& mine) {
   clear_padding(f.y, mine, z, H);
 
   std::vector<long> place(rows);  // of the rows' present step
+  // From what a step writes to what the next one will. Each row and gate is a stream of its own, too many to be foreseen by the
+  // processor: unless told, it waits for memory.
+  const long ahead = (f.reverse ? -z.step() : z.step()) * H;
   for (long edge = 0; edge < mine.steps();) {
     const Chunk c = chunk(mine, edge, false);
     edge = c.end;
@@ -633,9 +639,16 @@ void forward_task(const Forward& f, const Rows& mine) {
             store(h_last + r * stride + unit, h);
             Number::store(h_next + r * ldh + unit, tied ? h * load(tied + b * H + unit, left) : h, left);
             store(f.y + at_y + unit, h, left);
+            __builtin_prefetch(f.y + at_y + ahead + unit, 1);
             if (f.gates) {
-              for (long g = 0; g < G; ++g) store(f.gates + at_y * G + g * H + unit, gates[g], left);
-              if (Cell::HAS_CELL || Cell::HAS_Q) store(f.kept + at_y + unit, kept, left);
+              for (long g = 0; g < G; ++g) {
+                store(f.gates + at_y * G + g * H + unit, gates[g], left);
+                __builtin_prefetch(f.gates + (at_y + ahead) * G + g * H + unit, 1);
+              }
+              if (Cell::HAS_CELL || Cell::HAS_Q) {
+                store(f.kept + at_y + unit, kept, left);
+                __builtin_prefetch(f.kept + at_y + ahead + unit, 1);
+              }
             }
           }
         }
@@ -798,6 +811,12 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
             store(panels + ((block * P + g) * m + at + r) * COLS + column, gates[g]);
             Number::store(in + g * gate_depth + unit, gates[g], left);
           }
+          // What the step that is handled next, and the one before it, will read.
+          const long next = place_before * H + unit, after = next + (place_before - place) * H;
+          for (long g = 0; g < G; ++g) __builtin_prefetch(f.gates + (place_before * G + g) * H + unit);
+          __builtin_prefetch(f.dy + next);
+          __builtin_prefetch(f.y + after);
+          if (Cell::HAS_CELL || Cell::HAS_Q) __builtin_prefetch(f.kept + (Cell::HAS_CELL ? after : next));
           if (f.projected)
             for (long g = 0; g < G; ++g) store(f.dx + (place * G + g) * H + unit, gates[g], left);
           if constexpr (Cell::HAS_Q) {
