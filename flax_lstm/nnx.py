@@ -10,7 +10,7 @@
 where `nnx.RNN(nnx.OptimizedLSTMCell(...))` stood. What differs from NNX's own: weights are one
 array for all gates, with the names, shapes and initial values of this library's Linen cells;
 outputs beyond a row's length are zero; a GRU's candidate has a recurrent bias. Carries are those of
-NNX: (c, h) of an LSTM, with names.
+NNX, (c, h) of an LSTM, and come back as they were given; with names where none was given.
 
 A module here owns weights, and says by `linen()` which Linen module does the arithmetic with them;
 `params()` gives the weights as that module's tree and `load(tree)` takes them from it. So
@@ -100,9 +100,11 @@ class Cell(nnx.RNNCellBase):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         carry_init: Initializer | None = None,
     ) -> Any:
-        """The carry before inputs of this shape [..., D]. `rngs` (its stream `carry`) is asked for
-        by a `carry_init` alone."""
+        """The carry before inputs of this shape [..., D]: an array, or the plain pair (c, h), in
+        whose place a derived cell may put another. `rngs` (its stream `carry`) is asked for by a
+        `carry_init` alone."""
         zeros = self.module.initialize_carry(jax.random.key(0), input_shape)
+        zeros = tuple(zeros) if isinstance(zeros, tuple) else zeros
         if (initializer := carry_init or self.carry_init) is None:
             return zeros
         stream = rngs or self.rngs

@@ -6,8 +6,10 @@ import itertools
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
+import types
 
 import compiling
 import pytest
@@ -213,3 +215,56 @@ def test_weak_scaling_over_three_devices():
     ]
     assert [row[:2] for row in rows] == [["1", "64"], ["2", "128"]]
     assert rows[0][-1] == "100%" and all(float(row[2]) > 0 for row in rows)
+
+
+THEIRS = """
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from wrappers import LogWrapper
+
+
+class ScannedRNN(nn.Module):
+    @nn.compact
+    def __call__(self, carry, x):
+        return nn.GRUCell()(carry, x[0][0])
+
+    @staticmethod
+    def initialize_carry(batch, hidden):
+        return nn.GRUCell.initialize_carry(jax.random.key(0), (batch,), hidden)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, carry, x):
+        return ScannedRNN()(carry, x)
+
+
+def make_train(config):
+    def train(rng):
+        carry = ScannedRNN.initialize_carry(config["NUM_ENVS"], 3)
+        x = jnp.ones((1, *carry.shape)), jnp.zeros((1, len(carry)))
+        end, _ = Net().init_with_output(rng, carry, x)[0]
+        returns = jnp.arange(20.0).reshape(20, 1, 1) + 0 * end[0, 0]
+        return {"metric": {"returned_episode_returns": returns, "returned_episode": returns > 18}}
+
+    return train
+"""
+
+
+def test_purejaxrl_is_trained_with_both_layers(tmp_path, monkeypatch, capsys):
+    """A file in the form of theirs; the return is that of episodes that end in the last tenth."""
+    (tmp_path / "ppo_rnn.py").write_text(THEIRS)
+    for name in ("gymnax", "gymnax.wrappers", "gymnax.wrappers.purerl", "wrappers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    purerl = sys.modules["gymnax.wrappers.purerl"]
+    sys.modules["gymnax"].wrappers = sys.modules["gymnax.wrappers"]
+    sys.modules["gymnax.wrappers"].purerl, purerl.LogWrapper = purerl, object
+    monkeypatch.setattr(sys, "argv", ["purejaxrl.py", str(tmp_path / "ppo_rnn.py"), "--seeds", "2"])
+    runpy.run_path(str(ROOT / "benchmarks" / "purejaxrl.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split(" return ")[0].strip() for row in rows] == [
+        "its own ScannedRNN",
+        "flax_lstm.ScannedRNN",
+    ]
+    assert all("return 19.00 +- 0.00 (19.00, 19.00)" in row for row in rows)

@@ -94,14 +94,14 @@ def test_any_number_of_batch_axes(batch: tuple[int, ...]) -> None:
     carry = jax.tree.map(lambda a: a + 1, rnn.cell.initialize_carry((*batch, D)))
     lengths = jnp.full(batch, 4)
     final, y = rnn(x, initial_carry=carry, seq_lengths=lengths, return_carry=True)
-    assert y.shape == (*batch, T, H) and final.c_BH.shape == (*batch, H)
+    assert y.shape == (*batch, T, H) and final[0].shape == (*batch, H)
     flat, z = rnn(
         x.reshape(-1, T, D),
         initial_carry=jax.tree.map(lambda a: a.reshape(-1, H), carry),
         seq_lengths=lengths.reshape(-1),
         return_carry=True,
     )
-    close((final.h_BH.reshape(-1, H), y.reshape(-1, T, H)), (flat.h_BH, z))
+    close((final[1].reshape(-1, H), y.reshape(-1, T, H)), (flat[1], z))
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -229,7 +229,8 @@ class Noisy(ours.OptimizedLSTMCell):
         self.noise = nnx.Dropout(0.5, rng_collection="noise", rngs=rngs)
 
     def __call__(self, carry: Any, inputs: jax.Array) -> Any:
-        carry, y = super().__call__(carry, inputs)
+        c, h = carry
+        carry, y = super().__call__((c, h), inputs)
         return jax.tree.map(self.noise, carry), y
 
 
@@ -238,6 +239,7 @@ def test_a_cell_of_others_is_run_by_nnx() -> None:
     rnn = ours.RNN(Noisy(in_features=D, hidden_features=H, rngs=rngs), broadcast_rngs="noise")
     assert rnn(x_BTD).shape == (B, T, H)
     assert rnn.cell.noise.rngs.count[...] == 1
+    assert nnx.RNN(rnn.cell, broadcast_rngs="noise")(x_BTD).shape == (B, T, H)
     foreign = nnx.OptimizedLSTMCell(D, H, rngs=rngs)
     close(ours.RNN(foreign)(x_BTD), nnx.RNN(foreign)(x_BTD))
     with pytest.raises(ArgumentError, match="OptimizedLSTMCell is run by nnx"):
