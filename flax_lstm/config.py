@@ -120,7 +120,9 @@ class Config:
     name: str
     data: "Data"  # see flax_lstm/data/base.py
     task: "Task"  # see flax_lstm/tasks/base.py
-    model: Any  # settings that the task can build from: see flax_lstm/nn/models.py
+    # Settings that the task can build from: see flax_lstm/nn/models.py. Of no type in common, for
+    # their fields are those of the class that a config chose; `check_parts` holds them to the task
+    model: Any
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0  # of the initial weights, dropout and the order of examples

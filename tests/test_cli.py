@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from commands import KEEP, ROOT, SERIES, SMALL, call, series, texts
 
-from flax_lstm import load
+from flax_lstm import load, load_config
 from flax_lstm.__main__ import main
 from flax_lstm.commands.tables import WRITERS
 from flax_lstm.commands.train import main as train
+from flax_lstm.config import shipped_configs
 from flax_lstm.data.tables import read_table
 from flax_lstm.runs.report import params_sha256
 
@@ -362,9 +363,16 @@ def test_a_config_by_path_or_by_bare_name(tmp_path, capsys):
     )
 
 
+def kinds(name):
+    """The classes of the settings of a shipped config."""
+    config = load_config(name)
+    return [type(section) for section in (config.data, config.task, config.model)]
+
+
 def test_every_flag_of_every_config_has_help_and_fits_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    for config in ("quickstart", "imdb_lstm", "imdb_lm", "adding_problem"):
+    found = {kind.__name__: name for name in shipped_configs() for kind in kinds(name)}
+    for config in sorted({*found.values()}):  # one or another with each class of settings
         shown = call(capsys, f"train --config {config} --help").out
         assert max(map(len, shown.splitlines())) <= 80
         entries = re.findall(r"^[│ ] (--[a-z]\S+)(.*?)(?=^[│ ] --[a-z]|\Z)", shown, re.S | re.M)

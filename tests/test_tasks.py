@@ -15,6 +15,7 @@ from flax_lstm import (
     Classification,
     Forecasting,
     LanguageModeling,
+    RecurrentModel,
     SequenceRegression,
     TextModel,
     UserError,
@@ -222,6 +223,20 @@ def test_the_loss_of_a_calibrated_task_is_that_of_its_quantiles():
 def test_quantiles_must_make_sense(quantiles):
     with pytest.raises(UserError, match=r"task.quantiles"):
         Forecasting(quantiles=quantiles)
+
+
+@pytest.mark.parametrize("idle", [{"quantiles": (0.2, 0.5)}, {"calibrate": False}])
+def test_settings_of_quantiles_do_something_or_are_refused(idle):
+    Forecasting().check(None)
+    Forecasting(objective="quantile", **idle).check(None)
+    with pytest.raises(UserError, match="quantile or a distribution, not with mae"):
+        Forecasting(objective="mae", **idle).check(None)
+
+
+def test_nothing_is_pooled_where_every_step_has_a_target():
+    RecurrentModel(pooling="mean").sequence(2)
+    with pytest.raises(UserError, match=r"model\.pooling mean: .*nothing is pooled"):
+        RecurrentModel(pooling="mean").sequence(2, per_step=True)
 
 
 def test_language_figures_and_unigram_baseline():

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import jax
 from flax_lstm import RNN, Bidirectional, Config, Forecasting, LSTMCell, Stack, TrainConfig
+from dataclasses import replace
 from flax_lstm import SegmentModel, fit, load, load_config
 from flax_lstm.data import SeriesTable
 
@@ -24,6 +25,7 @@ reveal_type(RNN(LSTMCell(8)))
 reveal_type(config.train.steps)
 reveal_type(config.data)
 reveal_type(Stack([RNN(LSTMCell(8))])(jax.numpy.zeros((1, 2, 3)))[1])
+replace(mine, data=replace(mine.data, path="x"), task=replace(mine.task, objective="mse"))
 fit(mine, wokdir="x")
 SeriesTable(lookback="long")
 """

@@ -343,6 +343,12 @@ BREAKAGES = {
         "inputs=np.ascontiguousarray(values_BSD[:, 1 : lookback + 1])",
         "tests/test_series_data.py::test_forecast_steps_are_not_in_the_inputs",
     ),
+    "quantiles are set where none are forecast": Breakage(
+        "flax_lstm/tasks/forecasting.py",
+        "bool(self.levels) or (self.quantiles",
+        "True or (self.quantiles",
+        "tests/test_tasks.py::test_settings_of_quantiles_do_something_or_are_refused",
+    ),
     "the archive of reviews is looked for where a run goes on": Breakage(
         "flax_lstm/data/imdb.py",
         '(*TextData.paths, "data_dir", "archive")',

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax_lstm.commands.grammar import Folders, named, parse
 from flax_lstm.commands.tables import check_output, write_table
 from flax_lstm.errors import require
+
+if TYPE_CHECKING:
+    from flax_lstm.inference import Run
 
 ABOUT = """Predictions of a saved run.
 
@@ -40,6 +43,9 @@ class Options:
     overwrite: bool = False  # replace an existing output
 
 
+OF_PROMPTS = ("tokens", "temperature", "top_p", "seed")
+
+
 def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
     """Predicts; returns the exit status."""
     options = parse(Options, arguments, prog, ABOUT)
@@ -48,6 +54,11 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
         len(ways) == 1 and (options.input is None) == (options.output is None),
         "give either --text TEXT, or --prompt TEXT, or --input FILE and --output FILE",
     )
+    for name in OF_PROMPTS:
+        require(
+            options.prompt is not None or getattr(options, name) == getattr(Options, name),
+            f"--{name.replace('_', '-')}: for a text that a language model continues, --prompt",
+        )
     if options.output is not None:
         check_output(options.output, options.overwrite, options.input)
     from flax_lstm.inference import load
@@ -68,15 +79,14 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
     return 0
 
 
-def classify(run: Any, text: str, checkpoint: str) -> dict[str, Any]:
+def classify(run: "Run", text: str, checkpoint: str) -> dict[str, Any]:
     """What a model says of one text."""
-    import pandas as pd
+    from flax_lstm.data.text import TextForm
 
-    column = getattr(run.info, "text_column", None)
     require(
-        column is not None,
+        isinstance(run.info, TextForm),
         f"--text: {run.workdir} is not a run on texts; give --input and --output",
     )
-    result = run.predict(pd.DataFrame({column: [text]}), checkpoint)
+    result = run.predict(text, checkpoint)
     answer: dict[str, Any] = run.config.task.answer(result.iloc[0], run.info)
     return answer

@@ -168,6 +168,8 @@ class Data(Protocol):
     refused before the data are read.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # for type checkers: `replace` takes them
+
     gives: ClassVar[type | None] = None
     # Which files are read below a folder that a setting names, as `Path.glob` takes it
     below: ClassVar[tuple[str, ...]] = ("**/*",)

@@ -36,7 +36,7 @@ class InMemory(Data):
             f"these are other data than the run was begun with: {name} now, {self.path} there. "
             "Give the same, or begin a new run in another folder",
         )
-        held = replace(self, path=name)  # type: ignore[type-var]  # settings are dataclasses
+        held = replace(self, path=name)
         object.__setattr__(held, "_held", table)  # no field: neither saved nor compared
         return held
 

@@ -408,6 +408,10 @@ class RecurrentModel(RecurrentLayers):
         self, outputs: int, vocabulary_size: int = 0, per_step: bool = False
     ) -> SequenceModel:
         """A module with `outputs` outputs a sequence, or a step."""
+        require(
+            not per_step or self.pooling == "last",
+            f"model.pooling {self.pooling}: every step has a target of its own; nothing is pooled",
+        )
         return self.module(outputs, pool=None if per_step else self.pool())
 
 

@@ -72,6 +72,8 @@ class Task(Protocol):
     are read.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # for type checkers: `replace` takes them
+
     monitor: ClassVar[Monitor]
     needs: ClassVar[type | None] = None
     builds: ClassVar[type | None] = None

@@ -125,7 +125,16 @@ class Forecasting(Task):
         )
 
     def check(self, dataset: Any) -> None:
-        """Raises UserError for targets that are no counts where they have to be."""
+        """Raises UserError for targets that are no counts where they have to be, and for settings
+        of quantiles where there are none."""
+        told = "act with task.objective quantile or a distribution, not with"
+        default = type(self)
+        require(
+            bool(self.levels) or (self.quantiles, self.calibrate) == (default.quantiles, True),
+            f"task.quantiles and task.calibrate {told} {self.objective}: leave them as they are "
+            f"(--task.quantiles {' '.join(map(str, default.quantiles))}), or choose another "
+            "objective",
+        )
         if self.objective != "negative_binomial":
             return
         for name, values in zip(dataset.info.targets, dataset.measured().T, strict=True):
