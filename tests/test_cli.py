@@ -16,6 +16,7 @@ from commands import KEEP, ROOT, SERIES, SMALL, call, series, texts
 
 from flax_lstm import load, load_config
 from flax_lstm.__main__ import main
+from flax_lstm.commands import COMMANDS
 from flax_lstm.commands.tables import WRITERS
 from flax_lstm.commands.train import main as train
 from flax_lstm.config import shipped_configs
@@ -314,10 +315,23 @@ def test_help_lists_every_knob(capsys):
     )  # the comment behind the field, and the choices
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_every_command_has_help(capsys, command):
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_help_that_fits_80_columns(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "80")
     outcome = call(capsys, f"{command} --help")
-    assert outcome.code == 0 and "--checkpoint" in outcome.out
+    assert outcome.code == 0 and outcome.out.startswith(f"usage: flax-lstm {command}")
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert "(default: )" not in outcome.out.split("options")[0]
+
+
+def test_flags_are_those_of_the_commands_own_config(capsys, tmp_path):
+    """`prepare` is for texts, and needs no --config to know that."""
+    assert "--data.sequence-length" in call(capsys, "prepare --help").out
+    rows = [f"text {n}" for n in range(60)]
+    pd.DataFrame({"text": rows}).to_csv(tmp_path / "texts.csv", index=False)
+    flags = f"--data.path {tmp_path}/texts.csv --data.vocabulary-size 40"
+    outcome = call(capsys, f"prepare --out {tmp_path}/tokens {flags}")
+    assert outcome.code == 0 and (tmp_path / "tokens" / "index.json").exists(), outcome.err
 
 
 def test_usage_without_a_command(capsys):

@@ -349,6 +349,12 @@ BREAKAGES = {
         "True or (self.quantiles",
         "tests/test_tasks.py::test_settings_of_quantiles_do_something_or_are_refused",
     ),
+    "every command begins with the config of train": Breakage(
+        "flax_lstm/commands/grammar.py",
+        'vars(kind)["config"]',
+        '"quickstart"',
+        "tests/test_cli.py::test_flags_are_those_of_the_commands_own_config",
+    ),
     "the archive of reviews is looked for where a run goes on": Breakage(
         "flax_lstm/data/imdb.py",
         '(*TextData.paths, "data_dir", "archive")',

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One grammar for all commands: flags from dataclasses, by tyro, each with the comment behind its
-field as help.
+field as help."""
 
-tyro joins the lines of a paragraph and does not break them: what a command says of itself (`about`)
-has paragraphs of less than 80 letters.
-"""
-
+import textwrap
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
@@ -21,7 +18,11 @@ Options = TypeVar("Options")
 
 # The folder of a run, the first word after a command's name.
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+Folders = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="DIR", help_behavior_hint="(one or more)"),
+]
 
 # What other tools call some fields.
 USUAL = {
@@ -57,8 +58,15 @@ def parse(kind: type[Options], arguments: Sequence[str], prog: str, about: str) 
         tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(kind),
         args=list(arguments),
         prog=prog,
-        description=about,
+        description=wrapped(about),
     )
+
+
+def wrapped(about: str) -> str:
+    """The paragraphs in lines that fit a terminal of 80 columns. tyro joins lines, but for those
+    that begin with no letter."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in about.split("\n\n")]
+    return "\n\n".join(textwrap.fill(text, 79, subsequent_indent="  ") for text in paragraphs)
 
 
 def parse_with_config(
@@ -67,7 +75,7 @@ def parse_with_config(
     """The options of a command that has a field `config`, and that config with the fields that
     other flags override."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default="quickstart")
+    first.add_argument("--config", default=vars(kind)["config"])
     chosen = sections(load_config(first.parse_known_args(arguments)[0].config))
     check_flags(arguments, kind, chosen)
     flat, convert = tyro.conf.arg(name=""), tyro.conf.FlagConversionOff
@@ -78,7 +86,7 @@ def parse_with_config(
         tyro.conf.configure(tyro.conf.AvoidSubcommands)(whole),
         args=list(arguments),
         prog=prog,
-        description=about,
+        description=wrapped(about),
     )
     return parsed.options, read_sections(parsed.settings)
 

@@ -242,8 +242,8 @@ class ImdbLanguage(LanguageData):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageTable(LanguageData, InMemory):
-    """Your own documents: the text column of a table, or all files of texts below a folder (.txt,
-    .jsonl, .ndjson, each also as .gz, and .parquet)."""
+    """Your own documents: the text column of a table, or all files of texts below a folder, which
+    are .txt, .jsonl and .ndjson, each also as .gz, and .parquet."""
 
     below: ClassVar[tuple[str, ...]] = ("**/*",)
     paths: ClassVar[tuple[str, ...]] = (*LanguageData.paths, "path", "test_path")

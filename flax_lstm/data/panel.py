@@ -45,9 +45,9 @@ class PanelTable(InMemory):
 
     The last steps of every series test, those before validate, all before train. Nothing is learned
     for a single series, so that new ones can be forecast. Each is scaled from its own past: the
-    deviation is replaced by the error of the seasonal naive, so that no series outweighs the others
-    (scaled figures are then of the kind of MASE). Series too short for the look-back are padded in
-    front, and the model is told; those too short to be forecast are left out, by name.
+    deviation is replaced by the error of the seasonal naive, so that no series outweighs the
+    others, and scaled figures are of the kind of MASE. Series too short for the look-back are
+    padded in front, and the model is told; those too short to be forecast are left out, by name.
     """
 
     gives: ClassVar[type | None] = SeriesInfo

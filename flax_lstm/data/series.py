@@ -344,8 +344,8 @@ def first_rows(frame: pd.DataFrame, layout: Layout) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class SeriesTable(InMemory):
-    """Forecasting from a table with one row per time: CSV, TSV, JSON lines or Parquet, also with
-    .gz.
+    """Forecasting from a table with one row per time: CSV, TSV, JSON lines or Parquet, each also as
+    gzip.
 
     The frequency is found in the times, and with it season, look-back and horizon where they are 0.
     Times that are missing are put in as absent values; `missing` says what becomes of these, and

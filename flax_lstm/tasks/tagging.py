@@ -36,8 +36,8 @@ class Tagging(Task):
     tag is given from a probability of one half on.
 
     Figures: `loss`, the mean cross-entropy of a tag; `accuracy`, the share of rows of which all
-    tags are right; `f1`, the mean of the F1 scores of the tags that occur or were given, and
-    `f1_micro`, that of all of them together.
+    tags are right; `f1`, the mean of the F1 scores of the tags that occur or were given, and that
+    of all of them together, `f1_micro`.
     """
 
     monitor: ClassVar[Monitor] = Monitor("f1", maximise=True)
