@@ -10,6 +10,7 @@
 
 #include "int8.h"
 #include "kernel.h"
+#include "table.h"
 
 using namespace flax_lstm;
 
@@ -177,6 +178,25 @@ void run_bytes(const char* name, bool reverse) {
   std::printf("%s bytes reverse=%d %.6g %.6g %.6g\n", name, reverse, sum(y), sum(c), sum(h));
 }
 
+// An update of a table of embeddings: words that come twice, some that are none.
+void run_table() {
+  const long V = 11, F = 19, N = 40;
+  std::mt19937 random(4);
+  std::vector<float> values(N * F), sums(N * F), p(V * F), m(V * F), v(V * F, 0.5f);
+  for (auto* all : {&values, &p, &m})
+    for (float& x : *all) x = static_cast<int>(random() % 2001) / 1000.0f - 1.0f;
+  std::vector<int> ids(N), found(N);
+  for (int& id : ids) id = static_cast<int>(random() % 16) - 2;
+  {
+    Threads pool;
+    add_up(pool, 3, ids.data(), values.data(), N, V, F, found.data(), sums.data());
+  }
+  Threads pool;
+  const Adam adam{0.5f, 0.1f, 0.01f, 0.9f, 0.999f, 10.0f, 1000.0f, 1e-6f};
+  update_table(pool, 3, adam, found.data(), sums.data(), N, V, F, p.data(), m.data(), v.data());
+  std::printf("table reverse=0 %.6g %.6g %.6g %.6g\n", sum(sums), sum(p), sum(m), sum(v));
+}
+
 template <class Cell>
 void run(const char* name, bool reverse, bool masked, bool reset_and_time_major) {
   run_one<Cell, Single>(name, reverse, masked, reset_and_time_major);
@@ -200,4 +220,5 @@ int main() {
         run<Gru>("gru", reverse, masked, reset_and_time_major);
         run<Rnn>("rnn", reverse, masked, reset_and_time_major);
       }
+  run_table();
 }

@@ -85,12 +85,16 @@ ARGUMENTS = {  # of the kernel's calls, each with its shape
     "backward": "x input recurrent c0 h0 mask lengths reset y gates kept dy dc dh dkept",
     "words": "words table recurrent recurrent_bias c0 h0 lengths",
     "bytes": "words table panels scales recurrent_bias c0 h0 lengths",
+    "add_up": "rows_found sums",
+    "update_table": "embedding embedding embedding rows_found sums numbers",
 }
 RESULTS = {
     "forward": "y c h gates kept",
     "backward": "x input recurrent bias recurrent_bias c0 h0 mask",
     "words": "y c h",
     "bytes": "y c h",
+    "add_up": "rows_found sums",
+    "update_table": "embedding embedding embedding",
 }
 
 
@@ -120,6 +124,10 @@ def shapes(
         "table": (7, g, h),
         "panels": int8.panels_shape(g, h),
         "scales": (g, h),
+        "embedding": (b, d),
+        "rows_found": (t,),
+        "sums": (t, d),
+        "numbers": (8,),
     }
 
 
@@ -146,15 +154,21 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
             part[n] = other_shape(rng, right)
             one_of_more_words = right == known["table"] and part[n][1:] == right[1:]
     dtypes = {"lengths": np.int32, "reset": bool, "words": np.int32, "panels": np.int8}
+    dtypes["rows_found"] = np.int32
     arrays = [
         draw(rng, shape, dtypes.get(word, np.float32))
         for word, shape in zip(ARGUMENTS[which].split(), given, strict=True)
     ]
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in found]
+    results = [
+        jax.ShapeDtypeStruct(shape, jnp.int32 if word == "rows_found" else jnp.float32)
+        for word, shape in zip(RESULTS[which].split(), found, strict=True)
+    ]
     call = jax.ffi.ffi_call(f"flax_lstm_{which}", results)
     try:
-        settings = {"reverse": bool(rng.integers(2))}
+        settings: dict[str, Any] = {"reverse": bool(rng.integers(2))}
         settings |= {} if which == "bytes" else {"half": bool(rng.integers(2))}
+        if which in ("add_up", "update_table"):
+            settings = {"rows": np.int64(b)} if which == "add_up" else {}
         settings |= {"time_major": time_major} if which in ("forward", "backward") else {}
         jax.block_until_ready(call(*arrays, **settings))
     except Exception as error:  # whatever XLA makes of it

@@ -762,6 +762,18 @@ BREAKAGES = {
         "",
         "tests/test_words.py::test_tables_give_what_embeddings_give",
     ),
+    "a table by rows: words that nobody looked up stay where they are": Breakage(
+        "flax_lstm/nn/recurrence/native/table.h",
+        "update<true>(a, F, nullptr, p + at, m + at, v + at);",
+        "{}",
+        "tests/test_tables.py::test_updates_by_rows_are_those_of_adamw",
+    ),
+    "a table by rows: the global norm forgets the table": Breakage(
+        "flax_lstm/training/tables.py",
+        "jnp.sqrt(jnp.sum(jnp.square(sums_NF)))[None]",
+        "jnp.zeros(1)",
+        "tests/test_tables.py::test_updates_by_rows_are_those_of_adamw",
+    ),
     "native kernel: shapes are not checked": Breakage(
         "flax_lstm/nn/recurrence/native/binding.cc",
         "if (problem_.empty() && found != wanted",

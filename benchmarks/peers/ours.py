@@ -20,6 +20,7 @@ from flax_lstm.machine.sharding import make_mesh, put_batch
 from flax_lstm.nn.words import with_tables
 from flax_lstm.training.optim import learning_rate, make_optimizer
 from flax_lstm.training.steps import TrainState, apply, make_steps
+from flax_lstm.training.tables import Table, by_rows
 from peers.optax_step import make_step
 
 
@@ -63,14 +64,19 @@ def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
     batches = [Batch(b.inputs, b.targets, b.lengths, ones) for b in work.batches]
     schedule = learning_rate("constant", 1e-3, 0, 1)
     optimizer = make_optimizer("adamw", schedule, weight_decay=0.0, clip=0.0)
+    module = task.build(model, info)
+    # The other backends are for machines without a compiler, and so without this.
+    native = backend in ("auto", "cpu") and by_rows(module, mesh)
+    table = Table(weight_decay=0.0, epsilon=1e-8, clip=0.0) if native else None
     steps = make_steps(
-        task.build(model, info),
+        module,
         task.loss,
         lambda outputs, batch: task.measure(outputs, batch, info),
         optimizer,
         schedule,
         mesh,
         batches[0],
+        table=table,
     )
     kernel, bias = weights.head
     params = {"recurrent": weights.stack, "head": {"kernel": kernel, "bias": bias}}
@@ -79,7 +85,7 @@ def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
     params = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, steps.abstract.params)
     placed = [put_batch(batch, mesh) for batch in batches]
     if not w.train:  # as `Run.forward` does it
-        forward, module = steps.forward, task.build(model, info)
+        forward = steps.forward
         if (reader := with_tables(module, params)) is not None:
             forward, params = jax.jit(partial(apply, reader[0])), reader[1]
         return lambda n: np.asarray(forward(params, None, placed[n])[1])

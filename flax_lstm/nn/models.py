@@ -494,9 +494,12 @@ def embedding(vocabulary_size: int, width: int, dtype: DTypeName) -> nn.Embed:
 
 class Embed(nn.Embed):
     """`nn.Embed` that rounds what was looked up in place of the whole table: gradients add up in
-    the dtype of the table, as those of all other weights do."""
+    the dtype of the table, as those of all other weights do. Inputs [..., D] of floats were looked
+    up before (see `training/tables.py`)."""
 
     def __call__(self, inputs: Array) -> Array:
+        if jnp.issubdtype(inputs.dtype, jnp.floating) and inputs.shape[-1:] == (self.features,):
+            return inputs.astype(self.dtype)
         if self.dtype == self.param_dtype:
             return super().__call__(inputs)
         return jnp.take(self.embedding, inputs, axis=0).astype(self.dtype)

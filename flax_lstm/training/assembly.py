@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from flax_lstm.config import Config
+from flax_lstm.config import Config, TrainConfig
 from flax_lstm.machine.sharding import check_batch_size, make_mesh
 from flax_lstm.nn.recurrence import noting
 from flax_lstm.training.optim import learning_rate, make_optimizer
 from flax_lstm.training.pairing import check_parts
 from flax_lstm.training.room import sample_of
 from flax_lstm.training.steps import Steps, make_steps
+from flax_lstm.training.tables import Table, by_rows
 
 
 class Assembly(NamedTuple):
@@ -48,9 +49,10 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
         train.unfreeze_every,
         train.frozen,
     )
+    module = task.build(config.model, info)
     with noting() as layers:
         steps = make_steps(
-            task.build(config.model, info),
+            module,
             task.loss,
             lambda outputs, batch: task.measure(outputs, batch, info),
             optimizer,
@@ -61,6 +63,21 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
             accumulate=train.accumulate,
             ema=train.ema,
             adversaries=task.adversaries(),
+            table=table_of(train, module, mesh),
         )
     names = {*layers.values()}
     return Assembly(mesh, steps, names.pop() if len(names) == 1 else "auto")
+
+
+def table_of(train: TrainConfig, module: Any, mesh: Mesh) -> Table | None:
+    """The table of embeddings that is updated by rows, where that is AdamW alone."""
+    alone = (
+        train.optimizer == "adamw"
+        and train.schedule != "plateau"
+        and train.layer_decay == 1
+        and not (train.unfreeze_every or train.frozen)
+        and train.accumulate == 1
+    )
+    if not alone or not by_rows(module, mesh):
+        return None
+    return Table(train.weight_decay, train.epsilon, train.clip)

@@ -120,6 +120,9 @@ class Recipe(NamedTuple):
     # (10 + step); 0: there are none
     ema: float = 0.0
     adversaries: tuple[Adversary, ...] = ()  # each adds its cost to the loss
+    table: Any = (
+        None  # the `Table` of tables.py whose gradient is kept as rows; None: there is none
+    )
 
 
 def gradients(
@@ -133,35 +136,40 @@ def gradients(
 
     def total(
         params: Any, carry: Any, part: Batch, key: Array, moves: list[Array]
-    ) -> tuple[Array, tuple[Array, Any]]:
+    ) -> tuple[Array, tuple[Array, Array, Any]]:
         after, outputs = apply(recipe.module, params, carry, part, key)
         mean = recipe.loss(outputs, part)
         loss = mean.total
         for adversary, move in zip(recipe.adversaries, moves, strict=True):
             _, moved = apply(recipe.module, params, carry, part, key, move)
             loss += adversary.cost(outputs, moved, part).total
-        return loss, (mean.weight, after)
+        # One division here saves one of every gradient, a pass over all of them.
+        divisor = mean.weight if recipe.accumulate == 1 else 1
+        return loss / divisor, (loss, mean.weight, after)
 
     def sums(carry: Any, part: Batch, key: Array) -> tuple[tuple[Array, Array, Any], Any]:
         moves = worst_moves(recipe, params, carry, part, key)
-        result, grads = jax.value_and_grad(total, has_aux=True)(params, carry, part, key, moves)
-        loss, (weight, carry) = result
+        by_rows = recipe.table.gradient(total) if recipe.table else None
+        gradient = by_rows or jax.grad(total, has_aux=True)
+        grads, (loss, weight, carry) = gradient(params, carry, part, key, moves)
+        if by_rows:  # there is one device
+            return (loss, weight, grads), carry
         return (loss, weight, jax.lax.with_sharding_constraint(grads, stored)), carry
 
     if recipe.accumulate == 1:
         (loss, weight, grads), carry = sums(carry, batch, key)
-    else:
+        return loss / weight, grads, carry
 
-        def add(before: Any, part: Any) -> tuple[Any, Any]:
-            carry, rows, n = part
-            new, carry = sums(carry, rows, jax.random.fold_in(key, n))
-            return jax.tree.map(jnp.add, before, new), carry
+    def add(before: Any, part: Any) -> tuple[Any, Any]:
+        carry, rows, n = part
+        new, carry = sums(carry, rows, jax.random.fold_in(key, n))
+        return jax.tree.map(jnp.add, before, new), carry
 
-        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        carried, rows = split((carry, batch), recipe.accumulate)
-        parts = carried, rows, jnp.arange(recipe.accumulate)
-        (loss, weight, grads), carries = jax.lax.scan(add, zeros, parts)
-        carry = join(carries)
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    carried, rows = split((carry, batch), recipe.accumulate)
+    parts = carried, rows, jnp.arange(recipe.accumulate)
+    (loss, weight, grads), carries = jax.lax.scan(add, zeros, parts)
+    carry = join(carries)
     return loss / weight, jax.tree.map(lambda g: g / weight, grads), carry
 
 
@@ -203,15 +211,23 @@ def train_step(
     key = jax.random.fold_in(root, state.step + 1)
     params = jax.lax.with_sharding_constraint(state.params, used)
     loss, grads, carry = gradients(recipe, params, state.carry, batch, key, stored)
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params, value=loss)
-    params = optax.apply_updates(state.params, updates)
+    if recipe.table:
+        rate = recipe.schedule(state.step)
+        params, opt_state, norm = recipe.table.update(
+            recipe.optimizer, grads, state.opt_state, state.params, state.step, rate, loss
+        )
+    else:
+        updates, opt_state = recipe.optimizer.update(
+            grads, state.opt_state, state.params, value=loss
+        )
+        params, norm = optax.apply_updates(state.params, updates), optax.tree.norm(grads)
     averaged = state.ema
     if recipe.ema:  # averages follow faster in the first steps
         decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
         averaged = optax.incremental_update(params, state.ema, 1 - decay)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": norm,
         "learning_rate": recipe.schedule(state.step) * plateau_scale(opt_state),
     }
     return TrainState(state.step + 1, params, opt_state, averaged, carry), metrics
@@ -230,14 +246,15 @@ def make_steps(
     accumulate: int = 1,
     ema: float = 0.0,
     adversaries: tuple[Adversary, ...] = (),
+    table: Any = None,
 ) -> Steps:
     """The jitted steps of a run, placed on the devices of a mesh: for readers who split a model.
 
     sample: a batch of the size and form of training; a `reset` in it means that the recurrent state
     is carried over.
-    accumulate, ema, adversaries: see `Recipe`.
+    accumulate, ema, adversaries, table: see `Recipe`.
     """
-    recipe = Recipe(module, loss, optimizer, schedule, accumulate, ema, adversaries)
+    recipe = Recipe(module, loss, optimizer, schedule, accumulate, ema, adversaries, table)
     root = jax.random.key(seed)
     init = partial(first_state, recipe, sample, root)
     place, everywhere = batch_sharding(mesh), replicated(mesh)

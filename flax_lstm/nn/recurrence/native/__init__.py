@@ -29,7 +29,9 @@ from flax_lstm.machine.cache import intact, keep, private_cache_folder
 
 log = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("binding.cc", "int8.h", "kernel.h")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("binding.cc", "int8.h", "kernel.h", "table.h")
+]
 # For each instruction set: what /proc/cpuinfo calls what it needs, and how to compile. LANES are
 # the floats of a vector, TILE the rows of a tile: TILE * 2 sums, 2 weights and an input or two must
 # fit the registers.
@@ -44,7 +46,7 @@ VARIANTS = {
     "neon": (("asimd",), ["-DLANES=4", "-DTILE=12"]),
     "portable": ((), ["-DLANES=4", "-DTILE=6"]),
 }
-FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fPIC", "-shared"]
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared"]
 
 
 class Unavailable(Exception):
@@ -158,7 +160,7 @@ def unavailable() -> str | None:
     except (Unavailable, OSError) as error:
         log.info("The fused recurrence is used in place of the native one: %s", error)
         return str(error)
-    for kind in ("forward", "backward", "words", "bytes"):
+    for kind in ("forward", "backward", "words", "bytes", "add_up", "update_table"):
         name = f"flax_lstm_{kind}"
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None

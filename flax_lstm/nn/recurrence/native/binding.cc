@@ -9,6 +9,7 @@
 
 #include "int8.h"
 #include "kernel.h"
+#include "table.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -293,6 +294,48 @@ ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats rec
   return ffi::Error::Success();
 }
 
+ffi::Error run_add_up(ffi::ThreadPool pool, Ints ids, Floats values, ffi::Result<Ints> found, Result sums, int64_t rows) {
+  Shapes shapes;
+  shapes.rank("ids", ids.dimensions(), 1);
+  shapes.rank("values", values.dimensions(), 2);
+  if (!shapes.fine()) return shapes.error();
+  const int64_t N = ids.dimensions()[0], F = values.dimensions()[1];
+  if (rows < 0 || rows > INT32_MAX - 1)
+    return ffi::Error::InvalidArgument("flax_lstm: no table has " + std::to_string(rows) + " rows");
+  shapes.expect("values", values.dimensions(), {N, F});
+  shapes.expect("rows found", found->dimensions(), {N});
+  shapes.expect("sums", sums->dimensions(), {N, F});
+  if (!shapes.fine()) return shapes.error();
+  add_up(pool, pool.num_threads(), ids.typed_data(), values.typed_data(), N, rows, F, found->typed_data(), sums->typed_data());
+  return ffi::Error::Success();
+}
+
+// `found` must be in increasing order, which is not checked: whatever it is, nothing beyond an array is touched.
+ffi::Error run_update_table(ffi::ThreadPool pool, Floats table, Floats first, Floats second, Ints found, Floats sums,
+                            Floats settings, Result table_out, Result first_out, Result second_out) {
+  Shapes shapes;
+  shapes.rank("table", table.dimensions(), 2);
+  shapes.rank("rows found", found.dimensions(), 1);
+  if (!shapes.fine()) return shapes.error();
+  const int64_t V = table.dimensions()[0], F = table.dimensions()[1], N = found.dimensions()[0];
+  const Expected::Shape whole{V, F};
+  shapes.expect("first moment", first.dimensions(), whole);
+  shapes.expect("second moment", second.dimensions(), whole);
+  shapes.expect("sums", sums.dimensions(), {N, F});
+  shapes.expect("settings", settings.dimensions(), {sizeof(Adam) / sizeof(float)});
+  for (Result* out : {&table_out, &first_out, &second_out}) shapes.expect("results", (*out)->dimensions(), whole);
+  if (!shapes.fine()) return shapes.error();
+  Adam adam;
+  std::memcpy(&adam, settings.typed_data(), sizeof adam);
+  const auto in_place = [](const Floats& from, Result& to) {  // XLA gives the same memory, where it can
+    if (from.typed_data() != to->typed_data()) std::copy_n(from.typed_data(), from.element_count(), to->typed_data());
+    return to->typed_data();
+  };
+  update_table(pool, pool.num_threads(), adam, found.typed_data(), sums.typed_data(), N, V, F, in_place(table, table_out),
+               in_place(first, first_out), in_place(second, second_out));
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_forward, run_forward,
@@ -378,3 +421,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_backward, run_backward,
                                   .Attr<bool>("reverse")
                                   .Attr<bool>("time_major")
                                   .Attr<bool>("half"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_add_up, run_add_up,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Ints>()         // ids
+                                  .Arg<Floats>()       // values
+                                  .Ret<Ints>()         // rows found
+                                  .Ret<Floats>()       // sums
+                                  .Attr<int64_t>("rows"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_update_table, run_update_table,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()  // table
+                                  .Arg<Floats>()  // first moment
+                                  .Arg<Floats>()  // second moment
+                                  .Arg<Ints>()    // rows found
+                                  .Arg<Floats>()  // sums
+                                  .Arg<Floats>()  // settings
+                                  .Ret<Floats>()  // table
+                                  .Ret<Floats>()  // first moment
+                                  .Ret<Floats>()); // second moment
