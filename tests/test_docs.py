@@ -7,6 +7,7 @@ import sys
 import types
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from commands import ROOT, call
 
@@ -64,8 +65,15 @@ def test_extend(tmp_path, monkeypatch, quick_compile):
     )
 
 
-def test_convert(quick_compile):
-    run_in_order(ROOT / "docs" / "convert.md", "convert_document")
+def test_convert(tmp_path, monkeypatch, quick_compile):
+    monkeypatch.chdir(tmp_path)
+    module = run_in_order(ROOT / "docs" / "convert.md", "convert_document")
+    run = load("runs/reviews")
+    begun = module.state_dict["embedding.weight"]
+    kept = np.asarray(run.params()["embed"]["embedding"])
+    assert 0 < np.abs(kept - begun).max() < 0.2, "trained from where it was, for ten steps"
+    assert run.info.vocabulary.encode(["warm, word92"])[0].tolist() == [3, 1, 99]
+    assert module.answer["predicted"][0] in ("good", "bad")
 
 
 def test_extend_as_the_config_file_it_says_it_is(tmp_path, monkeypatch, capsys, quick_compile):

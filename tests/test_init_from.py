@@ -10,6 +10,7 @@ import small_runs
 
 from flax_lstm import UserError, fit, load
 from flax_lstm.__main__ import main
+from flax_lstm.data import SeriesTable
 from flax_lstm.data.vocabulary import Vocabulary
 from flax_lstm.runs.saved_config import save_config
 
@@ -77,3 +78,16 @@ def test_from_the_command_line(folder, capsys):
 def test_vocabularies_are_equal_where_their_ids_are():
     one, same, other = (Vocabulary.train([text], 9) for text in ("a b b", "a b b", "a b c"))
     assert one == same and hash(one) == hash(same) and one != other and one != "a b b"
+
+
+def test_words_of_another_program_are_for_texts_cut_into_words(folder):
+    """And for a new folder: ids that a run has begun with stay."""
+    data, assets = classifier(folder).data, folder / "words" / "assets"
+    data.adopt(["warm", "cold"], assets)
+    data.adopt(["warm", "cold"], assets)
+    with pytest.raises(UserError, match="another vocabulary than the words given"):
+        data.adopt(["cold", "warm"], assets)
+    with pytest.raises(UserError, match="tokenizer word"):
+        replace(data, tokenizer="bpe").adopt(["warm"], assets)
+    with pytest.raises(UserError, match="SeriesTable has no vocabulary"):
+        SeriesTable().adopt(["warm"], assets)

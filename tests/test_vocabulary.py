@@ -144,3 +144,15 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeyp
     (tmp_path / "flax_lstm").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.remember("a", lambda: {"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
+
+
+def test_words_of_another_program_keep_their_order(tmp_path):
+    """And texts are cut as those of a vocabulary that was trained here."""
+    words = ["warm", "Über", "film", ",", "zebra"]
+    Vocabulary.of(words).save(tmp_path / "v.json")
+    mine = Vocabulary.load(tmp_path / "v.json")
+    assert mine.encode(["Film,  ÜBER warm unheard"])[0].tolist() == [5, 6, 4, 3, UNKNOWN]
+    assert (mine.size, mine.id_of("ZEBRA"), mine.decode([PAD, END])) == (8, 7, "<pad> <eos>")
+    for twice in (["a", "b", "A"], ["<eos>"]):
+        with pytest.raises(UserError, match=f"{twice[-1].lower()!r} is twice"):
+            Vocabulary.of(twice)

@@ -5,7 +5,7 @@ Axes: B rows of a batch, T time steps, D input features, N horizon (future steps
 channels, K covariates. Nothing in this folder imports JAX or Flax.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
@@ -194,6 +194,11 @@ class Data(Protocol):
         """Takes over into the folder `ours`, before a new run's `load`, what the run that it begins
         with keeps in the folder `theirs` and its weights depend on: a vocabulary."""
         return None
+
+    def adopt(self, words: Sequence[str], ours: Path) -> None:
+        """Takes over the words of an embedding that was trained elsewhere. Raises UserError where
+        the data have none."""
+        raise UserError(f"words: {type(self).__name__} has no vocabulary")
 
     def files(self) -> list[Path]:
         """Files and folders that the data are read from, as far as they are there: a run is not

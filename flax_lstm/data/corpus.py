@@ -140,13 +140,20 @@ class Corpus(Data):
 
     def inherit(self, theirs: Path, ours: Path) -> None:
         """Takes over the vocabulary, whatever its size: weights know words by their ids."""
-        vocabulary = Vocabulary.load(theirs / VOCABULARY)
+        self._begin_with(Vocabulary.load(theirs / VOCABULARY), ours, f"that of {theirs.parent}")
+
+    def adopt(self, words: Sequence[str], ours: Path) -> None:
+        """Takes over the words of an embedding that was trained elsewhere."""
+        require(self.tokenizer == "word", "words: with --data.tokenizer word, for these are no bpe")
+        self._begin_with(Vocabulary.of(words), ours, "the words given")
+
+    def _begin_with(self, vocabulary: Vocabulary, ours: Path, said: str) -> None:
         if not (ours / VOCABULARY).exists():
             vocabulary.save(ours / VOCABULARY)
         require(
             Vocabulary.load(ours / VOCABULARY) == vocabulary,
-            f"{ours.parent} was begun with another vocabulary than that of {theirs.parent}: name a "
-            "new folder, --workdir DIR",
+            f"{ours.parent} was begun with another vocabulary than {said}: name a new folder, "
+            "--workdir DIR",
         )
 
 

@@ -79,6 +79,24 @@ class Vocabulary:
         return cls(Tokenizer.from_str(saved["json"].tobytes().decode()))
 
     @classmethod
+    def of(cls, words: Sequence[str]) -> "Vocabulary":
+        """Of words that an embedding was trained with elsewhere: ids 3, 4, ... in their order.
+        Raises UserError for a word that comes twice, however it is written."""
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        written = [tokenizer.normalizer.normalize_str(_valid(word)) for word in words]
+        ids: dict[str, int] = {}
+        for word in (*SPECIAL_TOKENS, *written):
+            if word in ids:
+                raise UserError(
+                    f"a vocabulary has each word once, in lower case: {word!r} is twice"
+                )
+            ids[word] = len(ids)
+        tokenizer.model = models.WordLevel(ids, unk_token="<unk>")
+        return cls(tokenizer)
+
+    @classmethod
     def blank(cls, size: int) -> "Vocabulary":
         """One of that size without real words."""
         words = [*SPECIAL_TOKENS, *map(str, range(size - len(SPECIAL_TOKENS)))]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from flax_lstm.config import Config
-from flax_lstm.data.base import Batch, BatchSource, Dataset
+from flax_lstm.data.base import Batch, BatchSource, Data, Dataset
 from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.errors import UserError, require
 from flax_lstm.machine.distributed import first_then_all, is_first, meet
@@ -66,6 +66,7 @@ def fit(
     test: bool = True,
     plots: bool = True,
     params: Any = None,
+    words: Sequence[str] | None = None,
     data: Any = None,
     init_from: Origin | None = None,
     resume_with: Sequence[str] = (),
@@ -80,6 +81,7 @@ def fit(
     plots: draw the curves, and what the task has to show.
     params: a tree of arrays to begin a new run with. Those that have the path and shape of one of
     the model's are taken, and it is said which; the model's others begin as ever.
+    words: of the rows of the embedding in `params`, from 3 on (0 padding, 1 unknown, 2 the end).
     init_from: another run, `load("runs/imdb_lm")`, to take these from, and its vocabulary as well,
     so that embeddings stay with their words.
     data: in the place of the file `config.data.path`: a DataFrame, or arrays (x, y) for
@@ -104,11 +106,9 @@ def fit(
         if result:
             console.print(f"{folder}: this run is finished.", soft_wrap=True)
         else:
-            if init_from is not None:
-                # Its ids before the data are encoded, its weights once there are steps.
-                inherited = partial(config.data.inherit, init_from.assets, folder.assets)
-                first_then_all(inherited)
-                params = init_from.params()
+            # Ids before the data are encoded, weights once there are steps.
+            first_then_all(partial(take_words, config.data, words, init_from, folder.assets))
+            params = params if init_from is None else init_from.params()
             session = Session(config, folder, own, console, around or Surroundings())
             with session.checkpoints, session.begin(params) as journal:
                 session.train(journal, signals, Profiler(own.profile) if profile else None)
@@ -119,6 +119,16 @@ def fit(
             meet("finished")  # without the limit that JAX sets to waiting at its own end
     report(result, folder, console)
     return result
+
+
+def take_words(
+    data: Data, words: Sequence[str] | None, init_from: Origin | None, assets: Path
+) -> None:
+    """What a new run's vocabulary is, where it is not made of the data."""
+    if words is not None:
+        data.adopt(words, assets)
+    if init_from is not None:
+        data.inherit(init_from.assets, assets)
 
 
 def open_run(folder: Workdir, wanted: Config, resume_with: Sequence[str]) -> Config:
