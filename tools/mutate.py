@@ -878,7 +878,7 @@ BREAKAGES = {
     ),
     "the weights of --init-from are not taken": Breakage(
         "flax_lstm/training/loop.py",
-        "params = init_from.params()",
+        "params = params if init_from is None else init_from.params()",
         "pass",
         "tests/test_init_from.py::test_encoder_embedding_and_vocabulary_come_from_the_other_run",
     ),
