@@ -175,6 +175,27 @@ def test_cells_with_equations_of_their_own(name, x64, quick_compile, monkeypatch
     assert_close(gradients(fused.run, *arguments), gradients(by_hand, *arguments), 1e-11)
 
 
+@pytest.mark.parametrize("keep", [0, 1 << 30], ids=["chunks", "whole"])
+def test_states_after_every_step(keep, x64, quick_compile, monkeypatch):
+    """Of a cell whose output is not its whole state, c besides h, with all gradients."""
+    monkeypatch.setattr(fused, "KEEP", keep)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    cell, _, x_BTD, lengths_B, state, _ = example("projected", jnp.float64)
+    variables = RNN(cell).init(jax.random.key(0), x_BTD)
+
+    def found(backend):
+        layer = RNN(cell, backend=backend, return_states=True)
+
+        def loss(variables, x_BTD, state):
+            out = layer.apply(variables, x_BTD, lengths_B, state, reset_BT=RESET, reverse=True)
+            leaves = jax.tree.leaves(out)
+            return sum(jnp.sum(jnp.sin((1 + n) * a)) for n, a in enumerate(leaves)), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(variables, x_BTD, state)
+
+    assert_close(found("fused"), found("scan"), 1e-11)
+
+
 @pytest.mark.parametrize("name", CELL_NAMES)
 def test_resets_and_a_mask_for_each_gate(name, x64, quick_compile):
     cell, weights, x_BTD, lengths_B, state, mask_BJ = example(name, jnp.float64)

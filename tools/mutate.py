@@ -240,6 +240,12 @@ BREAKAGES = {
         "        pass",
         "tests/test_docs.py::test_convert",
     ),
+    "fused: gradients of states after steps are lost": Breakage(
+        "flax_lstm/nn/recurrence/fused.py",
+        "(*d[:rest_of_d], *map(operator.add, d[rest_of_d:], d_after))",
+        "(*d[:-1], d[-1] + d_after[-1])",
+        "tests/test_fused.py::test_states_after_every_step",
+    ),
     "nnx: a carry begins as no plain pair": Breakage(
         "flax_lstm/nnx.py",
         "zeros = tuple(zeros) if isinstance(zeros, tuple) else zeros",

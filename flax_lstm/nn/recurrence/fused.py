@@ -43,10 +43,11 @@ of the forward pass as JAX sees it.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +231,19 @@ def rule_of(cell: Cell, x_BTD: Array) -> Rule | Derived:
     return rule
 
 
-def run(
+def run(*case: Any) -> tuple[Any, Array]:
+    """See `flax_lstm.nn.recurrence`."""
+    end, (y_BTH, _) = run_over(False, *case)
+    return end, y_BTH
+
+
+def run_states(*case: Any) -> tuple[Any, tuple[Array, Any]]:
+    """`run`, with the state after every step; in padding, the one that is held there."""
+    return run_over(True, *case)
+
+
+def run_over(
+    states: bool,
     cell: Any,
     weights: Weights,
     x_BTD: Array,
@@ -239,27 +252,28 @@ def run(
     mask_BJ: Array | None,
     reverse: bool,
     reset_BT: Array | None = None,
-) -> tuple[Any, Array]:
-    """See `flax_lstm.nn.recurrence`."""
+) -> tuple[Any, tuple[Array, Any]]:
+    """Both; without `states`, None in their place."""
     batch, time, _ = x_BTD.shape
     x_BTD = without_padding(x_BTD, lengths_B)
     fresh_BT = None if reset_BT is None else fresh(reset_BT, lengths_B, reverse)
     rule = rule_of(cell, x_BTD)
+    way = Way(rule, reverse, states)
     units = weights.recurrent_JGH.shape[-1]  # that are this device's
     # Of a derived rule about three arrays for each gate.
     arrays = (3 if rule.again else 1) * cell.gates + 2
     kept = time * batch * units * arrays * cell.state_dtype(x_BTD).itemsize
     if fits(kept, KEEP * (jax.device_count() if current_mesh() is None else 1)):
-        return run_chunk(rule, cell, weights, x_BTD, lengths_B, state, mask_BJ, reverse, fresh_BT)
+        return run_chunk(way, cell, weights, x_BTD, lengths_B, state, mask_BJ, fresh_BT)
     # In the dtype of the state, so that the gradients of all chunks add up in it.
     wide_weights = jax.tree.map(lambda w: w.astype(cell.state_dtype(x_BTD)), weights)
     ends_B = jnp.full(batch, time) if lengths_B is None else lengths_B
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def chunk(state: Any, inputs: tuple[Array, Array | None, Array]) -> tuple[Any, Array]:
+    def chunk(state: Any, inputs: tuple[Array, Array | None, Array]) -> tuple[Any, Any]:
         x_BCD, fresh_BC, start = inputs
         cast = cell.cast(wide_weights, x_BTD)
-        return run_chunk(rule, cell, cast, x_BCD, ends_B - start, state, mask_BJ, reverse, fresh_BC)
+        return run_chunk(way, cell, cast, x_BCD, ends_B - start, state, mask_BJ, fresh_BC)
 
     steps = math.isqrt(time)
     starts = jnp.arange(0, time, steps)
@@ -270,9 +284,12 @@ def run(
         padded = jnp.pad(x_BT, beyond)
         return jnp.swapaxes(padded.reshape(batch, len(starts), steps, *x_BT.shape[2:]), 0, 1)
 
+    def join(x_chunks: Array) -> Array:
+        return jnp.swapaxes(x_chunks, 0, 1).reshape(batch, -1, x_chunks.shape[-1])[:, :time]
+
     chunks = (cut(x_BTD), None if fresh_BT is None else cut(fresh_BT), starts)
-    state, y_chunks = jax.lax.scan(chunk, state, chunks, reverse=reverse)
-    return state, jnp.swapaxes(y_chunks, 0, 1).reshape(batch, -1, y_chunks.shape[-1])[:, :time]
+    state, found = jax.lax.scan(chunk, state, chunks, reverse=reverse)
+    return state, jax.tree.map(join, found)
 
 
 def fits(bytes_kept: Any, limit: int) -> bool:
@@ -284,18 +301,27 @@ def fits(bytes_kept: Any, limit: int) -> bool:
         return True
 
 
+class Way(NamedTuple):
+    """How a recurrence is run: the rule of the cell, the direction, and whether the states after
+    all steps are wanted."""
+
+    rule: Rule | Derived
+    reverse: bool
+    states: bool
+
+
 def run_chunk(
-    rule: Rule | Derived,
+    way: Way,
     cell: Any,
     weights: Weights,
     x_BTD: Array,
     lengths_B: Array | None,
     state: Any,
     mask_BJ: Array | None,
-    reverse: bool,
     fresh_BT: Array | None,
-) -> tuple[Any, Array]:
-    """`run`, keeping what every step leaves."""
+) -> tuple[Any, tuple[Array, Any]]:
+    """`run_over`, keeping what every step leaves."""
+    rule = way.rule
     rest, (leaves, structure) = rest_of(weights), jax.tree.flatten(state)
     order = tuple(range(len(leaves))) if isinstance(rule, Rule) else rule.order
     if isinstance(rule, Rule):
@@ -312,9 +338,8 @@ def run_chunk(
         order = rule.order
     x_TBD = jnp.swapaxes(x_BTD, 0, 1)
     x_TBGH = cell.project(weights, merge(x_TBD)).reshape(*x_TBD.shape[:2], *weights.bias_GH.shape)
-    final, h_TBH = recur(
-        rule,
-        reverse,
+    final, after_T = recur(
+        way,
         x_TBGH,
         weights.recurrent_JGH,
         rest,
@@ -323,12 +348,16 @@ def run_chunk(
         lengths_B,
         None if fresh_BT is None else fresh_BT.T,
     )
-    y_TBH = h_TBH.astype(x_TBGH.dtype)
+    y_TBH = after_T[-1].astype(x_TBGH.dtype)
     if lengths_B is not None:
         valid_TB = jnp.arange(y_TBH.shape[0])[:, None] < lengths_B[None]
         y_TBH = jnp.where(valid_TB[:, :, None], y_TBH, 0)
-    ends = [final[order.index(n)] for n in range(len(leaves))]
-    return jax.tree.unflatten(structure, ends), jnp.swapaxes(y_TBH, 0, 1)
+
+    def as_given(leaves: State) -> Any:
+        return jax.tree.unflatten(structure, [leaves[order.index(n)] for n in range(len(leaves))])
+
+    states = as_given(tuple(jnp.swapaxes(a, 0, 1) for a in after_T)) if way.states else None
+    return as_given(final), (jnp.swapaxes(y_TBH, 0, 1), states)
 
 
 def gather(h: Array, whole: int) -> Array:
@@ -356,12 +385,14 @@ def merge(x_TB: Array) -> Array:
     return x_TB.reshape(-1, *x_TB.shape[2:]) if whole else x_TB
 
 
-def recur_define(rule: Rule | Derived, reverse: bool, *arrays: Any) -> tuple[State, Array]:
-    """The final state, and h after each step (held where a row has ended)."""
-    return recur_forward(rule, reverse, *arrays)[0]
+def recur_define(way: Way, *arrays: Any) -> tuple[State, State]:
+    """The final state, and h after each step (held where a row has ended), after the other arrays
+    of the state where these are wanted."""
+    return recur_forward(way, *arrays)[0]
 
 
-def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, rest, state, mask_BJ, lengths_B, fresh_TB):  # type: ignore[no-untyped-def]
+def recur_forward(way, x_TBGH, recurrent_JGH, rest, state, mask_BJ, lengths_B, fresh_TB):  # type: ignore[no-untyped-def]
+    rule, reverse, states = way
     dtype = recurrent_JGH.dtype
 
     def entering(h: Array) -> Array | None:
@@ -385,15 +416,22 @@ def recur_forward(rule, reverse, x_TBGH, recurrent_JGH, rest, state, mask_BJ, le
     (final, _), kept_T = jax.lax.scan(step, (state, entering(state[-1])), inputs, reverse=reverse)
     # What is kept is the state before a step: a step that also read the one after could not write
     # it in place.
-    before, last = each(kept_T)[-1], final[-1][None]
-    h_TBH = jnp.concatenate([last, before])[:-1] if reverse else jnp.concatenate([before, last])[1:]
-    return (final, h_TBH), kept_T
+    shown = len(final) if states else 1
+
+    def after(before: Array, last: Array) -> Array:
+        ends = [last[None], before] if reverse else [before, last[None]]
+        return jnp.concatenate(ends)[:-1] if reverse else jnp.concatenate(ends)[1:]
+
+    after_T = tuple(map(after, each(kept_T)[-shown:], final[-shown:]))
+    return (final, after_T), kept_T
 
 
-def recur_backward(rule, reverse, arrays, results, kept_T, gradients):  # type: ignore[no-untyped-def]
+def recur_backward(way, arrays, results, kept_T, gradients):  # type: ignore[no-untyped-def]
+    rule, reverse, _ = way
     x_TBGH, recurrent_JGH, rest, _, mask_BJ, lengths_B, fresh_TB = arrays
     x_TBGH = x_TBGH if rule.again else None
-    d_final, dh_TBH = gradients
+    d_final, d_after_T = gradients
+    dh_TBH = d_after_T[-1]
     dtype, state_dtype, shape = recurrent_JGH.dtype, dh_TBH.dtype, recurrent_JGH.shape
     through_matmul = transposed_matmul(recurrent_JGH, mask_BJ, state_dtype)
 
@@ -405,12 +443,13 @@ def recur_backward(rule, reverse, arrays, results, kept_T, gradients):  # type: 
         return (*d[:-1], d[-1] + dh)
 
     def step(carry: Any, inputs: Any) -> Any:
-        t, kept, dh, x, fresh_B = inputs
+        t, kept, d_after, x, fresh_B = inputs
         sums = carry[3]
         kept = each(kept, axis=0)
         own, state = kept[: -len(d_final)], kept[-len(d_final) :]
         d = through(*carry[:3])
-        d = used = (*d[:-1], d[-1] + dh)
+        rest_of_d = len(d) - len(d_after)
+        d = used = (*d[:rest_of_d], *map(operator.add, d[rest_of_d:], d_after))
         valid = None if lengths_B is None else t < lengths_B
         if valid is not None and rule.again:
             used = keep_where(valid, d, tuple(map(jnp.zeros_like, d)))
@@ -425,7 +464,7 @@ def recur_backward(rule, reverse, arrays, results, kept_T, gradients):  # type: 
         return (d_before, da, fresh_B, sums), written
 
     large = rule.is_large(rest)
-    inputs = (jnp.arange(dh_TBH.shape[0]), kept_T, dh_TBH, x_TBGH, fresh_TB)
+    inputs = (jnp.arange(dh_TBH.shape[0]), kept_T, d_after_T, x_TBGH, fresh_TB)
     nothing = jnp.zeros((dh_TBH.shape[1], shape[1] * shape[2]), dtype)
     sums = rule.nothing(rest, dh_TBH.shape[1], state_dtype)
     begin = (d_final, nothing, None if fresh_TB is None else fresh_TB[0], sums)
@@ -448,13 +487,13 @@ def recur_backward(rule, reverse, arrays, results, kept_T, gradients):  # type: 
     return dx_TBGH, d_recurrent, d_rest, through(*ends[:3]), d_mask, None, None
 
 
-def recur_rows(rule: Rule | Derived, reverse: bool) -> Any:
+def recur_rows(way: Way) -> Any:
     """Where the rows of a batch are in arrays, results and what is kept; on a GPU that is one
     array of another form, and an ensemble's matmuls are better batched."""
     return None if on_gpu() else ((1, -1, -1, 0, 0, 0, 1), (0, 1), 1)
 
 
-recur = Derivable(recur_define, recur_forward, recur_backward, statics=2, rows=recur_rows)
+recur = Derivable(recur_define, recur_forward, recur_backward, statics=1, rows=recur_rows)
 
 
 def per_gate(mask_BJ: Array | None) -> TypeGuard[Array]:
