@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, replace
 
+import grain
 import numpy as np
 import pandas as pd
 import pytest
@@ -156,7 +157,7 @@ def test_numbers_as_targets_are_regression(tmp_path):
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
-        ((one for one in [[1.0]]), ["a"], "a generator can be read once"),
+        ((one for one in [[1.0]]), ["a"], "no generator: a run that resumes"),
         ([[1.0, 2.0], ["a", "b"]], ["a", "b"], "sequence 2 is no array of numbers"),
         ([[[1.0, 2.0]], [[1.0]]], ["a", "b"], r"sequence 2 has shape \(1, 1\); \[T, 2\]"),
         ([[1.0, float("nan")]], ["a"], "sequence 1 holds values that are not finite"),
@@ -182,7 +183,8 @@ def test_pickles_are_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (({"a": n} for n in range(3)), "not a generator; it can be read once"),
+        (({"a": n} for n in range(3)), "not a generator: a run .* Collect"),
+        (grain.MapDataset.range(3), "not a RangeMapDataset: a run .* Collect"),
         ([1, 2], "must be a pandas DataFrame, not a list"),
         (pd.DataFrame(), "has no rows"),
     ],

@@ -79,9 +79,7 @@ def as_frame(table: Any) -> pd.DataFrame:
             raise UserError(f"data: no table can be made of these columns: {error}") from None
     if not isinstance(table, pd.DataFrame):
         kind = type(table).__name__
-        once = "; it can be read once, and a run that resumes reads its data again"
-        why = once if hasattr(table, "__next__") else ""
-        raise UserError(f"data must be a pandas DataFrame, not a {kind}{why}")
+        raise UserError(f"data must be a pandas DataFrame, not a {kind}{why_not(table)}")
     require(len(table) > 0, "data: the DataFrame has no rows")
     if not isinstance(table.index, pd.RangeIndex) and (
         table.index.names != [None] or isinstance(table.index, pd.DatetimeIndex)
@@ -89,6 +87,16 @@ def as_frame(table: Any) -> pd.DataFrame:
         table = table.rename_axis(index=[str(name or "time") for name in table.index.names])
         table = with_index(table, "data")
     return with_names(table.reset_index(drop=True), "data")
+
+
+def why_not(rows: object) -> str:
+    """What is said of data that give one row after the other (generators, pipelines of Grain)."""
+    if not hasattr(rows, "__iter__") or isinstance(rows, str | list | tuple | np.ndarray):
+        return ""
+    return (
+        ": a run that resumes, bit for bit, reads its data again, and at any place. Collect the "
+        "rows first, list(rows), and give a table or arrays of them"
+    )
 
 
 def with_index(table: pd.DataFrame, where: str) -> pd.DataFrame:

@@ -19,7 +19,7 @@ import pandas as pd
 from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad, take
 from flax_lstm.data.measures import FARTHEST, SMALLEST, is_several, scaled
-from flax_lstm.data.memory import InMemory, absolute_path, in_memory, with_names
+from flax_lstm.data.memory import InMemory, absolute_path, in_memory, why_not, with_names
 from flax_lstm.data.tables import label_name, read_bytes, read_table, sort_labels
 from flax_lstm.errors import UserError, listing, require, within
 from flax_lstm.machine.files import expanded, write_atomically
@@ -210,7 +210,7 @@ class Sequences(InMemory):
         if not isinstance(table, dict) or self.x_column not in table:
             raise UserError(
                 f"data for Sequences are (x, y): arrays [N, T, D] and [N], or lists; not a "
-                f"{type(table).__name__}"
+                f"{type(table).__name__}{why_not(table)}"
             )
         x = sequences(table[self.x_column], "data")
         y = table.get(self.y_column)
@@ -401,10 +401,8 @@ def sequences(values: Any, where: str) -> list[np.ndarray]:
     fault, counted from 1."""
     require(np.iterable(values), f"{where}: sequences are a list or an array [N, T, D]")
     if hasattr(values, "__next__"):
-        raise UserError(
-            f"{where}: a generator can be read once, and a run that resumes reads its data again; "
-            "give a list or an array"
-        )
+        kind = type(values).__name__
+        raise UserError(f"{where}: sequences are no {kind}{why_not(values)}")
     found: list[np.ndarray] = []
     for n, value in enumerate(values, start=1):
         try:
