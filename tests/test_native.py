@@ -23,7 +23,7 @@ import pytest
 from native_outcomes import outcomes
 
 from flax_lstm import RNN, LSTMCell
-from flax_lstm.nn.recurrence import native, resolve
+from flax_lstm.nn.recurrence import BACKENDS, native, resolve
 
 HERE = Path(__file__).parent
 KERNEL = HERE.parent / "flax_lstm" / "nn" / "recurrence" / "native"
@@ -106,6 +106,16 @@ def test_without_a_compiler_the_fused_recurrence_runs(
     monkeypatch.setenv("CXX", "")
     assert chosen() == chosen() == "fused"
     assert caplog.text.count("no C++ compiler") == 1
+
+
+@needs_compiler
+def test_one_step_alone_is_run_by_another_unless_asked_for_by_name() -> None:
+    """As an agent's in its environment, where laying out the weights would take longer."""
+    one, two = jnp.ones((4, 1, 3)), jnp.ones((4, 2, 3))
+    found = [
+        resolve(name, LSTMCell(3), x) for name, x in (("auto", one), ("auto", two), ("cpu", one))
+    ]
+    assert found == [BACKENDS["fused"], BACKENDS["cpu"], BACKENDS["cpu"]]
 
 
 @needs_compiler

@@ -105,8 +105,9 @@ class ByteLayer(WordLayer):
 
 
 def like(cell: Cell) -> Array:
-    """Inputs that ask for nothing but the dtype that a cell has by itself."""
-    return jnp.zeros((1, 1, 1), cell.dtype or cell.param_dtype)
+    """Inputs, of more steps than one, that ask for nothing but the dtype that a cell has by
+    itself."""
+    return jnp.zeros((1, 2, 1), cell.dtype or cell.param_dtype)
 
 
 def table(cell: Cell, embedding_VE: Array, weights: Weights) -> Array:

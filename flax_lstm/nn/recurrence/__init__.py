@@ -12,13 +12,15 @@ A backend is a module with two functions, or more:
     NATIVE: whether it calls code that is not JAX's own
     ROUNDS: it takes the weights as they are kept, and rounds them itself
     run_states(...), as run -> (state, (y_BTH, states)), where it has the state after every step
+    MANY_STEPS: `auto` takes another for one step alone
 
 `weights` are a cell's `Weights` in the dtype of the matmuls, `lengths_B` is None where all steps
 are valid, `mask_BJ` is recurrent dropout (None without it). Steps at or beyond a row's length leave
 its state untouched and output zero; `reverse` reads each row from its last valid step to its first,
 outputs staying in their places. `recurrent_dropout`
 tells of the mask in training: None, "tied" [B, J], or "per gate" [B, G, J], where the inputs too
-may be [B, T, G * D] (see `cells.input_matmul`). A layer has one backend, in training and out of it.
+may be [B, T, G * D] (see `cells.input_matmul`). A layer has one backend, in training and out of it,
+but that `auto` may run single steps, as an agent's, by another.
 `reset_BT` marks steps that are the first of a sequence of their own (None: there are none, and
 `resets` says so): no state crosses the border before such a step. A step read right after a border
 begins from zeros: read forward that is the marked step itself, read backward the one before it.
@@ -116,6 +118,9 @@ def resolve(
         reason = BACKENDS[other].supports(cell, x_BTD, recurrent_dropout, resets)
         if reason is None and states and not hasattr(BACKENDS[other], "run_states"):
             reason = "it does not give the state after every step"
+        one_step = name == "auto" and x_BTD.shape[1] == 1
+        if reason is None and one_step and hasattr(BACKENDS[other], "MANY_STEPS"):
+            reason = "one step alone is faster without it"
         if reason is None:
             chosen = other
             break

@@ -42,6 +42,7 @@ TIME_MAJOR = True  # `run` takes `time_major`
 ROUNDS = True  # it rounds weights itself, and their gradients are not rounded
 DTYPES = (jnp.float32, jnp.bfloat16)
 NATIVE = True
+MANY_STEPS = True  # a call lays the weights out for its loop, which one step does not repay
 EQUATIONS: dict[type, Any] = {LSTMCell: lstm_step, GRUCell: gru_step, SimpleRNNCell: rnn_step}
 
 
