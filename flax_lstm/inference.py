@@ -20,7 +20,7 @@ from flax_lstm.data.language import LanguageInfo
 from flax_lstm.data.text import TextDataset, TextInfo
 from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import found_at
-from flax_lstm.nn.models import DTYPES, DTypeName
+from flax_lstm.nn.models import DTYPES, DTypeName, TextModel
 from flax_lstm.nn.words import LARGEST, cells_for_tables, with_tables
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
@@ -285,6 +285,12 @@ class Run:
             contributions_T = leave_one_out(logits_of, ids_T, k)
         else:
             module = task.build(self.config.model, info)
+            model = self.config.model
+            require(
+                not (isinstance(model, TextModel) and model.ngrams),
+                "--method gradients follows the embeddings alone, and this model has n-grams "
+                "beside them: --method leave-one-out",
+            )
             contributions_T = integrated_gradients(module, self.params(checkpoint), ids_T, k)
         words = [info.vocabulary.decode([i]) for i in ids_T]
         share = float(np.exp(log_K[k]))

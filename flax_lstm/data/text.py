@@ -156,6 +156,13 @@ class TextDataset:
         """What the embedding of a new run begins with."""
         return None if self._vectors is None else read_vectors(self._vectors, self.info.vocabulary)
 
+    def labelled_tokens(self) -> tuple[Sequence[np.ndarray], np.ndarray]:
+        """The tokens of each training row, and (rows, labels) numbers, 1 for what it has."""
+        rows = self._splits["train"]
+        if isinstance(self.info, TagInfo):
+            return rows.tokens, np.asarray(rows.labels)
+        return rows.tokens, np.eye(len(self.info.labels), dtype=np.float32)[rows.labels]
+
     def read(self, split: str) -> Texts:
         """The texts and labels of a split, as they were read."""
         return self._read[split]

@@ -23,6 +23,7 @@ from flax_lstm.errors import ArgumentError, require, within
 from flax_lstm.machine.sharding import named
 from flax_lstm.nn.layers import RNN, Bidirectional, Stack
 from flax_lstm.nn.likelihoods import placed
+from flax_lstm.nn.ngrams import NGrams
 from flax_lstm.nn.recurrence import BackendName
 from flax_lstm.nn.variants import BY_NAME, CellName
 
@@ -136,6 +137,8 @@ class SequenceModel(nn.Module):
     tied: the head shares the weights of `embed` (Press & Wolf 2017); only where that is an
     `nn.Embed` of O entries.
     factored: give `Factored` scores while training; only where the head is tied.
+    ngrams: maps the inputs to outputs that are added to those of the head. In training a row is
+    answered by one of the two alone, drawn at random: each learns to do without the other.
     dtype: what the dense layers compute in; the outputs are float32 at least.
     """
 
@@ -148,6 +151,7 @@ class SequenceModel(nn.Module):
     dropout: float = 0.0
     tied: bool = False
     factored: bool = False
+    ngrams: NGrams | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -202,7 +206,18 @@ class SequenceModel(nn.Module):
             )
         outputs = "vocabulary" if self.pool is None else None
         y = dense(self.outputs, "hidden", outputs, dtype=self.dtype, name="head")(y)
-        return state, y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        if self.ngrams is not None:
+            other = self.ngrams(inputs, lengths_B, deterministic=deterministic)
+            y = self.together(y, other, deterministic)
+        return state, y
+
+    def together(self, y_BO: Array, other_BO: Array, deterministic: bool) -> Array:
+        """The sum of both parts' outputs; while training, twice those of one of them."""
+        if deterministic:
+            return y_BO + other_BO
+        first_B1 = jax.random.bernoulli(self.make_rng("dropout"), shape=(len(y_BO), 1))
+        return 2 * jnp.where(first_B1, y_BO, other_BO)
 
     def move(self, x_BTD: Array, lengths_B: Array) -> Array | None:
         """What the variable `inputs` of the collection `moves`, [B, T, D], adds to the inputs of
@@ -222,10 +237,10 @@ class SequenceModel(nn.Module):
 
     def streamed(self, y: Array, state: Any, lengths_B: Array) -> Array:
         """The pooled outputs of a call that goes on from another."""
-        if not streams(self.recurrent) or self.pool not in (None, last_pool):
+        if not streams(self.recurrent) or self.pool not in (None, last_pool) or self.ngrams:
             raise ArgumentError(
-                "state: this model sees a whole row at once (it is bidirectional or pools over all "
-                "steps) and cannot go on from a carried state; None begins anew"
+                "state: this model sees a whole row at once (it is bidirectional, pools over all "
+                "steps or counts n-grams) and cannot go on from a carried state; None begins anew"
             )
         if self.pool is None:
             return y
@@ -421,22 +436,31 @@ class TextModel(RecurrentModel):
 
     embed_size: int = 128  # features of a token's embedding
     embed_dropout: float = 0.0  # share of the tokens dropped whole
+    # A linear classifier of which n-grams a text has, up to so many tokens, joins the recurrence
+    # (NB-SVM, Wang & Manning 2012); 0: none
+    ngrams: int = 0
 
     reads: ClassVar[type] = Tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_embedding(self.embed_size, self.embed_dropout)
+        within("model.ngrams", self.ngrams, 0, 10)
 
     def sequence(
         self, outputs: int, vocabulary_size: int = 0, per_step: bool = False
     ) -> SequenceModel:
         """A module with `outputs` outputs a sequence of tokens, or a token."""
+        require(
+            not (self.ngrams and per_step),
+            "model.ngrams are of whole texts, and these data have an answer for each token: give 0",
+        )
         return self.module(
             outputs,
             embed=embedding(vocabulary_size, self.embed_size, self.dtype),
             embed_dropout=self.embed_dropout,
             pool=None if per_step else self.pool(),
+            ngrams=NGrams(outputs, self.ngrams) if self.ngrams else None,
         )
 
 

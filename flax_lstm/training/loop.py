@@ -30,6 +30,7 @@ from flax_lstm.tasks.plots import plot_curves
 from flax_lstm.training.assembly import Assembly, assemble
 from flax_lstm.training.checkpoint import Checkpoints, initial_params
 from flax_lstm.training.evaluation import evaluate, evaluate_baselines
+from flax_lstm.training.ngrams import with_ngrams
 from flax_lstm.training.pairing import check_parts
 from flax_lstm.training.profiling import STEPS, Profiler
 from flax_lstm.training.progress import Progress
@@ -237,6 +238,7 @@ class Session:
                 self.state, told = initial_params(self.state, params)
                 self.console.print(told)
             self.state = with_vectors(self.state, self.dataset)
+            self.state = with_ngrams(self.state, self.dataset, self.config.model)
         else:
             self.state, self.progress = self.checkpoints.restore(self.latest, self.steps.abstract)
             self.console.print(f"resuming from step {self.latest} of {self.folder}")

@@ -37,8 +37,13 @@ def learning_rate(kind: str, peak: float, warmup_steps: int, steps: int) -> Sche
 
 
 def decayed(params: Any) -> Any:
-    """True for the weights that weight decay acts on: all but biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in str(path[-1]), params)
+    """True for the weights that weight decay acts on: all but biases, and the ratios of n-grams,
+    which are not learnt."""
+
+    def learnt(path: tuple[Any, ...], _: Any) -> bool:
+        return not any(name in str(path[-1]) for name in ("bias", "ratios"))
+
+    return jax.tree_util.tree_map_with_path(learnt, params)
 
 
 def levels_below_head(params: Any) -> Any:
