@@ -91,3 +91,15 @@ def test_words_of_another_program_are_for_texts_cut_into_words(folder):
         replace(data, tokenizer="bpe").adopt(["warm"], assets)
     with pytest.raises(UserError, match="SeriesTable has no vocabulary"):
         SeriesTable().adopt(["warm"], assets)
+
+
+def test_a_start_that_came_to_nothing_leaves_no_vocabulary(folder):
+    """Without --init-from the same command has the vocabulary of its own texts."""
+    config = classifier(folder)
+    (folder / "begun").mkdir()
+    save_config(config.with_schedule_settled(), folder / "begun" / "config.py")
+    config.data.inherit(folder / "language" / "assets", folder / "begun" / "assets")
+    fit(config, folder / "begun", plots=False, test=False)
+    own = config.data.load(folder / "fresh" / "assets").info.vocabulary
+    assert load(folder / "begun").info.vocabulary == own
+    assert own != load(folder / "language").info.vocabulary

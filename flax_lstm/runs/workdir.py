@@ -16,7 +16,6 @@ from flax_lstm.machine.files import write_atomically, written_or_told
 from flax_lstm.machine.lock import locked
 from flax_lstm.runs.manifest import Damaged, is_sealed, seal, verify
 from flax_lstm.runs.saved_config import (
-    flatten,
     read_config,
     resume_config,
     save_config,
@@ -130,15 +129,14 @@ class Workdir:
         begun = config.with_schedule_settled()
         if not self.config.exists():
             return begun
-        saved, before = read_config(self.config), self.data_sha256()
-        other_data = None not in (before, data_sha256) and before != data_sha256
-        if self._failed_at_its_start() and (other_data or flatten(saved) != flatten(begun)):
-            # Fitted on other data or under other settings.
+        if self._failed_at_its_start():
+            # Fitted, perhaps, on other data, under other settings or for another run's weights.
             shutil.rmtree(self.assets, ignore_errors=True)
             self.data.unlink(missing_ok=True)
             return begun
+        saved, before = read_config(self.config), self.data_sha256()
         require(
-            not other_data,
+            None in (before, data_sha256) or before == data_sha256,
             f"{self}: the data are not those that this run began with (SHA-256 of their content "
             f"{before}, now {data_sha256}). Bring the old ones back to resume it, or name another "
             "--workdir to begin a new run",
