@@ -17,6 +17,7 @@ def get_config() -> Config:
     return replace(
         base,
         name="imdb_ngrams",
+        data=replace(base.data, max_length=1_000),
         model=replace(base.model, ngrams=3),
-        train=replace(base.train, steps=5 * EPOCH, warmup_steps=50),
+        train=replace(base.train, steps=8 * EPOCH),
     )

@@ -58,7 +58,7 @@ def test_ratios_are_those_of_naive_bayes():
     """Of two classes, by the definition, over n-grams that two rows or more have."""
     rows = [[1, 2], [1, 2], [1, 3], [4, 3], [4]]
     labels = np.array([0, 0, 1, 1, 1])
-    found_MK = log_count_ratios([np.array(row) for row in rows], np.eye(2)[labels], 2)
+    found_MK, _ = log_count_ratios([np.array(row) for row in rows], np.eye(2)[labels], 2)
     kept = [(1,), (2,), (3,), (4,), (1, 2)]
     have = np.array([[gram in grams(row, 2) for gram in kept] for row in rows])
     p, q = 1.0 + have[labels == 0].sum(0), 1.0 + have[labels == 1].sum(0)
@@ -67,7 +67,7 @@ def test_ratios_are_those_of_naive_bayes():
         whole = hashes_of(gram, len(gram))
         shorter = hashes_of(gram, len(gram) - 1) if len(gram) > 1 else set()
         (new,) = whole - shorter
-        np.testing.assert_allclose(found_MK[new % BUCKETS], [ratio, -ratio], rtol=1e-6)
+        np.testing.assert_allclose(found_MK[new % BUCKETS], [ratio / 2, -ratio / 2], rtol=1e-6)
     assert np.count_nonzero(found_MK[:, 0]) == np.count_nonzero(expected)
 
 
@@ -75,15 +75,18 @@ def test_scores_are_the_sum_of_what_the_ngrams_are_worth():
     ids, lengths = padded([[1, 2, 1], [2]])
     rng = np.random.default_rng(0)
     ratios, scales = rng.normal(size=(BUCKETS, 3)), rng.normal(size=BUCKETS)
-    params = {
-        "ratios": jnp.asarray(ratios, jnp.float32),
-        "scales": jnp.asarray(scales, jnp.float32),
-    }
+    checks = np.zeros(BUCKETS)
+    hashes = np.asarray(distinct_ngrams(ids, lengths, 2))
+    checks[hashes % BUCKETS] = hashes // BUCKETS
+    params = {"ratios": ratios, "scales": scales, "checks": checks}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     scores = NGrams(3, 2).apply({"params": params}, ids, lengths)
     for row, score in zip(distinct_ngrams(ids, lengths, 2), scores, strict=True):
         buckets = np.array([int(h) % BUCKETS for h in row if h])
         expected = (ratios[buckets] * scales[buckets][:, None]).sum(0)
         np.testing.assert_allclose(score, expected, rtol=1e-5, atol=1e-5)
+    others = {**params, "checks": params["checks"] + 1}  # which share the buckets
+    np.testing.assert_array_equal(NGrams(3, 2).apply({"params": others}, ids, lengths), 0)
 
 
 def with_ngrams(folder, **train):
@@ -104,8 +107,9 @@ def test_a_run_keeps_the_ratios_it_begins_with_and_learns_their_scales(folder):
     found = run.params()["ngrams"]
     data = run.config.data.load(folder / "again")
     # To the rounding of six averages.
-    expected = log_count_ratios(*data.labelled_tokens(), 2)
-    np.testing.assert_allclose(found["ratios"], expected, rtol=6 * 2**-23)
+    ratios, checks = log_count_ratios(*data.labelled_tokens(), 2)
+    np.testing.assert_allclose(found["ratios"], ratios, rtol=6 * 2**-23)
+    np.testing.assert_allclose(found["checks"], checks, rtol=6 * 2**-23)
     assert np.count_nonzero(found["ratios"]) > 0 and np.count_nonzero(found["scales"]) > 0
     assert not np.any(np.asarray(found["scales"])[np.all(np.asarray(found["ratios"]) == 0, axis=1)])
 
@@ -122,7 +126,7 @@ def test_answers_add_up_both_parts(folder):
     part = NGrams(both.shape[1], 2).apply(
         {"params": params["ngrams"]}, jnp.asarray(batch.inputs), jnp.asarray(batch.lengths)
     )
-    np.testing.assert_allclose(both, alone + part, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(both, alone + part / 2, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(run.forward()(batch), both, rtol=1e-4, atol=1e-5)
 
 
@@ -140,9 +144,11 @@ def test_a_training_step_answers_a_row_by_one_part():
 
 
 def test_ratios_do_not_decay():
-    marked = decayed({"ngrams": {"ratios": 0, "scales": 0}, "head": {"bias": 0, "kernel": 0}})
+    marked = decayed(
+        {"ngrams": {"ratios": 0, "scales": 0, "checks": 0}, "head": {"bias": 0, "kernel": 0}}
+    )
     assert marked == {
-        "ngrams": {"ratios": False, "scales": True},
+        "ngrams": {"ratios": False, "scales": True, "checks": False},
         "head": {"bias": False, "kernel": True},
     }
 
@@ -166,4 +172,5 @@ def test_what_ngrams_do_not_go_with_is_said(folder, capsys):
 
 def test_the_config_joins_ngrams_to_the_bidirectional_lstm():
     model = load_config("imdb_ngrams").model
-    assert replace(model, ngrams=0) == load_config("imdb_bilstm").model and model.ngrams == 3
+    assert replace(model, ngrams=0) == load_config("imdb_bilstm").model
+    assert model.ngrams == 3

@@ -137,8 +137,8 @@ class SequenceModel(nn.Module):
     tied: the head shares the weights of `embed` (Press & Wolf 2017); only where that is an
     `nn.Embed` of O entries.
     factored: give `Factored` scores while training; only where the head is tied.
-    ngrams: maps the inputs to outputs that are added to those of the head. In training a row is
-    answered by one of the two alone, drawn at random: each learns to do without the other.
+    ngrams: maps the inputs to outputs as well; the mean of both is the answer. In training a row
+    is answered by one of the two alone, drawn at random: each learns to do without the other.
     dtype: what the dense layers compute in; the outputs are float32 at least.
     """
 
@@ -213,11 +213,11 @@ class SequenceModel(nn.Module):
         return state, y
 
     def together(self, y_BO: Array, other_BO: Array, deterministic: bool) -> Array:
-        """The sum of both parts' outputs; while training, twice those of one of them."""
+        """The mean of both parts' outputs; while training, those of one of them."""
         if deterministic:
-            return y_BO + other_BO
+            return (y_BO + other_BO) / 2
         first_B1 = jax.random.bernoulli(self.make_rng("dropout"), shape=(len(y_BO), 1))
-        return 2 * jnp.where(first_B1, y_BO, other_BO)
+        return jnp.where(first_B1, y_BO, other_BO)
 
     def move(self, x_BTD: Array, lengths_B: Array) -> Array | None:
         """What the variable `inputs` of the collection `moves`, [B, T, D], adds to the inputs of

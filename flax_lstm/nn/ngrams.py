@@ -2,11 +2,14 @@
 """A linear classifier of n-grams, to stand beside a recurrence that reads the same tokens.
 
 It is the one of Wang & Manning (2012, "Baselines and bigrams", section 2.3; NB-SVM): which n-grams
-a text has, each worth its naive Bayes log-count ratio times a scale that is learnt. N-grams are
-known by a hash, so that no vocabulary of them is kept.
+a text has, each worth its naive Bayes log-count ratio times a scale that is learnt. An n-gram is
+known by 32 bits of a hash: `BUCKET_BITS` say where it is kept, the others whether it is what is
+kept there.
 
 Axes: B batch, T tokens, N n-grams of a text, M buckets of the hash, K classes.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,8 @@ from flax import linen as nn
 from flax_lstm.machine.sharding import named
 
 Array = jax.Array
-BUCKETS = 2**22  # 290,000 n-grams are in five reviews of IMDB or more: they share few buckets
+BUCKET_BITS = 22  # 290,000 n-grams are in five reviews of IMDB or more: few share a bucket
+BUCKETS = 2**BUCKET_BITS
 DROPOUT = 0.5  # share of a text's n-grams that a training step does not see
 
 
@@ -42,11 +46,17 @@ def distinct_ngrams(tokens_BT: Array, lengths_B: Array, longest: int) -> Array:
     return jnp.where(again_BN, 0, hash_BN)
 
 
+def places(hash_BN: Any) -> tuple[Any, Any]:
+    """The bucket of each n-gram, and what tells it from others there: the bits that are left, a
+    small number, which float32 holds."""
+    return (hash_BN % BUCKETS).astype("int32"), (hash_BN >> BUCKET_BITS).astype("float32")
+
+
 class NGrams(nn.Module):
     """Scores of K classes from the n-grams of up to `longest` tokens.
 
-    The parameter `ratios` [M, K] is not learnt: `training.ngrams` fills it from the training rows.
-    N-grams that are rare there have the ratio 0, and so no say.
+    The parameters `ratios` [M, K] and `checks` [M] are not learnt: `training.ngrams` fills them
+    from the training rows. N-grams that are rare there are not kept, and have no say.
     """
 
     outputs: int
@@ -57,11 +67,14 @@ class NGrams(nn.Module):
         """[B, K] float32."""
         zeros = nn.initializers.zeros
         ratios_MK = self.param("ratios", named(zeros, "vocabulary", None), (BUCKETS, self.outputs))
+        checks_M = self.param("checks", named(zeros, "vocabulary"), (BUCKETS,))
         scales_M = self.param("scales", named(zeros, "vocabulary"), (BUCKETS,))
         hash_BN = distinct_ngrams(tokens_BT, lengths_B, self.longest)
-        bucket_BN = (hash_BN % BUCKETS).astype(jnp.int32)
+        bucket_BN, check_BN = places(hash_BN)
+        # Whole numbers, but for the rounding of averaged weights.
+        kept_BN = (hash_BN > 0) & (jnp.abs(check_BN - checks_M[bucket_BN]) < 0.5)
         worth_BN = nn.Dropout(DROPOUT)(
-            jnp.where(hash_BN > 0, scales_M[bucket_BN], 0.0), deterministic=deterministic
+            jnp.where(kept_BN, scales_M[bucket_BN], 0.0), deterministic=deterministic
         )
         ratios_BNK = jax.lax.stop_gradient(ratios_MK)[bucket_BN]
         return jnp.einsum("BN,BNK->BK", worth_BN, ratios_BNK)

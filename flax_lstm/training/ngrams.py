@@ -14,7 +14,7 @@ import numpy as np
 
 from flax_lstm.errors import UserError
 from flax_lstm.nn.models import TextModel
-from flax_lstm.nn.ngrams import BUCKETS, distinct_ngrams
+from flax_lstm.nn.ngrams import BUCKETS, distinct_ngrams, places
 from flax_lstm.training.steps import TrainState
 
 COUNTED = 100_000  # rows from which the n-grams are counted, at most
@@ -53,20 +53,27 @@ def row_ngrams(tokens: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, 
 
 def log_count_ratios(
     tokens: Sequence[np.ndarray], targets_RK: np.ndarray, longest: int
-) -> np.ndarray:
-    """[M, K] float32: log (p / |p|) / (q / |q|), where p are the rows of a class that have an
-    n-gram and q those of other classes, both plus 1 (Wang & Manning 2012, section 2.1)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `ratios` [M, K] and `checks` [M] of `NGrams`.
+
+    A ratio is half of log (p / |p|) / (q / |q|), where p are the rows of a class that have an
+    n-gram and q those of other classes, both plus 1 (Wang & Manning 2012, section 2.1): two classes
+    differ by the whole. Of n-grams that share a bucket the one that most rows have is kept.
+    """
     least = 5 if len(tokens) > FEW else 2
     row, hashes = row_ngrams(tokens[:COUNTED], longest)
     known, which, count = np.unique(hashes, return_inverse=True, return_counts=True)
-    enough = count >= least
-    bucket = known[enough] % BUCKETS
+    kept = np.flatnonzero(count >= least)
+    kept = kept[np.argsort(count[kept], kind="stable")]
+    bucket, check = places(known[kept])
     ratios_MK = np.zeros((BUCKETS, targets_RK.shape[1]), np.float32)
+    checks_M = np.zeros(BUCKETS, np.float32)
+    checks_M[bucket] = check
     for k, target_R in enumerate(targets_RK.T):
-        having = np.bincount(which, weights=target_R[row], minlength=len(known))[enough]
-        p, q = 1 + having, 1 + count[enough] - having
-        ratios_MK[bucket, k] = np.log((p / p.sum()) / (q / q.sum()))
-    return ratios_MK
+        having = np.bincount(which, weights=target_R[row], minlength=len(known))[kept]
+        p, q = 1 + having, 1 + count[kept] - having
+        ratios_MK[bucket, k] = np.log((p / p.sum()) / (q / q.sum())) / 2
+    return ratios_MK, checks_M
 
 
 def with_ngrams(state: TrainState, dataset: Any, model: Any) -> TrainState:
@@ -77,8 +84,12 @@ def with_ngrams(state: TrainState, dataset: Any, model: Any) -> TrainState:
     if not isinstance(dataset, HasLabelledTokens):
         raise UserError("model.ngrams: these data have no classes to count n-grams by; give 0")
     params: Any = state.params
-    ratios_MK = log_count_ratios(*dataset.labelled_tokens(), model.ngrams)
-    ratios = jax.device_put(ratios_MK, params["ngrams"]["ratios"].sharding)
-    first = {**params, "ngrams": {**params["ngrams"], "ratios": ratios}}
+    begun = params["ngrams"]
+    ratios_MK, checks_M = log_count_ratios(*dataset.labelled_tokens(), model.ngrams)
+    counted = {
+        "ratios": jax.device_put(ratios_MK, begun["ratios"].sharding),
+        "checks": jax.device_put(checks_M, begun["checks"].sharding),
+    }
+    first = {**params, "ngrams": {**begun, **counted}}
     averaged = None if state.ema is None else jax.tree.map(jnp.copy, first)
     return state._replace(params=first, ema=averaged)

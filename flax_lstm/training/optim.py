@@ -37,11 +37,11 @@ def learning_rate(kind: str, peak: float, warmup_steps: int, steps: int) -> Sche
 
 
 def decayed(params: Any) -> Any:
-    """True for the weights that weight decay acts on: all but biases, and the ratios of n-grams,
-    which are not learnt."""
+    """True for the weights that weight decay acts on: all but biases, and what is counted of
+    n-grams."""
 
     def learnt(path: tuple[Any, ...], _: Any) -> bool:
-        return not any(name in str(path[-1]) for name in ("bias", "ratios"))
+        return not any(name in str(path[-1]) for name in ("bias", "ratios", "checks"))
 
     return jax.tree_util.tree_map_with_path(learnt, params)
 
