@@ -110,9 +110,9 @@ def session(arguments: list[str], place: Path, said: Path, how: How) -> None:
         os.environ["CXX"] = str(how.compiler)
     if how.largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (how.largest, resource.RLIM_INFINITY))
+    count_changes(place, how.die_at, said.with_suffix(".changes"))
     if how.powerless:
         give_up_rights()
-    count_changes(place, how.die_at, said.with_suffix(".changes"))
     from flax_lstm.__main__ import main
 
     sys.exit(main(arguments))
