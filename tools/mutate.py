@@ -30,6 +30,36 @@ class Breakage(NamedTuple):
 
 
 BREAKAGES = {
+    "an n-gram counts as often as a row has it": Breakage(
+        "flax_lstm/nn/ngrams.py",
+        "jnp.where(again_BN, 0, hash_BN)",
+        "hash_BN",
+        "tests/test_ngrams.py::test_an_ngram_counts_once_however_often_a_row_has_it",
+    ),
+    "a rare n-gram is taken for the one that has its bucket": Breakage(
+        "flax_lstm/nn/ngrams.py",
+        " & (jnp.abs(check_BN - checks_M[bucket_BN]) < 0.5)",
+        "",
+        "tests/test_ngrams.py::test_scores_are_the_sum_of_what_the_ngrams_are_worth",
+    ),
+    "ratios of n-grams count the rows of all classes": Breakage(
+        "flax_lstm/training/ngrams.py",
+        "p, q = 1 + having, 1 + count[kept] - having",
+        "p, q = 1 + having, 1 + count[kept]",
+        "tests/test_ngrams.py::test_ratios_are_those_of_naive_bayes",
+    ),
+    "a row in training is answered by both parts": Breakage(
+        "flax_lstm/nn/models.py",
+        "return jnp.where(first_B1, y_BO, other_BO)",
+        "return (y_BO + other_BO) / 2",
+        "tests/test_ngrams.py::test_a_training_step_answers_a_row_by_one_part",
+    ),
+    "a start that came to nothing leaves its vocabulary": Breakage(
+        "flax_lstm/runs/workdir.py",
+        "            shutil.rmtree(self.assets, ignore_errors=True)\n            self.data.unlink",
+        "            self.data.unlink",
+        "tests/test_init_from.py::test_a_start_that_came_to_nothing_leaves_no_vocabulary",
+    ),
     "forget gate's bias begins at 0": Breakage(
         "flax_lstm/nn/cells.py",
         ".at[1].set(1)",
