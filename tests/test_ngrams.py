@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import small_runs
 
-from flax_lstm import ArgumentError, TextModel, UserError, load, load_config
+from flax_lstm import ArgumentError, Classification, TextModel, UserError, load, load_config
 from flax_lstm.__main__ import main
+from flax_lstm.data.base import Batch
 from flax_lstm.nn.ngrams import BUCKETS, NGrams, distinct_ngrams
+from flax_lstm.tasks.tagging import Tagging
 from flax_lstm.training.ngrams import log_count_ratios
 from flax_lstm.training.optim import decayed
 
@@ -130,17 +132,26 @@ def test_answers_add_up_both_parts(folder):
     np.testing.assert_allclose(run.forward()(batch), both, rtol=1e-4, atol=1e-5)
 
 
-def test_a_training_step_answers_a_row_by_one_part():
-    """The n-grams' scales are 0 at first, and so are their answers."""
-    module = TextModel(ngrams=2, hidden_size=2, embed_size=2).sequence(2, 10)
-    ids, lengths = padded([[3, 4, 5, 3]] * 64)
-    variables = module.init(jax.random.key(0), ids, lengths)
-    alone = module.apply(variables, ids, lengths)[1]
+def test_each_part_learns_as_if_it_were_alone():
+    """Training gets the answers of both; its loss is the mean of theirs."""
+    model = TextModel(ngrams=2, hidden_size=2, embed_size=2)
+    module, ids_and_lengths = model.sequence(2, 10), padded([[3, 4, 5, 3], [4]])
+    variables = module.init(jax.random.key(0), *ids_and_lengths)
+    alone = replace(model, ngrams=0).sequence(2, 10)
+    params = {name: value for name, value in variables["params"].items() if name != "ngrams"}
+    expected = alone.apply({"params": params}, *ids_and_lengths)[1]
     rng = {"dropout": jax.random.key(0)}
-    told = module.apply(variables, ids, lengths, deterministic=False, rngs=rng)[1]
-    recurrent_B = np.isclose(told, 2 * alone, rtol=1e-5, atol=1e-7).all(axis=1)
-    assert 16 < recurrent_B.sum() < 48
-    np.testing.assert_array_equal(told[~recurrent_B], 0)
+    told = module.apply(variables, *ids_and_lengths, deterministic=False, rngs=rng)[1]
+    np.testing.assert_array_equal(told.recurrent_BO, expected)
+    np.testing.assert_array_equal(told.ngrams_BO, 0)  # their scales are 0 at first
+
+    batch = Batch(ids_and_lengths[0], jnp.array([0, 1]), ids_and_lengths[1], jnp.ones(2))
+    classes, tags = Classification(label_smoothing=0.1), Tagging()
+    for task, targets in ((classes, batch.targets), (tags, jnp.eye(2))):
+        rows = batch._replace(targets=targets)
+        losses = [task.loss(part, rows).value for part in told]
+        np.testing.assert_allclose(task.loss(told, rows).value, np.mean(losses), rtol=1e-6)
+        assert losses[0] != losses[1]
 
 
 def test_ratios_do_not_decay():

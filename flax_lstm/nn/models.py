@@ -123,6 +123,13 @@ class Factored(NamedTuple):
     u: Array  # uniform in [0, 1), the randomness of such a loss
 
 
+class Parts(NamedTuple):
+    """The outputs of parts of a model that learn each by itself, and answer by their mean."""
+
+    recurrent_BO: Array
+    ngrams_BO: Array
+
+
 class SequenceModel(nn.Module):
     """Embed -> recurrent stack -> pooling -> head.
 
@@ -137,8 +144,8 @@ class SequenceModel(nn.Module):
     tied: the head shares the weights of `embed` (Press & Wolf 2017); only where that is an
     `nn.Embed` of O entries.
     factored: give `Factored` scores while training; only where the head is tied.
-    ngrams: maps the inputs to outputs as well; the mean of both is the answer. In training a row
-    is answered by one of the two alone, drawn at random: each learns to do without the other.
+    ngrams: maps the inputs to outputs as well; the mean of both is the answer. Training gets them
+    as `Parts`.
     dtype: what the dense layers compute in; the outputs are float32 at least.
     """
 
@@ -207,17 +214,10 @@ class SequenceModel(nn.Module):
         outputs = "vocabulary" if self.pool is None else None
         y = dense(self.outputs, "hidden", outputs, dtype=self.dtype, name="head")(y)
         y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-        if self.ngrams is not None:
-            other = self.ngrams(inputs, lengths_B, deterministic=deterministic)
-            y = self.together(y, other, deterministic)
-        return state, y
-
-    def together(self, y_BO: Array, other_BO: Array, deterministic: bool) -> Array:
-        """The mean of both parts' outputs; while training, those of one of them."""
-        if deterministic:
-            return (y_BO + other_BO) / 2
-        first_B1 = jax.random.bernoulli(self.make_rng("dropout"), shape=(len(y_BO), 1))
-        return jnp.where(first_B1, y_BO, other_BO)
+        if self.ngrams is None:
+            return state, y
+        parts = Parts(y, self.ngrams(inputs, lengths_B, deterministic=deterministic))
+        return state, sum(parts) / len(parts) if deterministic else parts
 
     def move(self, x_BTD: Array, lengths_B: Array) -> Array | None:
         """What the variable `inputs` of the collection `moves`, [B, T, D], adds to the inputs of

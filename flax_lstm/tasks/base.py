@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from flax_lstm.data.base import Batch, SeriesForm, Stepwise, Tokens
 from flax_lstm.errors import UserError
+from flax_lstm.nn.models import Parts
 from flax_lstm.tasks.adversary import Adversary
 from flax_lstm.tasks.metrics import Mean
 
@@ -206,6 +207,14 @@ def vocabulary_size(info: object) -> int:
 def has_target_per_step(info: object) -> bool:
     """Whether every step has a target; else a sequence has one."""
     return isinstance(info, Stepwise) and info.per_step
+
+
+def of_parts(outputs: Any, loss: Callable[[Array], Mean]) -> Mean:
+    """The loss of a model's outputs; of parts that learn each by itself, the mean of their
+    losses."""
+    if not isinstance(outputs, Parts):
+        return loss(outputs)
+    return jax.tree.map(lambda *values: sum(values) / len(values), *map(loss, outputs))
 
 
 def weighted(values_B: Array, weights_B: Array) -> Mean:

@@ -23,6 +23,7 @@ from flax import linen as nn
 from flax_lstm.data.base import Batch, Labelled
 from flax_lstm.data.text import PreparedTexts, TextDataset
 from flax_lstm.errors import listing, require
+from flax_lstm.nn.models import Parts
 from flax_lstm.tasks.adversary import PROBE, Adversary, divergence
 from flax_lstm.tasks.base import (
     Array,
@@ -35,6 +36,7 @@ from flax_lstm.tasks.base import (
     Task,
     beside,
     has_target_per_step,
+    of_parts,
     vocabulary_size,
     weighted,
 )
@@ -77,7 +79,9 @@ class Classification(Task):
         return model.sequence(len(info.labels), vocabulary_size(info), per_step)
 
     def loss(self, outputs: Array, batch: Batch) -> Mean:
-        return self._cross_entropy(outputs, batch, self.label_smoothing)
+        return of_parts(
+            outputs, lambda logits_BK: self._cross_entropy(logits_BK, batch, self.label_smoothing)
+        )
 
     def adversaries(self) -> tuple[Adversary, ...]:
         """Adversarial and virtual adversarial training (Miyato et al. 2017, sections 3 and 4)."""
@@ -86,7 +90,11 @@ class Classification(Task):
             return self.loss(moved, batch)
 
         def change(outputs: Array, moved: Array, batch: Batch) -> Mean:
-            return weighted(divergence(outputs, moved), batch.weights)
+            # N-grams do not move.
+            before, after = (
+                y.recurrent_BO if isinstance(y, Parts) else y for y in (outputs, moved)
+            )
+            return weighted(divergence(before, after), batch.weights)
 
         both = Adversary(self.adversarial, loss), Adversary(self.virtual, change, PROBE)
         return tuple(adversary for adversary in both if adversary.size)

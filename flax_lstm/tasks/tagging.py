@@ -24,6 +24,7 @@ from flax_lstm.tasks.base import (
     Sums,
     Task,
     beside,
+    of_parts,
     vocabulary_size,
     weighted,
 )
@@ -48,8 +49,11 @@ class Tagging(Task):
         return model.sequence(len(info.tags), vocabulary_size(info))
 
     def loss(self, outputs: Array, batch: Batch) -> Mean:
-        losses_BK = optax.sigmoid_binary_cross_entropy(outputs, batch.targets)
-        return weighted(losses_BK, batch.weights[:, None])
+        def cross_entropy(scores_BK: Array) -> Mean:
+            losses_BK = optax.sigmoid_binary_cross_entropy(scores_BK, batch.targets)
+            return weighted(losses_BK, batch.weights[:, None])
+
+        return of_parts(outputs, cross_entropy)
 
     def measure(self, outputs: Array, batch: Batch, info: Tagged) -> Sums:
         given_BK, has_BK = outputs >= 0, batch.targets > 0.5
