@@ -559,8 +559,8 @@ BREAKAGES = {
     ),
     "changed data go unnoticed": Breakage(
         "flax_lstm/runs/workdir.py",
-        "and before != data_sha256",
-        "and False",
+        "None in (before, data_sha256) or before == data_sha256,",
+        "True,",
         "tests/test_owner.py::test_the_same_command_on_changed_data_is_refused",
     ),
     "a damaged vocabulary is used": Breakage(
