@@ -157,3 +157,4 @@ def test_only_adamw_alone_and_an_embedding_of_its_own_are_updated_by_rows() -> N
     assert not by_rows(module, make_mesh(2))
     assert not by_rows(module.clone(tied=True), mesh)
     assert not by_rows(module.clone(embed=None), mesh)
+    assert not by_rows(module.clone(ngrams=NGrams(2, 2)), mesh)

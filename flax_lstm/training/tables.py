@@ -140,11 +140,11 @@ def put_back(opt_state: Any, moments: list[Array]) -> Any:
 
 def by_rows(module: nn.Module, mesh: Mesh) -> bool:
     """Whether the gradient of a module's table is no more than what was looked up, and can be had
-    as that: on one CPU, by the native kernel."""
+    as that: on one CPU, by the native kernel. N-grams need the words, not what was looked up."""
     return (
         isinstance(module, SequenceModel)
         and isinstance(module.embed, Embed)
-        and not module.tied
+        and not (module.tied or module.ngrams)
         and mesh.size == 1
         and mesh.devices.flat[0].platform == "cpu"
         and native.unavailable() is None
