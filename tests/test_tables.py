@@ -19,6 +19,7 @@ from flax_lstm import Classification, TextModel, load_config
 from flax_lstm.data.base import Batch
 from flax_lstm.machine.sharding import make_mesh, put_batch
 from flax_lstm.nn.models import Embed, SequenceModel, mean_pool
+from flax_lstm.nn.ngrams import NGrams
 from flax_lstm.nn.recurrence import native
 from flax_lstm.training.assembly import table_of
 from flax_lstm.training.optim import learning_rate, make_optimizer
