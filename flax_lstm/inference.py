@@ -22,6 +22,7 @@ from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import found_at
 from flax_lstm.nn.models import DTYPES, DTypeName, TextModel
 from flax_lstm.nn.words import LARGEST, cells_for_tables, with_tables
+from flax_lstm.runs.manifest import contents
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Forecaster, Outputs
@@ -341,11 +342,17 @@ class Ensemble(Run):
                 "data": config.data != plain[0].data or not same_data,
                 "task": config.task != plain[0].task,
             }
+            pair = f"{first.workdir} and {run.workdir}"
             require(
                 not any(differ.values()),
-                f"{first.workdir} and {run.workdir} differ in their "
-                f"{' and '.join(name for name in differ if differ[name])}: only runs on the same "
-                "data and for the same task are averaged",
+                f"{pair} differ in their {' and '.join(name for name in differ if differ[name])}: "
+                "only runs on the same data and for the same task are averaged",
+            )
+            theirs, ours = (contents(one.assets) for one in (first, run))
+            require(
+                None in (theirs, ours) or theirs == ours,
+                f"{pair} differ in their assets (a vocabulary of another run, by --init-from): only "
+                "runs that read their data alike are averaged",
             )
         require(
             not isinstance(self.info, LanguageInfo),

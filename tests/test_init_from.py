@@ -103,3 +103,12 @@ def test_a_start_that_came_to_nothing_leaves_no_vocabulary(folder):
     own = config.data.load(folder / "fresh" / "assets").info.vocabulary
     assert load(folder / "begun").info.vocabulary == own
     assert own != load(folder / "language").info.vocabulary
+
+
+def test_runs_that_know_words_by_other_ids_are_not_averaged(folder):
+    """The settings of their data are the same."""
+    config = classifier(folder)
+    fit(config, folder / "theirs", plots=False, test=False, init_from=load(folder / "language"))
+    fit(config, folder / "own", plots=False, test=False)
+    with pytest.raises(UserError, match="differ in their assets"):
+        load(folder / "own", folder / "theirs")
