@@ -351,7 +351,7 @@ class Ensemble(Run):
             theirs, ours = (contents(one.assets) for one in (first, run))
             require(
                 None in (theirs, ours) or theirs == ours,
-                f"{pair} differ in their assets (a vocabulary of another run, by --init-from): only "
+                f"{pair} differ in their assets (a vocabulary by --init-from, say): only "
                 "runs that read their data alike are averaged",
             )
         require(
