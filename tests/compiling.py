@@ -23,14 +23,16 @@ DEVICES = "--xla_force_host_platform_device_count"
 
 
 def known(flags: tuple[str, ...]) -> list[str]:
-    """Those that this jaxlib has: XLA ends a process for any other."""
+    """Those that this jaxlib has: XLA ends a process for any other. A flag that is no more may live
+    on as a name within a longer text; a flag's own text is that name alone."""
     for path in Path(jaxlib.__file__).parent.glob("libjax_common*"):
         with (
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library,
         ):
             names = [flag.removeprefix("--").split("=")[0].encode() for flag in flags]
-            return [flag for flag, name in zip(flags, names, strict=True) if library.find(name) > 0]
+            texts = [b"\0" + name + b"\0" for name in names]
+            return [flag for flag, text in zip(flags, texts, strict=True) if library.find(text) > 0]
     return []
 
 
