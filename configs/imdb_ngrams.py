@@ -4,8 +4,8 @@ has (NB-SVM, Wang & Manning 2012).
 
     python train.py --config imdb_ngrams
 
-Test accuracy 0.912 (seed 0), validation 0.918: docs/results.md. 28 minutes on two cores that other work
-shared.
+Test accuracy 0.912 (seed 0), validation 0.918: docs/results.md. 28 minutes on two cores that other
+work shared.
 """
 
 from dataclasses import replace
