@@ -219,3 +219,20 @@ def test_resets_over_a_mesh(sharded: bool) -> None:
     mesh = make_mesh(8 if sharded else 1, 1, 1)
     run = jax.jit(on_mesh(jax.grad(loss), mesh))
     assert_close(run(variables, *put_batch((x_BTD, resets), mesh)), expected)
+
+
+def test_a_cell_of_others_carries_the_dtype_of_its_inputs() -> None:
+    """Float64 where it is enabled; the same as the cell step by step."""
+    rng = np.random.default_rng(0)
+    ins_TBD, begin_BH = (jnp.asarray(rng.normal(size=shape)) for shape in ((5, 2, 3), (2, 4)))
+    resets_TB = jnp.asarray(rng.integers(0, 2, (5, 2)), bool)
+    cell = nn.GRUCell(4)
+    layer = ScannedRNN(cell)
+    variables = layer.init(jax.random.key(0), begin_BH, (ins_TBD, resets_TB))
+    carry_BH, out_TBH = layer.apply(variables, begin_BH, (ins_TBD, resets_TB))
+    assert carry_BH.dtype == out_TBH.dtype == ins_TBD.dtype
+    (params,) = variables["params"].values()
+    h_BH = begin_BH
+    for x_BD, reset_B, out_BH in zip(ins_TBD, resets_TB, out_TBH, strict=True):
+        h_BH, _ = cell.apply({"params": params}, jnp.where(reset_B[:, None], 0, h_BH), x_BD)
+        np.testing.assert_allclose(out_BH, h_BH, rtol=1e-5, atol=1e-6)

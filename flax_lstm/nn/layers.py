@@ -243,6 +243,9 @@ class RNN(nn.Module):
                     "cells only"
                 )
             begin = cell.initialize_carry(jax.random.key(0), (batch, x_BTD.shape[2]))
+            if getattr(cell, "dtype", None) is None:  # it computes in the wider of both dtypes
+                wider = functools.partial(jnp.promote_types, x_BTD.dtype)
+                begin = jax.tree.map(lambda leaf: leaf.astype(wider(leaf.dtype)), begin)
             return None, begin if state is None else checks.state(state, begin), x_BTD, None
 
         weights = self.weights(features)

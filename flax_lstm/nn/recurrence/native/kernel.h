@@ -35,6 +35,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -297,23 +298,27 @@ void row_product(const typename Number::Element* a, const typename Number::Eleme
 }
 
 // ----------------------------------------------------------------------------------------------------------- memory
-class Memory {  // floats for one task, taken piece by piece
+// The arrays of one task, in one piece of memory: `want` says for each how large it is, then `get` says where it is.
+class Memory {
  public:
-  explicit Memory(long floats)
-      : data_(static_cast<float*>(std::aligned_alloc(ALIGNMENT, rounded(floats) * sizeof(float)))), next_(data_.get()) {}
-  float* take(long floats) {
-    float* piece = next_;
-    next_ += rounded(floats);
-    return piece;
+  template <class T>
+  void want(T*& array, long floats) {
+    places_.push_back([&array, at = total_](float* begin) { array = reinterpret_cast<T*>(begin + at); });
+    total_ += (floats + 15) / 16 * 16;
   }
-  static long rounded(long floats) { return (floats + 15) / 16 * 16; }
+  void get() {
+    data_.reset(static_cast<float*>(std::aligned_alloc(ALIGNMENT, total_ * sizeof(float))));
+    for (const auto& place : places_) place(data_.get());
+    places_.clear();
+  }
 
  private:
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
+  std::vector<std::function<void(float*)>> places_;
   std::unique_ptr<float, Free> data_;
-  float* next_;
+  long total_ = 0;
 };
 
 struct Sizes {
@@ -548,18 +553,19 @@ void forward_task(const Forward& f, const Rows& mine) {
   const long input_depth = even<Number>(inputs), depth = even<Number>(hidden), ldh = stride + 3;
   const long masks = f.mask_per_gate ? G : 1, masked = rows * ldh;  // h under each mask, and from one to the next
   const float* tied = masks > 1 ? nullptr : f.mask;
-  const auto sizes = {blocks * G * input_depth * COLS, blocks * G * depth * COLS, blocks * G * m * COLS, m * input_depth,
-                      masks * masked, masks * masked, rows * stride, rows * stride, rows * COLS};
-  long total = 0;
-  for (long s : sizes) total += Memory::rounded(s);
-  Memory memory(total);
-  auto next = sizes.begin();
-  const auto take = [&] { return memory.take(*next++); };
-  const auto elements = [&] { return reinterpret_cast<Element*>(take()); };
-  Element *input = elements(), *recurrent = elements();
-  float* panels = take();
-  Element *x = elements(), *h_in = elements(), *h_next = elements();
-  float *carry = take(), *h_last = take(), *q = take();
+  Element *input, *recurrent, *x, *h_in, *h_next;
+  float *panels, *carry, *h_last, *q;
+  Memory memory;
+  memory.want(input, blocks * G * input_depth * COLS);
+  memory.want(recurrent, blocks * G * depth * COLS);
+  memory.want(panels, blocks * G * m * COLS);
+  memory.want(x, m * input_depth);
+  memory.want(h_in, masks * masked);
+  memory.want(h_next, masks * masked);
+  memory.want(carry, rows * stride);
+  memory.want(h_last, rows * stride);
+  memory.want(q, rows * COLS);
+  memory.get();
 
   if (!f.projected) {
     pack<Number>(f.input, z.inputs, G, z, 0, inputs, input);
@@ -694,10 +700,10 @@ struct Gradients {
   float *input, *recurrent;
   explicit Gradients(const Sizes& z)
       : input_depth(z.inputs + 1),
-        depth(z.units + Cell::HAS_Q),
-        memory(Memory::rounded(z.blocks() * G * input_depth * COLS) + Memory::rounded(z.blocks() * G * depth * COLS)),
-        input(memory.take(z.blocks() * G * input_depth * COLS)),
-        recurrent(memory.take(z.blocks() * G * depth * COLS)) {
+        depth(z.units + Cell::HAS_Q) {
+    memory.want(input, z.blocks() * G * input_depth * COLS);
+    memory.want(recurrent, z.blocks() * G * depth * COLS);
+    memory.get();
     std::fill(input, input + z.blocks() * G * input_depth * COLS, 0.0f);
     std::fill(recurrent, recurrent + z.blocks() * G * depth * COLS, 0.0f);
   }
@@ -734,19 +740,22 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth;
   const long masks = f.mask_per_gate ? G : 1, masked = m * depth, returned = blocks * rows * COLS;  // from one mask to the next
   const float* tied = masks > 1 ? nullptr : f.mask;
-  const auto sizes = {z.input_blocks() * gates_depth * COLS, blocks * gates_depth * COLS, m * input_depth, masks * masked,
-                      blocks * P * m * COLS, m * gates_depth, Cell::HAS_Q ? rows * gates_depth : 0, m * COLS,
-                      rows * stride, rows * stride, masks * returned, stride};
-  long total = 0;
-  for (long s : sizes) total += Memory::rounded(s);
-  Memory memory(total);
-  auto next = sizes.begin();
-  const auto take = [&] { return memory.take(*next++); };
-  const auto elements = [&] { return reinterpret_cast<Element*>(take()); };
-  Element *input = elements(), *recurrent = elements();
-  float *x = take(), *h_before = take(), *panels = take();
-  Element *da = elements(), *da_recurrent = elements();
-  float *dx = take(), *direct = take(), *dcell = take(), *through = take(), *zeros = take();
+  Element *input, *recurrent, *da, *da_recurrent;
+  float *x, *h_before, *panels, *dx, *direct, *dcell, *through, *zeros;
+  Memory memory;
+  memory.want(input, z.input_blocks() * gates_depth * COLS);
+  memory.want(recurrent, blocks * gates_depth * COLS);
+  memory.want(x, m * input_depth);
+  memory.want(h_before, masks * masked);
+  memory.want(panels, blocks * P * m * COLS);
+  memory.want(da, m * gates_depth);
+  memory.want(da_recurrent, Cell::HAS_Q ? rows * gates_depth : 0);
+  memory.want(dx, m * COLS);
+  memory.want(direct, rows * stride);
+  memory.want(dcell, rows * stride);
+  memory.want(through, masks * returned);
+  memory.want(zeros, stride);
+  memory.get();
 
   if (!f.projected) pack_transposed<Number>(f.input, D, G, H, input);
   pack_transposed<Number>(f.recurrent, H, G, H, recurrent);
