@@ -418,13 +418,14 @@ def test_only_what_a_failed_start_leaves_is_taken_over(tmp_path):
     )
 
 
-def test_a_start_cut_short_keeps_what_it_fitted(tmp_path):
+def test_a_start_cut_short_leaves_nothing_fitted(tmp_path):
+    """Nobody knows what it was fitted for: perhaps for the weights of another run."""
     config = load_config("quickstart")
     Workdir(tmp_path / "run").open(config)
     (tmp_path / "run" / "assets").mkdir()
     (tmp_path / "run" / "assets" / "info.json").write_text("fitted")
     assert Workdir(tmp_path / "run").open(config) == config.with_schedule_settled()
-    assert (tmp_path / "run" / "assets" / "info.json").exists()
+    assert not (tmp_path / "run" / "assets").exists()
 
 
 def test_folders_that_hold_no_run(run, tmp_path, capsys):
