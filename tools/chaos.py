@@ -103,7 +103,7 @@ def session(arguments: list[str], place: Path, said: Path, how: How) -> None:
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.chdir(place)
     gc.freeze()  # what is inherited is not looked through again
-    os.environ["XLA_FLAGS"] = ""  # one device, whatever the caller asked for
+    os.environ.update(plain())
     if how.cache:
         os.environ["XDG_CACHE_HOME"] = str(how.cache)
     if how.compiler:
@@ -116,6 +116,12 @@ def session(arguments: list[str], place: Path, said: Path, how: How) -> None:
     from flax_lstm.__main__ import main
 
     sys.exit(main(arguments))
+
+
+def plain() -> dict[str, str]:
+    """The environment with one device and XLA's own ways to compile, whatever the caller asked
+    for: of the same command come the same bits."""
+    return {**os.environ, "XLA_FLAGS": ""}
 
 
 def give_up_rights() -> None:
@@ -455,7 +461,7 @@ class Chaos:
         """kill -9 of a command as it is typed, while it imports and reads."""
         run, arguments = self.new(), one_process("series")
         command = [sys.executable, str(ROOT / "train.py"), *arguments.split(), "--workdir", "run"]
-        running = subprocess.Popen(command, cwd=run.parent, stderr=subprocess.DEVNULL)
+        running = subprocess.Popen(command, cwd=run.parent, stderr=subprocess.DEVNULL, env=plain())
         time.sleep(self.moment(0.2, 12))
         running.kill()
         running.wait()
@@ -658,7 +664,10 @@ class Chaos:
         command = [sys.executable, ROOT / "train.py", *two_processes().split(), "--workdir", "run"]
         with open(run.parent / "said", "w") as said:
             parent = subprocess.Popen(
-                [*command, "--no-report", "--local-processes", "2"], cwd=run.parent, stderr=said
+                [*command, "--no-report", "--local-processes", "2"],
+                cwd=run.parent,
+                stderr=said,
+                env=plain(),
             )
         while not (run / "checkpoints").exists() and parent.poll() is None:
             time.sleep(0.05)
@@ -682,7 +691,10 @@ class Chaos:
         command = [sys.executable, ROOT / "train.py", *two_processes().split(), "--workdir", "run"]
         with open(run.parent / "said", "w") as said:
             parent = subprocess.Popen(
-                [*command, "--no-report", "--local-processes", "2"], cwd=run.parent, stderr=said
+                [*command, "--no-report", "--local-processes", "2"],
+                cwd=run.parent,
+                stderr=said,
+                env=plain(),
             )
             time.sleep(self.moment(0.5, 20))
             children = children_of(parent.pid)
