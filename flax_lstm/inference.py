@@ -15,6 +15,7 @@ import pandas as pd
 
 from flax_lstm.config import Config
 from flax_lstm.data.base import Batch, Dataset
+from flax_lstm.data.corpus import VocabularyInfo
 from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.data.language import LanguageInfo
 from flax_lstm.data.text import TextDataset, TextInfo
@@ -22,7 +23,6 @@ from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.files import found_at
 from flax_lstm.nn.models import DTYPES, DTypeName, TextModel
 from flax_lstm.nn.words import LARGEST, cells_for_tables, with_tables
-from flax_lstm.runs.manifest import contents
 from flax_lstm.runs.saved_config import read_config
 from flax_lstm.runs.workdir import Workdir
 from flax_lstm.tasks.base import Examiner, Forecaster, Outputs
@@ -348,9 +348,10 @@ class Ensemble(Run):
                 f"{pair} differ in their {' and '.join(name for name in differ if differ[name])}: "
                 "only runs on the same data and for the same task are averaged",
             )
-            theirs, ours = (contents(one.assets) for one in (first, run))
+            theirs, ours = first.info, run.info
             require(
-                None in (theirs, ours) or theirs == ours,
+                not (isinstance(theirs, VocabularyInfo) and isinstance(ours, VocabularyInfo))
+                or theirs.vocabulary == ours.vocabulary,
                 f"{pair} differ in their assets (a vocabulary by --init-from, say): only "
                 "runs that read their data alike are averaged",
             )

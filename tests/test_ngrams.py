@@ -91,6 +91,13 @@ def test_scores_are_the_sum_of_what_the_ngrams_are_worth():
     np.testing.assert_array_equal(NGrams(3, 2).apply({"params": others}, ids, lengths), 0)
 
 
+def test_weights_are_float32_where_float64_is_enabled():
+    with jax.enable_x64(True):
+        ids, lengths = padded([[1, 2]])
+        params = NGrams(2, 2).init(jax.random.key(0), ids, lengths)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
 def with_ngrams(folder, **train):
     config = small_runs.text_run(folder, **train)
     return replace(config, model=replace(config.model, ngrams=2))

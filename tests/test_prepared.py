@@ -24,6 +24,7 @@ from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.language import LanguageTable
 from flax_lstm.data.prepared import PieceBatches, Prepared
 from flax_lstm.data.vocabulary import END, Vocabulary
+from flax_lstm.training.ngrams import log_count_ratios
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -302,6 +303,17 @@ def test_texts_with_labels_give_the_batches_that_they_give_from_memory(labelled,
     for one, other in pairs:
         for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_ngrams_of_files_are_counted_as_those_in_memory(labelled, tmp_path):
+    _, *configs = labelled
+    found = [
+        log_count_ratios(*config.data.load(tmp_path / f"{n}").labelled_tokens(), 2)
+        for n, config in enumerate(configs)
+    ]
+    for memory, files in zip(*found, strict=True):
+        np.testing.assert_array_equal(files, memory)
+    assert np.count_nonzero(found[0][0])
 
 
 def test_a_classifier_trains_and_is_judged_alike(labelled, tmp_path):

@@ -7,6 +7,7 @@ Axes: B batch, T time, V vocabulary, F features, K classes.
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("quick_compile")]
 
 ROWS, STEPS, WORDS, FEATURES, CLASSES, UPDATES = 4, 6, 40, 19, 2, 4
 RATE, DECAY, EPSILON, CLIP = 0.1, 0.01, 1e-6, 0.05
+CROSS_ENTROPY = Classification().loss
 
 
 class Nothing(nn.Module):
@@ -50,14 +52,14 @@ def batch_of(step: int) -> Batch:
     )
 
 
-def trained(table: Table | None, clip: float):
+def trained(table: Table | None, clip: float, loss: Any = CROSS_ENTROPY):
     """Parameters before and after some updates, the moments, and the gradients' norms."""
     module = SequenceModel(Nothing(), CLASSES, embed=Embed(WORDS, FEATURES), pool=mean_pool)
     schedule, mesh = learning_rate("constant", RATE, 2, 10), make_mesh(1)
     optimizer = make_optimizer("adamw", schedule, DECAY, clip, epsilon=EPSILON)
     steps = make_steps(
         module,
-        Classification().loss,
+        loss,
         lambda outputs, batch: outputs,
         optimizer,
         schedule,
@@ -130,6 +132,17 @@ def test_they_are_those_without_rows() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), by_row, whole)
 
 
+def test_a_loss_sees_the_words_and_not_what_was_looked_up() -> None:
+    """One of your own may weigh rows by them."""
+
+    def loss(outputs: Any, batch: Batch) -> Any:
+        odd_B = batch.inputs[:, 0] % 2
+        return CROSS_ENTROPY(outputs, batch._replace(weights=1.0 + odd_B))
+
+    by_row, whole = (trained(t, CLIP, loss) for t in (Table(DECAY, EPSILON, CLIP), None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), by_row, whole)
+
+
 def test_a_word_that_is_none_counts_for_nothing() -> None:
     assert native.unavailable() is None
     shapes = [jax.ShapeDtypeStruct((5,), jnp.int32), jax.ShapeDtypeStruct((5, 2), jnp.float32)]
@@ -140,12 +153,16 @@ def test_a_word_that_is_none_counts_for_nothing() -> None:
 
 
 def test_only_adamw_alone_and_an_embedding_of_its_own_are_updated_by_rows() -> None:
-    train = load_config("imdb_lstm").train
+    config = load_config("imdb_lstm")
+    train = config.train
     info = SimpleNamespace(labels=range(2), vocabulary_size=WORDS)
     module = Classification().build(TextModel(hidden_size=(8,)), info)
     mesh = make_mesh(1)
     expected = Table(train.weight_decay, train.epsilon, train.clip)
-    assert table_of(train, module, mesh) == expected
+    assert table_of(config, module, mesh) == expected
+    assert table_of(config.with_backend("cpu"), module, mesh) == expected
+    for backend in ("fused", "scan"):  # which need no compiler
+        assert table_of(config.with_backend(backend), module, mesh) is None
     for other in (
         {"optimizer": "sgd", "epsilon": 1e-8},
         {"schedule": "plateau"},
@@ -154,7 +171,8 @@ def test_only_adamw_alone_and_an_embedding_of_its_own_are_updated_by_rows() -> N
         {"frozen": ("embed",)},
         {"accumulate": 2},
     ):
-        assert table_of(replace(train, **other), module, mesh) is None, other
+        changed = replace(config, train=replace(train, **other))
+        assert table_of(changed, module, mesh) is None, other
     assert not by_rows(module, make_mesh(2))
     assert not by_rows(module.clone(tied=True), mesh)
     assert not by_rows(module.clone(embed=None), mesh)

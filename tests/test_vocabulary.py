@@ -156,3 +156,6 @@ def test_words_of_another_program_keep_their_order(tmp_path):
     for twice in (["a", "b", "A"], ["<eos>"]):
         with pytest.raises(UserError, match=f"{twice[-1].lower()!r} is twice"):
             Vocabulary.of(twice)
+    for none in ("ab", [1], [None], ["a", b"b"]):
+        with pytest.raises(UserError, match="a list of words"):
+            Vocabulary.of(none)

@@ -81,7 +81,10 @@ class Vocabulary:
     @classmethod
     def of(cls, words: Sequence[str]) -> "Vocabulary":
         """Of words that an embedding was trained with elsewhere: ids 3, 4, ... in their order.
-        Raises UserError for a word that comes twice, however it is written."""
+        Raises UserError for what are no words, and for one that comes twice, however it is
+        written."""
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise UserError("words: a list of words in the order of their ids, such as ['a', 'b']")
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

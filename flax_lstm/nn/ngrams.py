@@ -66,9 +66,12 @@ class NGrams(nn.Module):
     def __call__(self, tokens_BT: Array, lengths_B: Array, *, deterministic: bool = True) -> Array:
         """[B, K] float32."""
         zeros = nn.initializers.zeros
-        ratios_MK = self.param("ratios", named(zeros, "vocabulary", None), (BUCKETS, self.outputs))
-        checks_M = self.param("checks", named(zeros, "vocabulary"), (BUCKETS,))
-        scales_M = self.param("scales", named(zeros, "vocabulary"), (BUCKETS,))
+        by_bucket, shape = named(zeros, "vocabulary"), (BUCKETS,)
+        ratios_MK = self.param(
+            "ratios", named(zeros, "vocabulary", None), (*shape, self.outputs), jnp.float32
+        )
+        checks_M = self.param("checks", by_bucket, shape, jnp.float32)
+        scales_M = self.param("scales", by_bucket, shape, jnp.float32)
         hash_BN = distinct_ngrams(tokens_BT, lengths_B, self.longest)
         bucket_BN, check_BN = places(hash_BN)
         # Whole numbers, but for the rounding of averaged weights.

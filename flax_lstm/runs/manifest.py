@@ -37,11 +37,6 @@ def is_sealed(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def contents(folder: Path) -> dict[str, Any] | None:
-    """Size and SHA-256 of each file, as they were sealed; None of a folder that was not."""
-    return _read(folder / MANIFEST) if is_sealed(folder) else None
-
-
 def verify(folder: Path, content: bool = True) -> None:
     """Raises Damaged for the first file that is not as it was sealed. Names and sizes are compared
     first, which is cheap; without `content` nothing else is."""

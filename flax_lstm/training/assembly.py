@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from flax_lstm.config import Config, TrainConfig
+from flax_lstm.config import Config
 from flax_lstm.machine.sharding import check_batch_size, make_mesh
 from flax_lstm.nn.recurrence import noting
 from flax_lstm.training.optim import learning_rate, make_optimizer
@@ -63,14 +63,16 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
             accumulate=train.accumulate,
             ema=train.ema,
             adversaries=task.adversaries(),
-            table=table_of(train, module, mesh),
+            table=table_of(config, module, mesh),
         )
     names = {*layers.values()}
     return Assembly(mesh, steps, names.pop() if len(names) == 1 else "auto")
 
 
-def table_of(train: TrainConfig, module: Any, mesh: Mesh) -> Table | None:
-    """The table of embeddings that is updated by rows, where that is AdamW alone."""
+def table_of(config: Config, module: Any, mesh: Mesh) -> Table | None:
+    """The table of embeddings that is updated by rows, where that is AdamW alone. A run that was
+    given, or began with, a backend that needs no compiler is the same on a machine that has one."""
+    train = config.train
     alone = (
         train.optimizer == "adamw"
         and train.schedule != "plateau"
@@ -78,6 +80,6 @@ def table_of(train: TrainConfig, module: Any, mesh: Mesh) -> Table | None:
         and not (train.unfreeze_every or train.frozen)
         and train.accumulate == 1
     )
-    if not alone or not by_rows(module, mesh):
+    if not alone or config.backend not in ("auto", "cpu") or not by_rows(module, mesh):
         return None
     return Table(train.weight_decay, train.epsilon, train.clip)

@@ -17,7 +17,7 @@ from flax_lstm.nn.models import TextModel
 from flax_lstm.nn.ngrams import BUCKETS, distinct_ngrams, places
 from flax_lstm.training.steps import TrainState
 
-COUNTED = 100_000  # rows from which the n-grams are counted, at most
+COUNTED = 50_000  # rows from which the n-grams are counted, at most
 FEW = 5_000  # rows; where there are more, an n-gram has to be in five of them, else in two
 AT_ONCE = 256  # rows
 
@@ -32,11 +32,11 @@ class HasLabelledTokens(Protocol):
 
 
 def row_ngrams(tokens: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows and the hashes of all their distinct n-grams, as two arrays of one length."""
+    """The first rows and the hashes of all their distinct n-grams, as two arrays of one length."""
     rows, hashes = [], []
-    hashed = jax.jit(distinct_ngrams, static_argnums=2)
-    for start in range(0, len(tokens), AT_ONCE):
-        part = [np.asarray(ids) for ids in tokens[start : start + AT_ONCE]]
+    hashed, end = jax.jit(distinct_ngrams, static_argnums=2), min(len(tokens), COUNTED)
+    for start in range(0, end, AT_ONCE):
+        part = [np.asarray(tokens[n]) for n in range(start, min(start + AT_ONCE, end))]
         lengths = np.zeros(AT_ONCE, np.int32)
         lengths[: len(part)] = [len(ids) for ids in part]
         # Lengths that are powers of 2: few shapes to compile.
@@ -46,7 +46,7 @@ def row_ngrams(tokens: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, 
             row[: len(ids)] = ids
         hash_RN = np.asarray(hashed(jnp.asarray(ids_RT), jnp.asarray(lengths), longest))
         row, place = np.nonzero(hash_RN)
-        rows.append(row + start)
+        rows.append((row + start).astype(np.int32))
         hashes.append(hash_RN[row, place])
     return np.concatenate(rows), np.concatenate(hashes)
 
@@ -61,7 +61,7 @@ def log_count_ratios(
     differ by the whole. Of n-grams that share a bucket the one that most rows have is kept.
     """
     least = 5 if len(tokens) > FEW else 2
-    row, hashes = row_ngrams(tokens[:COUNTED], longest)
+    row, hashes = row_ngrams(tokens, longest)
     known, which, count = np.unique(hashes, return_inverse=True, return_counts=True)
     kept = np.flatnonzero(count >= least)
     kept = kept[np.argsort(count[kept], kind="stable")]

@@ -135,13 +135,14 @@ def gradients(
     """
 
     def total(
-        params: Any, carry: Any, part: Batch, key: Array, moves: list[Array]
+        params: Any, carry: Any, part: Batch, key: Array, moves: list[Array], looked_up: Any = None
     ) -> tuple[Array, tuple[Array, Array, Any]]:
-        after, outputs = apply(recipe.module, params, carry, part, key)
+        seen = part if looked_up is None else part._replace(inputs=looked_up)
+        after, outputs = apply(recipe.module, params, carry, seen, key)
         mean = recipe.loss(outputs, part)
         loss = mean.total
         for adversary, move in zip(recipe.adversaries, moves, strict=True):
-            _, moved = apply(recipe.module, params, carry, part, key, move)
+            _, moved = apply(recipe.module, params, carry, seen, key, move)
             loss += adversary.cost(outputs, moved, part).total
         # One division here saves one of every gradient, a pass over all of them.
         divisor = mean.weight if recipe.accumulate == 1 else 1

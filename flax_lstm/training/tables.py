@@ -40,15 +40,15 @@ class Table(NamedTuple):
     clip: float
 
     def gradient(self, total: Callable[..., Any]) -> Callable[..., Any]:
-        """`jax.grad(total, has_aux=True)` of a function of (params, carry, batch, ...), where the
-        gradient of the table is `Looked`."""
+        """`jax.grad(total, has_aux=True)` of a function of (params, carry, batch, ..., inputs to
+        take in the place of the batch's), where the gradient of the table is `Looked`."""
 
         def grad(params: Any, carry: Any, batch: Any, *rest: Any) -> tuple[Any, Any]:
             table_VF = get(params)
 
             def of_looked_up(others: Any, x_BTF: Array) -> Any:
                 whole = put(others, table_VF)
-                return total(whole, carry, batch._replace(inputs=x_BTF), *rest)
+                return total(whole, carry, batch, *rest, x_BTF)
 
             x_BTF = jnp.take(table_VF, batch.inputs, axis=0)
             both = jax.grad(of_looked_up, argnums=(0, 1), has_aux=True)
