@@ -73,6 +73,15 @@ def test_ratios_are_those_of_naive_bayes():
     assert np.count_nonzero(found_MK[:, 0]) == np.count_nonzero(expected)
 
 
+def test_of_many_rows_those_of_all_classes_are_counted():
+    rows = [np.array([1]), np.array([2])]
+    sorted_rows, labels = [rows[0]] * 12 + [rows[1]] * 12, np.repeat([0, 1], 12)
+    found, checks = log_count_ratios(sorted_rows, np.eye(2)[labels], 1, most=8)
+    expected, same = log_count_ratios(rows * 4, np.eye(2)[[0, 1] * 4], 1)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(checks, same)
+
+
 def test_scores_are_the_sum_of_what_the_ngrams_are_worth():
     ids, lengths = padded([[1, 2, 1], [2]])
     rng = np.random.default_rng(0)

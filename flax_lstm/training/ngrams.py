@@ -17,7 +17,7 @@ from flax_lstm.nn.models import TextModel
 from flax_lstm.nn.ngrams import BUCKETS, distinct_ngrams, places
 from flax_lstm.training.steps import TrainState
 
-COUNTED = 50_000  # rows from which the n-grams are counted, at most
+COUNTED = 50_000  # rows from which n-grams are counted, at most: a gigabyte of long reviews
 FEW = 5_000  # rows; where there are more, an n-gram has to be in five of them, else in two
 AT_ONCE = 256  # rows
 
@@ -31,12 +31,15 @@ class HasLabelledTokens(Protocol):
         ...
 
 
-def row_ngrams(tokens: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first rows and the hashes of all their distinct n-grams, as two arrays of one length."""
+def row_ngrams(
+    tokens: Sequence[np.ndarray], chosen: np.ndarray, longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places in `chosen` and the hashes of all distinct n-grams of these rows, as two arrays of one
+    length."""
     rows, hashes = [], []
-    hashed, end = jax.jit(distinct_ngrams, static_argnums=2), min(len(tokens), COUNTED)
-    for start in range(0, end, AT_ONCE):
-        part = [np.asarray(tokens[n]) for n in range(start, min(start + AT_ONCE, end))]
+    hashed = jax.jit(distinct_ngrams, static_argnums=2)
+    for start in range(0, len(chosen), AT_ONCE):
+        part = [np.asarray(tokens[n]) for n in chosen[start : start + AT_ONCE]]
         lengths = np.zeros(AT_ONCE, np.int32)
         lengths[: len(part)] = [len(ids) for ids in part]
         # Lengths that are powers of 2: few shapes to compile.
@@ -52,16 +55,19 @@ def row_ngrams(tokens: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, 
 
 
 def log_count_ratios(
-    tokens: Sequence[np.ndarray], targets_RK: np.ndarray, longest: int
+    tokens: Sequence[np.ndarray], targets_RK: np.ndarray, longest: int, most: int = COUNTED
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `ratios` [M, K] and `checks` [M] of `NGrams`.
 
     A ratio is half of log (p / |p|) / (q / |q|), where p are the rows of a class that have an
     n-gram and q those of other classes, both plus 1 (Wang & Manning 2012, section 2.1): two classes
-    differ by the whole. Of n-grams that share a bucket the one that most rows have is kept.
+    differ by the whole. Of n-grams that share a bucket the one that most rows have is kept. Of more
+    rows than `most` so many are counted, evenly spaced: rows may lie in the order of their classes.
     """
     least = 5 if len(tokens) > FEW else 2
-    row, hashes = row_ngrams(tokens, longest)
+    rows = min(len(tokens), most)
+    chosen = np.arange(rows) * len(tokens) // rows
+    row, hashes = row_ngrams(tokens, chosen, longest)
     known, which, count = np.unique(hashes, return_inverse=True, return_counts=True)
     kept = np.flatnonzero(count >= least)
     kept = kept[np.argsort(count[kept], kind="stable")]
@@ -69,7 +75,7 @@ def log_count_ratios(
     ratios_MK = np.zeros((BUCKETS, targets_RK.shape[1]), np.float32)
     checks_M = np.zeros(BUCKETS, np.float32)
     checks_M[bucket] = check
-    for k, target_R in enumerate(targets_RK.T):
+    for k, target_R in enumerate(targets_RK[chosen].T):
         having = np.bincount(which, weights=target_R[row], minlength=len(known))[kept]
         p, q = 1 + having, 1 + count[kept] - having
         ratios_MK[bucket, k] = np.log((p / p.sum()) / (q / q.sum())) / 2
