@@ -233,9 +233,9 @@ class Run:
         seed: int = 0,
         checkpoint: str | int = "best",
     ) -> str:
-        """What a language model has follow a beginning; for the settings see
-        `flax_lstm.tasks.generation`. Words are separated by spaces, as the vocabulary reads
-        them."""
+        """What a language model has follow a beginning, or precede an end where it reads
+        backwards; for the settings see `flax_lstm.tasks.generation`. Words are separated by spaces,
+        as the vocabulary reads them."""
         steps, info = self._parts.steps, self.info
         if not isinstance(info, LanguageInfo):
             raise UserError(f"--prompt: {self.workdir} is no language model")
@@ -250,9 +250,9 @@ class Run:
             carry, logits_BTV = steps.forward(params, carry, batch)
             return np.asarray(logits_BTV[0, -1])
 
-        begun = info.vocabulary.encode([prompt])[0].tolist()
+        begun = info.order(info.vocabulary.encode([prompt])[0].tolist())
         rest = continue_text(advance, begun, tokens, temperature, top_p, seed)
-        return info.vocabulary.decode([*begun, *rest])
+        return info.vocabulary.decode(info.order([*begun, *rest]))
 
     def explain(
         self,

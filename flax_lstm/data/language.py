@@ -31,6 +31,11 @@ class LanguageInfo(VocabularyInfo):
 
     token_counts: tuple[int, ...]  # how often each id is a target in one epoch of training
     sequence_length: int
+    backwards: bool = False  # texts are read from their end to their beginning
+
+    def order(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The tokens of a text in the order in which they are read, and back."""
+        return tokens[::-1] if self.backwards else tokens
 
     def sample(self, batch_size: int) -> Batch:
         return Lanes(np.zeros(2, np.int32), batch_size, self.sequence_length)[0]
@@ -167,8 +172,13 @@ class LanguageData(Corpus):
 
     sequence_length: int = 100  # tokens of a training step: as far as gradients reach back
     evaluation_tokens: int = 0  # about as many of validation and of test are judged; 0: all
+    # Texts are read from their end to their beginning: for a classifier that does so
+    # (model.backwards)
+    backwards: bool = False
 
-    free: ClassVar[tuple[str, ...]] = ("prepared", "sequence_length", "evaluation_tokens")
+    free: ClassVar[tuple[str, ...]] = (
+        *("prepared", "sequence_length", "evaluation_tokens", "backwards"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,6 +191,10 @@ class LanguageData(Corpus):
             0 <= self.evaluation_tokens <= 2**63 - 1,
             f"data.evaluation-tokens is {self.evaluation_tokens}: give 0 (all) or a number",
         )
+        require(
+            not (self.backwards and self.prepared),
+            "data.backwards: tokens in files (data.prepared) are read forwards only; leave one",
+        )
 
     def load(self, assets: Path) -> LanguageDataset | PreparedDataset:
         if self.prepared:
@@ -188,16 +202,17 @@ class LanguageData(Corpus):
         documents = {name: rows.texts for name, rows in self.source.splits().items()}
         check_sizes({name: len(texts) for name, texts in documents.items()})
         vocabulary = self.vocabulary(assets, documents["train"])
-        end = np.array([END], np.int32)
+        end, turn = np.array([END], np.int32), -1 if self.backwards else 1
         splits = {
-            name: [np.concatenate([ids, end]) for ids in vocabulary.encode_cached(texts)]
+            name: [np.concatenate([ids[::turn], end]) for ids in vocabulary.encode_cached(texts)]
             for name, texts in documents.items()
         }
         for name in ("validation", "test"):
             lengths = [len(document) for document in splits[name]]
             splits[name] = [splits[name][i] for i in judged(lengths, self)]
         counts = np.bincount(np.concatenate(splits["train"]), minlength=vocabulary.size)
-        info = LanguageInfo(vocabulary, tuple(counts.tolist()), self.sequence_length)
+        counted = tuple(counts.tolist())
+        info = LanguageInfo(vocabulary, counted, self.sequence_length, self.backwards)
         info.save(assets)
         return LanguageDataset(info, splits)
 

@@ -25,6 +25,7 @@ from flax_lstm.nn.layers import RNN, Bidirectional, Stack
 from flax_lstm.nn.likelihoods import placed
 from flax_lstm.nn.ngrams import NGrams
 from flax_lstm.nn.recurrence import BackendName
+from flax_lstm.nn.recurrence.rows import reverse_rows
 from flax_lstm.nn.variants import BY_NAME, CellName
 
 Array = jax.Array
@@ -146,6 +147,7 @@ class SequenceModel(nn.Module):
     factored: give `Factored` scores while training; only where the head is tied.
     ngrams: maps the inputs to outputs as well; the mean of both is the answer. Training gets them
     as `Parts`.
+    backwards: the recurrent layers read each row from its last valid step to its first.
     dtype: what the dense layers compute in; the outputs are float32 at least.
     """
 
@@ -159,6 +161,7 @@ class SequenceModel(nn.Module):
     tied: bool = False
     factored: bool = False
     ngrams: NGrams | None = None
+    backwards: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -188,6 +191,8 @@ class SequenceModel(nn.Module):
         )
         if move_BTD is not None:
             x_BTD = x_BTD + move_BTD
+        if self.backwards:
+            x_BTD = reverse_rows(x_BTD, lengths_B)
         before = state
         state, y = self.recurrent(x_BTD, lengths_B, before, deterministic=deterministic)
         if self.pool is not None:
@@ -237,10 +242,12 @@ class SequenceModel(nn.Module):
 
     def streamed(self, y: Array, state: Any, lengths_B: Array) -> Array:
         """The pooled outputs of a call that goes on from another."""
-        if not streams(self.recurrent) or self.pool not in (None, last_pool) or self.ngrams:
+        streamed = streams(self.recurrent) and self.pool in (None, last_pool)
+        if not streamed or self.ngrams or self.backwards:
             raise ArgumentError(
-                "state: this model sees a whole row at once (it is bidirectional, pools over all "
-                "steps or counts n-grams) and cannot go on from a carried state; None begins anew"
+                "state: this model sees a whole row at once (it is bidirectional, reads backwards, "
+                "pools over all steps or counts n-grams) and cannot go on from a carried state; "
+                "None begins anew"
             )
         if self.pool is None:
             return y
@@ -439,6 +446,8 @@ class TextModel(RecurrentModel):
     # A linear classifier of which n-grams a text has, up to so many tokens, joins the recurrence
     # (NB-SVM, Wang & Manning 2012); 0: none
     ngrams: int = 0
+    # read from the end to the beginning: another view, to be averaged with the first
+    backwards: bool = False
 
     reads: ClassVar[type] = Tokens
 
@@ -446,6 +455,10 @@ class TextModel(RecurrentModel):
         super().__post_init__()
         check_embedding(self.embed_size, self.embed_dropout)
         within("model.ngrams", self.ngrams, 0, 10)
+        require(
+            not (self.backwards and self.bidirectional),
+            "model.backwards: a bidirectional model reads backwards as well; leave one",
+        )
 
     def sequence(
         self, outputs: int, vocabulary_size: int = 0, per_step: bool = False
@@ -455,12 +468,17 @@ class TextModel(RecurrentModel):
             not (self.ngrams and per_step),
             "model.ngrams are of whole texts, and these data have an answer for each token: give 0",
         )
+        require(
+            not (self.backwards and per_step),
+            "model.backwards: these data have an answer for each token, which is read forwards",
+        )
         return self.module(
             outputs,
             embed=embedding(vocabulary_size, self.embed_size, self.dtype),
             embed_dropout=self.embed_dropout,
             pool=None if per_step else self.pool(),
             ngrams=NGrams(outputs, self.ngrams) if self.ngrams else None,
+            backwards=self.backwards,
         )
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from flax_lstm.config import Config
-from flax_lstm.data.base import Batch, BatchSource, Data, Dataset
+from flax_lstm.data.base import Batch, BatchSource, Dataset
 from flax_lstm.data.fingerprint import content_sha256
 from flax_lstm.errors import UserError, require
 from flax_lstm.machine.distributed import first_then_all, is_first, meet
@@ -53,6 +53,8 @@ class Surroundings:
 class Origin(Protocol):
     """A run to begin another with; `load` gives one."""
 
+    config: Config
+    workdir: Path
     assets: Path
 
     def params(self) -> Any:
@@ -108,7 +110,7 @@ def fit(
             console.print(f"{folder}: this run is finished.", soft_wrap=True)
         else:
             # Ids before the data are encoded, weights once there are steps.
-            first_then_all(partial(take_words, config.data, words, init_from, folder.assets))
+            first_then_all(partial(take_words, config, words, init_from, folder.assets))
             params = params if init_from is None else init_from.params()
             session = Session(config, folder, own, console, around or Surroundings())
             with session.checkpoints, session.begin(params) as journal:
@@ -123,13 +125,29 @@ def fit(
 
 
 def take_words(
-    data: Data, words: Sequence[str] | None, init_from: Origin | None, assets: Path
+    config: Config, words: Sequence[str] | None, init_from: Origin | None, assets: Path
 ) -> None:
     """What a new run's vocabulary is, where it is not made of the data."""
     if words is not None:
-        data.adopt(words, assets)
+        config.data.adopt(words, assets)
     if init_from is not None:
-        data.inherit(init_from.assets, assets)
+        check_direction(config, init_from)
+        config.data.inherit(init_from.assets, assets)
+
+
+def check_direction(config: Config, init_from: Origin) -> None:
+    """Raises UserError where one run reads backwards and the other does not: a language model by
+    its data, whose windows follow each other, a classifier by its model."""
+
+    def backwards(read: Config) -> bool:
+        return any(getattr(part, "backwards", False) for part in (read.data, read.model))
+
+    theirs = backwards(init_from.config)
+    require(
+        theirs == backwards(config),
+        f"{init_from.workdir} reads texts {'backwards' if theirs else 'forwards'}: begin with a "
+        f"run that reads as this one, or give --model.backwards {theirs}",
+    )
 
 
 def open_run(folder: Workdir, wanted: Config, resume_with: Sequence[str]) -> Config:

@@ -19,6 +19,7 @@ from jax.experimental import rnn
 
 from flax_lstm.machine.sharding import model_shards
 from flax_lstm.nn.cells import LSTMCell, LSTMState, Weights, not_textbook
+from flax_lstm.nn.recurrence.rows import reverse_rows
 
 Array = jax.Array
 NATIVE = True
@@ -121,11 +122,3 @@ def precision() -> str:
     exact = ("highest", "float32", "F32_F32_F32")
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return "highest" if asked in exact else "high"
-
-
-def reverse_rows(x_BTD: Array, lengths_B: Array | None) -> Array:
-    """Each row from its last valid step to its first; padding stays in its place."""
-    if lengths_B is None:
-        return jnp.flip(x_BTD, 1)
-    t, ends = jnp.arange(x_BTD.shape[1])[None], lengths_B[:, None]
-    return jnp.take_along_axis(x_BTD, jnp.where(t < ends, ends - 1 - t, t)[:, :, None], axis=1)

@@ -33,6 +33,15 @@ def fresh(reset_BT: Array, lengths_B: Array | None, reverse: bool) -> Array:
     return jnp.pad(reset_BT[:, 1:], ((0, 0), (0, 1)))
 
 
+def reverse_rows(x_BTD: Array, lengths_B: Array | None) -> Array:
+    """Each row [T, ...] from its last valid step to its first; padding stays in its place."""
+    if lengths_B is None:
+        return jnp.flip(x_BTD, 1)
+    t, ends = jnp.arange(x_BTD.shape[1])[None], lengths_B[:, None]
+    at_BT = jnp.where(t < ends, ends - 1 - t, t)
+    return jnp.take_along_axis(x_BTD, at_BT.reshape(at_BT.shape + (1,) * (x_BTD.ndim - 2)), axis=1)
+
+
 def without_padding(x_BTD: Array, lengths_B: Array | None) -> Array:
     """The inputs with zeros in padding, for loops that compute there too: a NaN in it would pass
     into the gradients, for 0 times NaN is NaN."""
