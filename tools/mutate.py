@@ -942,6 +942,24 @@ BREAKAGES = {
         "pass",
         "tests/test_init_from.py::test_encoder_embedding_and_vocabulary_come_from_the_other_run",
     ),
+    "padding is turned round with the row": Breakage(
+        "flax_lstm/nn/recurrence/rows.py",
+        "jnp.where(t < ends, ends - 1 - t, t)",
+        "x_BTD.shape[1] - 1 - t + 0 * ends",
+        "tests/test_backwards.py::test_a_model_gives_for_a_row_what_it_would_for_the_turned_row",
+    ),
+    "documents are read forwards whatever is asked for": Breakage(
+        "flax_lstm/data/language.py",
+        "-1 if self.backwards else 1",
+        "1",
+        "tests/test_backwards.py::test_a_language_model_reads_the_same_documents_each_turned_round",
+    ),
+    "a run begins with one that reads the other way": Breakage(
+        "flax_lstm/training/loop.py",
+        "theirs == backwards(config)",
+        "True",
+        "tests/test_backwards.py::test_a_run_that_reads_the_other_way_is_no_beginning",
+    ),
     "words are drawn without the temperature": Breakage(
         "flax_lstm/tasks/generation.py",
         "np.exp((logits_V - logits_V.max()) / temperature)",
