@@ -284,7 +284,7 @@ BREAKAGES = {
     ),
     "fit: words of an embedding are not taken": Breakage(
         "flax_lstm/training/loop.py",
-        "        data.adopt(words, assets)",
+        "        config.data.adopt(words, assets)",
         "        pass",
         "tests/test_docs.py::test_convert",
     ),
@@ -667,7 +667,7 @@ BREAKAGES = {
         "tests/test_backends.py::test_one_step_and_all_rows_empty",
     ),
     "cuDNN: padding reversed with its row": Breakage(
-        "flax_lstm/nn/recurrence/cudnn.py",
+        "flax_lstm/nn/recurrence/rows.py",
         "jnp.where(t < ends, ends - 1 - t, t)",
         "jnp.where(t < ends, len(t[0]) - 1 - t, t)",
         "tests/test_backends.py::test_equals_the_scan",
