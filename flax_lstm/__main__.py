@@ -80,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(arguments: Sequence[str]) -> int:
     """See `main`."""
     if arguments[:1] == ["--version"]:
-        from importlib.metadata import version
+        from flax_lstm.version import version_of
 
-        print(f"flax-lstm {version('flax-lstm')}")
+        print(f"flax-lstm {version_of()}")
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

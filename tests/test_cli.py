@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import compiling
 import jax
@@ -21,7 +22,7 @@ from flax_lstm.commands.tables import WRITERS
 from flax_lstm.commands.train import main as train
 from flax_lstm.config import shipped_configs
 from flax_lstm.data.tables import read_table
-from flax_lstm.runs.report import params_sha256
+from flax_lstm.runs.report import params_sha256, versions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -426,6 +427,18 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):
 def test_the_version_is_told(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("flax-lstm 0.")
+
+
+def test_a_checkout_that_is_not_installed_is_used_as_it_lies_there(monkeypatch, capsys):
+    def nothing(package):
+        if package == "flax-lstm":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr("flax_lstm.version.version", nothing)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "flax-lstm not installed\n"
+    assert versions()["flax-lstm"] == "not installed" and versions()["jax"] == "1.0"
 
 
 def test_names_are_imported_when_they_are_used():

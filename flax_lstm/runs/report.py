@@ -2,7 +2,6 @@
 """The end of a run: what made its figures, and the figures in a table."""
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from flax_lstm.machine.distributed import process_count
 from flax_lstm.machine.sharding import on_host
 from flax_lstm.runs.journal import distinct
 from flax_lstm.runs.workdir import Workdir
+from flax_lstm.version import version_of
 
 PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -39,7 +39,7 @@ def params_sha256(params: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Python and the packages that figures depend on."""
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    packages = {name: version_of(name) for name in PACKAGES}
     return {"python": platform.python_version(), **packages}
 
 
