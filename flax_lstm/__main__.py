@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(arguments: Sequence[str]) -> int:
     """See `main`."""
     if arguments[:1] == ["--version"]:
-        from flax_lstm.version import version_of
+        from flax_lstm.machine.version import version_of
 
         print(f"flax-lstm {version_of()}")
         return 0

@@ -435,7 +435,7 @@ def test_a_checkout_that_is_not_installed_is_used_as_it_lies_there(monkeypatch, 
             raise PackageNotFoundError(package)
         return "1.0"
 
-    monkeypatch.setattr("flax_lstm.version.version", nothing)
+    monkeypatch.setattr("flax_lstm.machine.version.version", nothing)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "flax-lstm not installed\n"
     assert versions()["flax-lstm"] == "not installed" and versions()["jax"] == "1.0"

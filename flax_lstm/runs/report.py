@@ -15,9 +15,9 @@ from rich.table import Table
 
 from flax_lstm.machine.distributed import process_count
 from flax_lstm.machine.sharding import on_host
+from flax_lstm.machine.version import version_of
 from flax_lstm.runs.journal import distinct
 from flax_lstm.runs.workdir import Workdir
-from flax_lstm.version import version_of
 
 PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
