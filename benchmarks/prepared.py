@@ -3,7 +3,10 @@
 beside the same form of batch from memory.
 
     python benchmarks/prepared.py FOLDER --tokens 500_000_000
+    python benchmarks/prepared.py FOLDER --processes 2
 
+The second trains the config `text_lm` from them in so many processes, stops, goes on, and says what
+memory each process had at most, and how long after its start the first step is done.
 The tokens are generated (uniform ids below 20,000, documents of 250), in the form that `flax-lstm
 prepare` writes; that command's own speed is not measured here. Linux, for memory is read from
 /proc.
@@ -13,15 +16,19 @@ import argparse
 import hashlib
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flax_lstm.data.language import LanguageBatches
-from flax_lstm.data.prepared import INDEX, SPLITS, VOCABULARY, PieceBatches, Prepared
+from flax_lstm.data.prepared import INDEX, SPLITS, VOCABULARY, PieceBatches, Prepared, rows_file
 from flax_lstm.data.vocabulary import END, Vocabulary
 
 SIZE, DOCUMENT, PART = 20_000, 250, 1 << 24  # vocabulary; tokens of a document and of a file
@@ -42,16 +49,21 @@ def generate(folder: Path, tokens: int) -> None:
             ids[DOCUMENT - 1 :: DOCUMENT] = END
             ids[-1] = END
             name = f"{start // PART:05}.{split}.tokens"
+            lengths = np.diff(np.flatnonzero(ids == END), prepend=-1).astype("<i4").tobytes()
             (folder / name).write_bytes(data := ids.astype("<u2").tobytes())
-            parts[split].append([name, len(ids), hashlib.sha256(data).hexdigest()])
+            rows_file(folder / name).write_bytes(lengths)
+            hashes = [hashlib.sha256(each).hexdigest() for each in (data, lengths)]
+            parts[split].append([name, len(ids), hashes[0], len(lengths) // 4, hashes[1]])
     index = {"settings": SETTINGS, "bytes_a_token": 2, "token_counts": [1] * SIZE, "parts": parts}
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def memory() -> float:
-    """Resident memory of this process, MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) / 1024
+def memory(process: int | str = "self") -> float:
+    """Resident memory of a process, MB; 0 where it has ended."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+    return 0.0
 
 
 def milliseconds(get: Callable[[int], Any], steps: range) -> float:
@@ -64,13 +76,49 @@ def milliseconds(get: Callable[[int], Any], steps: range) -> float:
     return statistics.median(times)
 
 
+def train(folder: Path, workdir: Path, processes: int, steps: int) -> dict[str, Any]:
+    """One session of a run to so many steps."""
+    command = [sys.executable, "-m", "flax_lstm", "train", "--config", "text_lm", "--no-test"]
+    command += ["--no-report", "--data.prepared", str(folder), "--workdir", str(workdir)]
+    command += ["--local-processes", str(processes), "--train.schedule", "constant"]
+    command += ["--train.steps", str(steps), "--train.log-every", "1"]
+    log, began, first = workdir / "metrics.jsonl", time.time(), None
+    before = log.stat().st_size if log.exists() else 0
+    most: dict[int, float] = {}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None:
+            time.sleep(0.1)
+            for process in (pid for pid in below(run.pid) if processes == 1 or pid != run.pid):
+                most[process] = max(memory(process), most.get(process, 0.0))
+            if first is None and log.exists() and log.stat().st_size > before:
+                first = time.time() - began
+    large = sorted(mb for mb in most.values() if mb > 100)
+    return {"memory of each process at most, MB": large, "seconds to the first step": first}
+
+
+def below(pid: int) -> list[int]:
+    """A process and all that it started."""
+    found = [pid]
+    with suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            found += below(int(child))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the tokens are, or are put")
     parser.add_argument("--tokens", type=int, default=500_000_000)
+    parser.add_argument("--processes", type=int, help="train in so many, in place of reading alone")
     options = parser.parse_args()
     if not options.folder.exists():
         generate(options.folder, options.tokens)
+    if options.processes:
+        with tempfile.TemporaryDirectory() as workdir:
+            for name, steps in (("begun", 30), ("resumed", 40)):
+                told = train(options.folder, Path(workdir) / "run", options.processes, steps)
+                print(json.dumps({name: told}, indent=1))
+        return
     found: dict[str, Any] = {"memory before, MB": memory()}
     began = time.perf_counter()
     stream = Prepared.open(options.folder).stream("train")

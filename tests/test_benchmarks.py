@@ -12,8 +12,11 @@ import sys
 import types
 
 import compiling
+import numpy as np
 import pytest
 from commands import ROOT
+
+from flax_lstm.data.prepared import Prepared, rows_file
 
 FIGURES = (
     "ms",
@@ -270,3 +273,15 @@ def test_purejaxrl_is_trained_with_both_layers(tmp_path, monkeypatch, capsys):
     for at, layer, name in ((0, "ppo_rnn", "its own"), (2, "flax_lstm.nn.layers", "flax_lstm")):
         assert rows[at] == f"layer of {layer}"
         assert rows[at + 1].startswith(f"{name}") and figures in rows[at + 1]
+
+
+def test_generated_tokens_are_taken_for_prepared_ones(tmp_path):
+    """In whole: every byte is compared with its hash, and documents are told by their ends."""
+    generate = runpy.run_path(str(ROOT / "benchmarks" / "prepared.py"))["generate"]
+    generate(tmp_path / "tokens", 2_600)
+    found = Prepared.open(tmp_path / "tokens")
+    found.verify()
+    ends = found.stream("train").ends()
+    assert len(ends) == found.parts["train"][0].documents == 11
+    lengths = np.fromfile(rows_file(tmp_path / "tokens" / found.parts["train"][0].name), "<i4")
+    assert lengths.tolist() == np.diff(ends, prepend=1).tolist() == [250] * 10 + [100]
