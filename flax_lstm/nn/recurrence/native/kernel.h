@@ -50,6 +50,7 @@ namespace flax_lstm {
 constexpr long COLS = 2 * LANES;     // columns of a panel
 constexpr long CHUNK_ROWS = 96;      // rows of a product over several steps: enough to run at full speed
 constexpr long ALIGNMENT = 64;       // bytes: a cache line
+constexpr long LINE = ALIGNMENT / sizeof(float);
 
 using Vec = float __attribute__((vector_size(4 * LANES)));
 
@@ -297,6 +298,57 @@ void row_product(const typename Number::Element* a, const typename Number::Eleme
     for (int v = 0; v < 2; ++v) store(c + p * next + v * LANES, sum[p][v]);
 }
 
+// The gradients of G gates' arguments as they are made: panels [columns / COLS][gate][row][COLS].
+template <class Number, long G>
+struct Gates {
+  const typename Number::Element* gate[G];  // their first panels
+  long next, columns;                       // from a gate's panel to its next one
+};
+
+// c[ROWS][COLS] = a b for BLOCKS results, `to` floats apart, of panels b [G][columns][COLS], `panel` elements apart; `row` is the
+// first of a. One row alone takes several panels together: the sums of one are too few, each addition would wait for the one before.
+template <class Number, int ROWS, int VECS, int BLOCKS, long G>
+void gates_tile(const Gates<Number, G>& a, long row, const typename Number::Element* b, long panel, float* c, long to) {
+  constexpr long PAIR = Number::PAIR;
+  Vec sum[BLOCKS][ROWS][VECS] = {};
+  for (long g = 0; g < G; ++g)
+    for (long begin = 0; begin < a.columns; begin += COLS) {
+      const auto* from = a.gate[g] + begin / COLS * a.next + row * COLS;
+      for (long k = 0, end = std::min(COLS, a.columns - begin); k < end; k += PAIR, b += PAIR * COLS)
+        for (int block = 0; block < BLOCKS; ++block) {
+          typename Number::Many w[VECS];
+          for (int v = 0; v < VECS; ++v) w[v] = Number::many(b + block * panel + v * LANES * PAIR);
+          for (int r = 0; r < ROWS; ++r) {
+            const auto s = Number::one(from + r * COLS + k);
+            for (int v = 0; v < VECS; ++v) Number::multiply_add(sum[block][r][v], s, w[v]);
+          }
+        }
+    }
+  for (int block = 0; block < BLOCKS; ++block)
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) store(c + block * to + r * COLS + v * LANES, sum[block][r][v]);
+}
+
+template <class Number, int VECS, long G, int ROWS = TILE>
+void gates_tile_of(long rows, const Gates<Number, G>& a, long row, const typename Number::Element* b, float* c) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return gates_tile_of<Number, VECS, G, ROWS - 1>(rows, a, row, b, c);
+  gates_tile<Number, ROWS, VECS, 1, G>(a, row, b, 0, c, 0);
+}
+
+// The same for any number of rows, from the first on, and one panel, of which `width` columns are in use.
+template <class Number, long G>
+void gates_product(long rows, long width, const Gates<Number, G>& a, long first, const typename Number::Element* b, float* c) {
+  const long tiles = (rows + TILE - 1) / TILE;
+  for (long i = 0; i < tiles; ++i) {
+    const long begin = rows * i / tiles, n = rows * (i + 1) / tiles - begin;
+    if (width <= LANES)
+      gates_tile_of<Number, 1, G>(n, a, first + begin, b, c + begin * COLS);
+    else
+      gates_tile_of<Number, 2, G>(n, a, first + begin, b, c + begin * COLS);
+  }
+}
+
 // ----------------------------------------------------------------------------------------------------------- memory
 // The arrays of one task, in one piece of memory: `want` says for each how large it is, then `get` says where it is.
 class Memory {
@@ -482,12 +534,15 @@ inline Chunk chunk(const Rows& mine, long edge, bool backwards) {
 
 inline long chunk_rows(const Rows& mine) { return std::max<long>(CHUNK_ROWS, mine.row.size()); }
 
-// The inputs of a chunk's rows with a one (or a pair of them) behind them: [rows][D + PAIR], or the next even number.
+// The inputs of a chunk's rows with a one (or a pair of them) behind them: [rows][D + PAIR], or the next even number. Those of the
+// next chunk, so many steps later or (negative) before, are fetched meanwhile.
 template <class Number>
-void gather(const float* x, const Rows& mine, const Chunk& c, const Sizes& z, bool reverse, typename Number::Element* out) {
+void gather(const float* x, const Rows& mine, const Chunk& c, const Sizes& z, bool reverse, long next,
+            typename Number::Element* out) {
   for (long s = c.begin; s < c.end; ++s)
     for (long r = 0, n = mine.active(s); r < n; ++r, out += even<Number>(z.inputs + Number::PAIR)) {
       const float* from = x + z.place(mine.row[r], mine.time(r, s, reverse)) * z.inputs;
+      for (long i = 0; i < z.inputs; i += LINE) __builtin_prefetch(from + next * z.step() * z.inputs + i);
       std::transform(from, from + z.inputs, out, Number::of);
       std::fill(out + z.inputs, out + z.inputs + Number::PAIR, Number::of(1));
       std::fill(out + z.inputs + Number::PAIR, out + even<Number>(z.inputs + Number::PAIR), Number::of(0));
@@ -607,7 +662,7 @@ void forward_task(const Forward& f, const Rows& mine) {
     if (f.projected) {
       look_up<Cell>(f, mine, c, m, panels);
     } else {
-      gather<Number>(f.x, mine, c, z, f.reverse, x);
+      gather<Number>(f.x, mine, c, z, f.reverse, f.reverse ? c.begin - c.end : c.end - c.begin, x);
       for (long p = 0; p < blocks * G; ++p)
         product<Number, false>(c.rows, z.width(p / G), x, input_depth, input + p * input_depth * COLS, input_depth, false,
                                panels + p * m * COLS);
@@ -738,9 +793,10 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   const long H = z.units, D = z.inputs, blocks = z.blocks(), rows = mine.row.size(), m = chunk_rows(mine);
   const long gate_depth = even<Number>(H), gates_depth = G * gate_depth;
   const long stride = blocks * COLS, input_depth = sums.input_depth, depth = sums.depth;
-  const long masks = f.mask_per_gate ? G : 1, masked = m * depth, returned = blocks * rows * COLS;  // from one mask to the next
+  const long ldh = depth + (depth % LINE ? 0 : LINE);  // of a power of two, a cache has too few places for a column
+  const long masks = f.mask_per_gate ? G : 1, masked = m * ldh, returned = blocks * rows * COLS;  // from one mask to the next
   const float* tied = masks > 1 ? nullptr : f.mask;
-  Element *input, *recurrent, *da, *da_recurrent;
+  Element *input, *recurrent, *da;
   float *x, *h_before, *panels, *dx, *direct, *dcell, *through, *zeros;
   Memory memory;
   memory.want(input, z.input_blocks() * gates_depth * COLS);
@@ -748,8 +804,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   memory.want(x, m * input_depth);
   memory.want(h_before, masks * masked);
   memory.want(panels, blocks * P * m * COLS);
-  memory.want(da, m * gates_depth);
-  memory.want(da_recurrent, Cell::HAS_Q ? rows * gates_depth : 0);
+  memory.want(da, Number::PAIR > 1 ? blocks * P * m * COLS : 0);
   memory.want(dx, m * COLS);
   memory.want(direct, rows * stride);
   memory.want(dcell, rows * stride);
@@ -759,9 +814,13 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
 
   if (!f.projected) pack_transposed<Number>(f.input, D, G, H, input);
   pack_transposed<Number>(f.recurrent, H, G, H, recurrent);
-  if (gates_depth > G * H) {
-    std::fill(da, da + m * gates_depth, Number::of(0));
-    if (Cell::HAS_Q) std::fill(da_recurrent, da_recurrent + rows * gates_depth, Number::of(0));
+  if constexpr (Number::PAIR == 1) da = panels;
+  // What the inputs' gradients are made of, and what comes back through the recurrent weights: in place of the candidate of the GRU
+  // its q, the last panel.
+  Gates<Number, G> for_inputs{{}, P * m * COLS, gate_depth}, for_h = for_inputs;
+  for (long g = 0; g < G; ++g) {
+    for_inputs.gate[g] = da + g * m * COLS;
+    for_h.gate[g] = da + (Cell::HAS_Q && g == 2 ? G : g) * m * COLS;
   }
   std::fill(direct, direct + rows * stride, 0.0f);
   std::fill(dcell, dcell + rows * stride, 0.0f);
@@ -790,7 +849,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   for (long edge = mine.steps(); edge > 0;) {
     const Chunk c = chunk(mine, edge, true);
     edge = c.begin;
-    if (!f.projected) gather<Single>(f.x, mine, c, z, f.reverse, x);
+    if (!f.projected) gather<Single>(f.x, mine, c, z, f.reverse, f.reverse ? c.end - c.begin : c.begin - c.end, x);
     for (long s = c.end - 1; s >= c.begin; --s) {
       const long n = mine.active(s), at = c.offset[s - c.begin];
       for (long r = 0; r < n; ++r) {
@@ -799,8 +858,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
         const bool begins = f.reset && fresh(f.reset, mine, z, r, s, f.reverse);
         const float* h_old = begins ? zeros : s ? f.y + place_before * H : f.h0 + b * H;
         const float* c_old = begins ? zeros : !Cell::HAS_CELL ? nullptr : s ? f.kept + place_before * H : f.c0 + b * H;
-        Element *in = da + (at + r) * gates_depth, *rec = Cell::HAS_Q ? da_recurrent + r * gates_depth : nullptr;
-        float* before = h_before + (at + r) * depth;
+        float* before = h_before + (at + r) * ldh;
         olds[r] = h_old;
         if (Cell::HAS_Q)
           for (long k = 0; k < masks; ++k) before[k * masked + H] = 1;
@@ -816,10 +874,13 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
           store(direct + r * stride + unit, Cell::backward(gates, kept, cell, h, dh, dc, dq));
           store(dcell + r * stride + unit, dc);
           store(before + unit, tied ? h * load(tied + b * H + unit, left) : h, left);
-          for (long g = 0; g < G; ++g) {
-            store(panels + ((block * P + g) * m + at + r) * COLS + column, gates[g]);
-            Number::store(in + g * gate_depth + unit, gates[g], left);
-          }
+          const auto keep = [&](long panel, Vec gradient) {
+            const long to = ((block * P + panel) * m + at + r) * COLS + column;
+            store(panels + to, gradient);
+            if (Number::PAIR > 1) Number::store(da + to, gradient, LANES);
+          };
+          for (long g = 0; g < G; ++g) keep(g, gates[g]);
+          if (Cell::HAS_Q) keep(G, dq);
           // What the step that is handled next, and the one before it, will read.
           const long next = place_before * H + unit, after = next + (place_before - place) * H;
           for (long g = 0; g < G; ++g) __builtin_prefetch(f.gates + (place_before * G + g) * H + unit);
@@ -828,30 +889,25 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
           if (Cell::HAS_CELL || Cell::HAS_Q) __builtin_prefetch(f.kept + (Cell::HAS_CELL ? after : next));
           if (f.projected)
             for (long g = 0; g < G; ++g) store(f.dx + (place * G + g) * H + unit, gates[g], left);
-          if constexpr (Cell::HAS_Q) {
-            store(panels + ((block * P + G) * m + at + r) * COLS + column, dq);
-            for (long g = 0; g < G; ++g) Number::store(rec + g * gate_depth + unit, g == 2 ? dq : gates[g], left);
-          }
         }
       }
-      const Element* a = Cell::HAS_Q ? da_recurrent : da + at * gates_depth;
       constexpr long TOGETHER = 4;
       for (long block = 0; block < blocks;) {
         const Element* weights = recurrent + block * gates_depth * COLS;
         float* to = through + block * rows * COLS;
         if (n == 1 && masks == 1 && block + TOGETHER <= blocks) {
-          row_product<Number, TOGETHER>(a, weights, gates_depth * COLS, gates_depth, false, to, rows * COLS);
+          gates_tile<Number, 1, 2, TOGETHER, G>(for_h, at, weights, gates_depth * COLS, to, rows * COLS);
           block += TOGETHER;
-        } else {
-          const long each = gates_depth / masks;  // one product of all gates, or of each by itself
-          for (long k = 0; k < masks; ++k)
-            product<Number, false>(n, z.width(block), a + k * each, gates_depth, weights + k * each * COLS, each, false,
-                                   to + k * returned);
-          block += 1;
+          continue;
         }
+        if (masks == 1) gates_product<Number, G>(n, z.width(block), for_h, at, weights, to);
+        for (long k = 0; masks > 1 && k < masks; ++k)
+          gates_product<Number, 1>(n, z.width(block), {{for_h.gate[k]}, for_h.next, gate_depth}, at,
+                                   weights + k * gate_depth * COLS, to + k * returned);
+        block += 1;
       }
       if (masks > 1)
-        fold_gates(f.mask, masks, mine, n, rows, H, olds.data(), h_before + at * depth, depth, masked, through, returned, f.dmask);
+        fold_gates(f.mask, masks, mine, n, rows, H, olds.data(), h_before + at * ldh, ldh, masked, through, returned, f.dmask);
       if (f.reset) {
         clear_fresh(f.reset, mine, z, s, f.reverse, direct, stride, H);
         clear_fresh(f.reset, mine, z, s, f.reverse, dcell, stride, H);
@@ -863,7 +919,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
     const Element* x_panel = f.projected ? nullptr : interleave<Number>(x, c.rows, input_depth, x);
     const Element* h_panel[G];
     for (long k = 0; k < masks; ++k)
-      h_panel[k] = interleave<Number>(h_before + k * masked, c.rows, depth, h_before + k * masked);
+      h_panel[k] = interleave<Number>(h_before + k * masked, c.rows, ldh, h_before + k * masked);
     for (long p = 0; p < blocks * P; ++p) {
       const long block = p / P, g = p % P, width = z.width(block);
       float* gradients = panels + p * m * COLS;
@@ -872,12 +928,12 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
         product<Number, true>(input_depth, width, x_panel, input_depth, panel, steps, true,
                               sums.input + (block * G + g) * input_depth * COLS);
       if (!(Cell::HAS_Q && g == 2))  // in place of the candidate's own gradients those of q, the last panel
-        product<Number, true>(depth, width, h_panel[std::min(g, masks - 1)], depth, panel, steps, true,
+        product<Number, true>(depth, width, h_panel[std::min(g, masks - 1)], ldh, panel, steps, true,
                               sums.recurrent + (block * G + std::min(g, G - 1)) * depth * COLS);
     }
     for (long begin = 0; begin < D; begin += COLS) {
       const long width = std::min(COLS, D - begin);
-      product<Number, false>(c.rows, width, da, gates_depth, input + begin * gates_depth, gates_depth, false, dx);
+      gates_product<Number, G>(c.rows, width, for_inputs, 0, input + begin * gates_depth, dx);
       for (long s = c.begin; s < c.end; ++s)
         for (long r = 0, n = mine.active(s); r < n; ++r) {
           const float* from = dx + (c.offset[s - c.begin] + r) * COLS;
