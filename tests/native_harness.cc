@@ -8,6 +8,9 @@
 #include <random>
 #include <thread>
 
+#include <signal.h>
+
+#include "alone.h"
 #include "int8.h"
 #include "kernel.h"
 #include "table.h"
@@ -143,6 +146,80 @@ void run_words(const char* name, bool reverse) {
   std::printf("%s%ld words reverse=%d %.6g %.6g %.6g\n", name, Number::PAIR, reverse, sum(y), sum(c), sum(h));
 }
 
+struct Nobody {  // a pool that is too busy
+  template <class F>
+  void Schedule(F&&) {}
+};
+
+struct Stopped {  // a pool whose thread is stopped for long while it works
+  Threads all;
+  template <class F>
+  void Schedule(F&& f) {
+    signal(SIGUSR1, [](int) { std::this_thread::sleep_for(std::chrono::milliseconds(100)); });
+    all.threads.reserve(2);
+    all.Schedule(std::forward<F>(f));
+    all.Schedule([helper = all.threads[0].native_handle()] {
+      std::this_thread::sleep_for(std::chrono::microseconds(300));
+      pthread_kill(helper, SIGUSR1);
+    });
+  }
+};
+
+// One row of words: what two threads make of it together is what one does, to the bit, whether the second helps, never comes or is
+// stopped. How often it helped is up to the machine: once at least.
+template <class Cell>
+void run_alone(const char* name, bool reverse) {
+  constexpr long G = Cell::GATES;
+  const Sizes z{1, 500, 0, 109, false};
+  std::mt19937 random(5);
+  std::vector<float> table(5 * G * z.units), recurrent(z.units * G * z.units), c0(z.units), h0(z.units), bias(z.units, 0.5f);
+  for (auto* values : {&table, &recurrent, &c0, &h0})
+    for (float& v : *values) v = static_cast<int>(random() % 2001) / 10000.0f - 0.1f;
+  std::vector<int> words(z.time);
+  for (int& word : words) word = static_cast<int>(random() % 9) - 2;
+  const std::vector<int> lengths{487};
+  struct Found {
+    std::vector<float> y, c, h;
+    bool operator==(const Found&) const = default;
+  };
+  const auto call = [&](auto&& run) {
+    Found found{std::vector<float>(z.time * z.units, 7), std::vector<float>(z.units), std::vector<float>(z.units)};
+    run(Forward{.size = z,
+                .reverse = reverse,
+                .recurrent = recurrent.data(),
+                .recurrent_bias = bias.data(),
+                .projected = true,
+                .table = table.data(),
+                .words = words.data(),
+                .count = 5,
+                .c0 = c0.data(),
+                .h0 = h0.data(),
+                .lengths = lengths.data(),
+                .y = found.y.data(),
+                .c = found.c.data(),
+                .h = found.h.data()});
+    return found;
+  };
+  const auto with = [&](auto pool) {
+    return call([&](const Forward& f) {
+      trust.learn(true);
+      outputs<Cell, Single>(pool, 2, f);
+    });
+  };
+  const Found expected = call([&](const Forward& f) {
+    Threads pool;
+    forward<Cell, Single>(pool, 1, f);
+  });
+  long helped = 0, tries = 0;
+  bool same = with(Nobody{}) == expected && with(Stopped{}) == expected;
+  for (; tries < 10 || (!helped && tries < 1000); ++tries) {
+    same = same && with(Threads{}) == expected;
+    helped += trust.asks();
+  }
+  std::printf("%s alone reverse=%d %d %d\n", name, reverse, same, helped > 0);
+  if (!same || !helped) std::exit(1);
+}
+
 // The same with weights of 8 bits.
 template <class Cell>
 void run_bytes(const char* name, bool reverse) {
@@ -209,6 +286,7 @@ void run(const char* name, bool reverse, bool masked, bool reset_and_time_major)
     run_words<Cell, Single>(name, reverse);
     run_words<Cell, Half>(name, reverse);
     run_bytes<Cell>(name, reverse);
+    run_alone<Cell>(name, reverse);
   }
 }
 

@@ -74,6 +74,22 @@ def test_the_kernel_and_the_scan_look_up_the_same() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fast, slow)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_row_by_itself_gives_what_it_gives_among_others(cell: str) -> None:
+    """Several threads share a row that is alone, for which each unit's sum is the same sum."""
+    model = TextModel(cell=cell, hidden_size=109, embed_size=6, bidirectional=True)
+    module, params, words_BT = drawn(model)
+    reader, tables = with_tables(module, params)
+    words_BT = np.tile(words_BT, 40)[:, :150]
+    lengths = np.array([150, 97, 1, 0])[: len(words_BT)]
+    layer, params = reader.recurrent.layers[0], {"params": tables["recurrent"]["layers_0"]}
+    read = jax.jit(lambda words, lengths: layer.apply(params, words, lengths))
+    for n in range(len(lengths)):
+        alone = read(words_BT[[n]], lengths[[n]])
+        pair = read(words_BT[[n, n]], lengths[[n, n]])
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[:1]), alone, pair)
+
+
 def test_tables_in_bfloat16() -> None:
     module, params, words_BT = drawn(TextModel(hidden_size=19, embed_size=6, dtype="bfloat16"))
     reader, tables = with_tables(module, params)

@@ -810,6 +810,12 @@ BREAKAGES = {
         "s);\n      const long word",
         "tests/test_words.py::test_tables_give_what_embeddings_give",
     ),
+    "native kernel: one row waits for a helper who is not there": Breakage(
+        "flax_lstm/nn/recurrence/native/alone.h",
+        "a.advance(s, 0, sharing ? a.half : a.blocks, x, *state);",
+        "a.advance(s, 0, a.half, x, *state);",
+        "tests/test_words.py::test_a_row_by_itself_gives_what_it_gives_among_others",
+    ),
     "weights of 8 bits: what 128 adds is left in": Breakage(
         "flax_lstm/nn/words.py",
         "table_VGH - excess_GH[None]",
@@ -926,8 +932,8 @@ BREAKAGES = {
     ),
     "native kernel: only the last chunk's gradients": Breakage(
         "flax_lstm/nn/recurrence/native/kernel.h",
-        "h_panel[std::min(g, masks - 1)], depth, panel, steps, true,",
-        "h_panel[std::min(g, masks - 1)], depth, panel, steps, false,",
+        "h_panel[std::min(g, masks - 1)], ldh, panel, steps, true,",
+        "h_panel[std::min(g, masks - 1)], ldh, panel, steps, false,",
         "tests/test_backends.py::test_long_sequences",
     ),
     "a run that begins with another makes a vocabulary of its own": Breakage(

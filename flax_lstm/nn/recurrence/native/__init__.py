@@ -30,7 +30,8 @@ from flax_lstm.machine.cache import intact, keep, private_cache_folder
 log = logging.getLogger(__name__)
 
 SOURCES = [
-    Path(__file__).with_name(name) for name in ("binding.cc", "int8.h", "kernel.h", "table.h")
+    Path(__file__).with_name(name)
+    for name in ("binding.cc", "alone.h", "int8.h", "kernel.h", "table.h")
 ]
 # For each instruction set: what /proc/cpuinfo calls what it needs, and how to compile. LANES are
 # the floats of a vector, TILE the rows of a tile: TILE * 2 sums, 2 weights and an input or two must

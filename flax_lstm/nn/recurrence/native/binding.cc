@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "alone.h"
 #include "int8.h"
 #include "kernel.h"
 #include "table.h"
@@ -199,7 +200,7 @@ ffi::Error run_words(ffi::ThreadPool pool, Ints words, Floats table, Floats recu
       .c = some(c),
       .h = h->typed_data(),
   };
-  by_cell(e.G, half, [&](auto cell, auto number) { forward<decltype(cell), decltype(number)>(pool, pool.num_threads(), f); });
+  by_cell(e.G, half, [&](auto cell, auto number) { outputs<decltype(cell), decltype(number)>(pool, pool.num_threads(), f); });
   return ffi::Error::Success();
 }
 

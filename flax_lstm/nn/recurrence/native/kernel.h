@@ -298,20 +298,21 @@ void row_product(const typename Number::Element* a, const typename Number::Eleme
     for (int v = 0; v < 2; ++v) store(c + p * next + v * LANES, sum[p][v]);
 }
 
-// The gradients of G gates' arguments as they are made: panels [columns / COLS][gate][row][COLS].
-template <class Number, long G>
+// The gradients of some gates' arguments as they are made: panels [columns / COLS][gate][row][COLS].
+template <class Number>
 struct Gates {
-  const typename Number::Element* gate[G];  // their first panels
+  long count;
+  const typename Number::Element* gate[4];  // their first panels
   long next, columns;                       // from a gate's panel to its next one
 };
 
-// c[ROWS][COLS] = a b for BLOCKS results, `to` floats apart, of panels b [G][columns][COLS], `panel` elements apart; `row` is the
+// c[ROWS][COLS] = a b for BLOCKS results, `to` floats apart, of panels b [count][columns][COLS], `panel` elements apart; `row` is the
 // first of a. One row alone takes several panels together: the sums of one are too few, each addition would wait for the one before.
-template <class Number, int ROWS, int VECS, int BLOCKS, long G>
-void gates_tile(const Gates<Number, G>& a, long row, const typename Number::Element* b, long panel, float* c, long to) {
+template <class Number, int ROWS, int VECS, int BLOCKS>
+void gates_tile(const Gates<Number>& a, long row, const typename Number::Element* b, long panel, float* c, long to) {
   constexpr long PAIR = Number::PAIR;
   Vec sum[BLOCKS][ROWS][VECS] = {};
-  for (long g = 0; g < G; ++g)
+  for (long g = 0; g < a.count; ++g)
     for (long begin = 0; begin < a.columns; begin += COLS) {
       const auto* from = a.gate[g] + begin / COLS * a.next + row * COLS;
       for (long k = 0, end = std::min(COLS, a.columns - begin); k < end; k += PAIR, b += PAIR * COLS)
@@ -329,23 +330,23 @@ void gates_tile(const Gates<Number, G>& a, long row, const typename Number::Elem
       for (int v = 0; v < VECS; ++v) store(c + block * to + r * COLS + v * LANES, sum[block][r][v]);
 }
 
-template <class Number, int VECS, long G, int ROWS = TILE>
-void gates_tile_of(long rows, const Gates<Number, G>& a, long row, const typename Number::Element* b, float* c) {
+template <class Number, int VECS, int ROWS = TILE>
+void gates_tile_of(long rows, const Gates<Number>& a, long row, const typename Number::Element* b, float* c) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return gates_tile_of<Number, VECS, G, ROWS - 1>(rows, a, row, b, c);
-  gates_tile<Number, ROWS, VECS, 1, G>(a, row, b, 0, c, 0);
+    if (rows < ROWS) return gates_tile_of<Number, VECS, ROWS - 1>(rows, a, row, b, c);
+  gates_tile<Number, ROWS, VECS, 1>(a, row, b, 0, c, 0);
 }
 
 // The same for any number of rows, from the first on, and one panel, of which `width` columns are in use.
-template <class Number, long G>
-void gates_product(long rows, long width, const Gates<Number, G>& a, long first, const typename Number::Element* b, float* c) {
+template <class Number>
+void gates_product(long rows, long width, const Gates<Number>& a, long first, const typename Number::Element* b, float* c) {
   const long tiles = (rows + TILE - 1) / TILE;
   for (long i = 0; i < tiles; ++i) {
     const long begin = rows * i / tiles, n = rows * (i + 1) / tiles - begin;
     if (width <= LANES)
-      gates_tile_of<Number, 1, G>(n, a, first + begin, b, c + begin * COLS);
+      gates_tile_of<Number, 1>(n, a, first + begin, b, c + begin * COLS);
     else
-      gates_tile_of<Number, 2, G>(n, a, first + begin, b, c + begin * COLS);
+      gates_tile_of<Number, 2>(n, a, first + begin, b, c + begin * COLS);
   }
 }
 
@@ -817,7 +818,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   if constexpr (Number::PAIR == 1) da = panels;
   // What the inputs' gradients are made of, and what comes back through the recurrent weights: in place of the candidate of the GRU
   // its q, the last panel.
-  Gates<Number, G> for_inputs{{}, P * m * COLS, gate_depth}, for_h = for_inputs;
+  Gates<Number> for_inputs{G, {}, P * m * COLS, gate_depth}, for_h = for_inputs;
   for (long g = 0; g < G; ++g) {
     for_inputs.gate[g] = da + g * m * COLS;
     for_h.gate[g] = da + (Cell::HAS_Q && g == 2 ? G : g) * m * COLS;
@@ -896,14 +897,14 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
         const Element* weights = recurrent + block * gates_depth * COLS;
         float* to = through + block * rows * COLS;
         if (n == 1 && masks == 1 && block + TOGETHER <= blocks) {
-          gates_tile<Number, 1, 2, TOGETHER, G>(for_h, at, weights, gates_depth * COLS, to, rows * COLS);
+          gates_tile<Number, 1, 2, TOGETHER>(for_h, at, weights, gates_depth * COLS, to, rows * COLS);
           block += TOGETHER;
           continue;
         }
-        if (masks == 1) gates_product<Number, G>(n, z.width(block), for_h, at, weights, to);
+        if (masks == 1) gates_product<Number>(n, z.width(block), for_h, at, weights, to);
         for (long k = 0; masks > 1 && k < masks; ++k)
-          gates_product<Number, 1>(n, z.width(block), {{for_h.gate[k]}, for_h.next, gate_depth}, at,
-                                   weights + k * gate_depth * COLS, to + k * returned);
+          gates_product<Number>(n, z.width(block), {1, {for_h.gate[k]}, for_h.next, gate_depth}, at,
+                                weights + k * gate_depth * COLS, to + k * returned);
         block += 1;
       }
       if (masks > 1)
@@ -933,7 +934,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
     }
     for (long begin = 0; begin < D; begin += COLS) {
       const long width = std::min(COLS, D - begin);
-      gates_product<Number, G>(c.rows, width, for_inputs, 0, input + begin * gates_depth, dx);
+      gates_product<Number>(c.rows, width, for_inputs, 0, input + begin * gates_depth, dx);
       for (long s = c.begin; s < c.end; ++s)
         for (long r = 0, n = mine.active(s); r < n; ++r) {
           const float* from = dx + (c.offset[s - c.begin] + r) * COLS;
