@@ -200,10 +200,10 @@ void run_alone(const char* name, bool reverse) {
                 .h = found.h.data()});
     return found;
   };
-  const auto with = [&](auto pool) {
+  const auto with = [&](auto pool, Duration patience = PATIENCE) {
     return call([&](const Forward& f) {
       trust.learn(true);
-      outputs<Cell, Single>(pool, 2, f);
+      outputs<Cell, Single>(pool, 2, f, patience);
     });
   };
   const Found expected = call([&](const Forward& f) {
@@ -212,8 +212,8 @@ void run_alone(const char* name, bool reverse) {
   });
   long helped = 0, tries = 0;
   bool same = with(Nobody{}) == expected && with(Stopped{}) == expected;
-  for (; tries < 10 || (!helped && tries < 1000); ++tries) {
-    same = same && with(Threads{}) == expected;
+  for (; tries < 4 || (!helped && tries < 2000); ++tries) {
+    same = same && with(Threads{}, Duration(tries % 2 ? 30'000'000 : 30'000)) == expected;
     helped += trust.asks();
   }
   std::printf("%s alone reverse=%d %d %d\n", name, reverse, same, helped > 0);

@@ -19,6 +19,10 @@
 
 namespace flax_lstm {
 
+using Duration = std::chrono::nanoseconds;
+
+constexpr Duration PATIENCE{20'000};
+
 inline void rest() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -27,7 +31,7 @@ inline void rest() {
 
 // Whether something is true within that time.
 template <class Condition>
-bool soon(std::chrono::nanoseconds patience, const Condition& condition) {
+bool soon(Duration patience, const Condition& condition) {
   const auto end = std::chrono::steady_clock::now() + patience;
   for (long turn = 1; !condition(); ++turn) {
     if (turn % 16 == 0 && std::chrono::steady_clock::now() > end) return condition();
@@ -67,7 +71,7 @@ struct Alone {
   static constexpr long G = Cell::GATES, ADDED = G - Cell::HAS_Q;
   const Sizes size;
   const long blocks = size.blocks(), half = (blocks + 1) / 2, stride = blocks * COLS, depth = size.units + Cell::HAS_Q;
-  const std::chrono::nanoseconds patience{20'000 + G * size.units * size.units / 2};  // and a step of a slow cache
+  const Duration patience;
   Memory memory;
   float *recurrent, *x;  // panels [block][gate][depth][COLS] and [block][gate][CHUNK_ROWS][COLS]
   State state;
@@ -76,7 +80,8 @@ struct Alone {
   alignas(ALIGNMENT) std::atomic<long> ready{0};     // step that the helper may begin: the one before is finished
   alignas(ALIGNMENT) std::atomic<long> helped{0};    // steps that the helper has finished
 
-  explicit Alone(const Sizes& z) : size(z) {
+  // Besides `least`, as long as a step takes where weights are read slowly.
+  Alone(const Sizes& z, Duration least) : size(z), patience(least + Duration(G * z.units * z.units / 2)) {
     memory.want(recurrent, blocks * G * depth * COLS);
     memory.want(x, blocks * G * CHUNK_ROWS * COLS);
     state.want(memory, stride);
@@ -116,11 +121,11 @@ struct Alone {
 };
 
 template <class Cell, class Pool>
-void forward_alone(Pool& pool, const Forward& f) {
+void forward_alone(Pool& pool, const Forward& f, Duration patience) {
   constexpr long G = Cell::GATES;
   const Sizes& z = f.size;
   const long H = z.units;
-  const auto shared = std::make_shared<Alone<Cell>>(z);
+  const auto shared = std::make_shared<Alone<Cell>>(z, patience);
   Alone<Cell>& a = *shared;
   pack<Single>(f.recurrent, H, G, z, 0, a.depth, a.recurrent);
   if constexpr (Cell::HAS_Q) {
@@ -180,11 +185,11 @@ void forward_alone(Pool& pool, const Forward& f) {
 
 // Outputs alone, of words: neither masks nor resets, and nothing is kept for a backward pass.
 template <class Cell, class Number, class Pool>
-void outputs(Pool& pool, long threads, const Forward& f) {
+void outputs(Pool& pool, long threads, const Forward& f, Duration patience = PATIENCE) {
   constexpr long FEW = 16, NARROW = 96;  // steps, and units whose weights the nearest cache nearly holds
   const Sizes& z = f.size;
   if (Number::PAIR == 1 && threads > 1 && z.batch == 1 && z.time >= FEW && z.units >= NARROW && trust.asks())
-    forward_alone<Cell>(pool, f);
+    forward_alone<Cell>(pool, f, patience);
   else
     forward<Cell, Number>(pool, threads, f);
 }
