@@ -505,6 +505,25 @@ def test_weights_that_are_none_are_said(tmp_path, wrong):
         TextTable(path, weight_column="weight")._texts(Path(path))
 
 
+def test_fewer_padded_lengths_hold_the_same_rows(tmp_path):
+    path = write(table(), tmp_path / "t.csv")
+    by = {n: load(tmp_path / str(n), path=path, buckets=n) for n in (1, 2, 8)}
+    lengths = {n: dataset.info.boundaries for n, dataset in by.items()}
+    assert [len(lengths[n]) for n in (1, 2, 8)] == [1, 2, 6]
+    assert len({found[-1] for found in lengths.values()}) == 1
+    seen = {n: by[n].train(16, 0)[3] for n in by}
+    assert seen[1].inputs.shape[1] > seen[8].inputs.shape[1]
+    for batch in seen.values():
+        np.testing.assert_array_equal(batch.lengths, seen[8].lengths)
+        np.testing.assert_array_equal(batch.inputs.sum(1), seen[8].inputs.sum(1))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 65])
+def test_padded_lengths_have_limits(wrong):
+    with pytest.raises(UserError, match=r"data\.buckets is .*: give 1 to 64"):
+        TextTable("t.csv", buckets=wrong)
+
+
 def test_fewer_training_rows_are_a_part_of_more(tmp_path):
     path = write(table(), tmp_path / "t.csv")
     drawn = {n: load(tmp_path / str(n), path=path, train_rows=n) for n in (0, 20, 60)}

@@ -14,6 +14,7 @@ import numpy as np
 from flax_lstm.data.base import Batch
 
 POOL = 50  # batches of the shuffled order that are sorted by length together
+MOST_BUCKETS = 64
 BUCKETS = 8  # distinct padded lengths T: each is one compilation of the training step
 
 

@@ -15,6 +15,8 @@ import pandas as pd
 
 from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.buckets import (
+    BUCKETS,
+    MOST_BUCKETS,
     BucketedBatches,
     Rows,
     choose_boundaries,
@@ -213,12 +215,14 @@ class TextData(Corpus):
     vectors: str = ""
     # training rows that are used, drawn steadily, fewer being a part of more; 0: all
     train_rows: int = 0
+    # padded lengths, of which each has its own compiled step: fewer pad more and start sooner
+    buckets: int = BUCKETS
 
     classes: ClassVar[
         tuple[str, ...]
     ] = ()  # the labels, where they are known before the data are read
     free: ClassVar[tuple[str, ...]] = (
-        *("prepared", "max_length", "keep", "balanced", "train_rows", "vectors"),
+        *("prepared", "max_length", "keep", "balanced", "train_rows", "buckets", "vectors"),
     )
     paths: ClassVar[tuple[str, ...]] = ("prepared", "vectors")
     # what a table of new texts calls them; a field where the user has a table of their own
@@ -234,6 +238,10 @@ class TextData(Corpus):
         require(
             0 <= self.train_rows <= MOST,
             f"data.train-rows is {self.train_rows}: give 0 (all) or a number of rows",
+        )
+        require(
+            0 < self.buckets <= MOST_BUCKETS,
+            f"data.buckets is {self.buckets}: give 1 to {MOST_BUCKETS} padded lengths",
         )
         require(
             not self.vectors or self.tokenizer == "word",
@@ -260,7 +268,8 @@ class TextData(Corpus):
         rows["train"] = self._weighed(info, rows["train"], splits["train"].weights)
         if not saved:
             lengths = [len(ids) for ids in rows["train"].tokens]
-            info = dataclasses.replace(info, boundaries=choose_boundaries(lengths, self.max_length))
+            boundaries = choose_boundaries(lengths, self.max_length, self.buckets)
+            info = dataclasses.replace(info, boundaries=boundaries)
             info.save(assets)
         vectors = expanded(self.vectors) if self.vectors else None
         return TextDataset(info, rows, splits, vectors)
@@ -283,7 +292,7 @@ class TextData(Corpus):
             vocabulary=found.vocabulary(),
             max_length=self.max_length,
             keep=self.keep,
-            boundaries=choose_boundaries(lengths.tolist(), self.max_length),
+            boundaries=choose_boundaries(lengths.tolist(), self.max_length, self.buckets),
             text_column=self.text_column,
             label_column=self.label_column,
         )
