@@ -373,6 +373,52 @@ def test_the_highway_adds_a_linear_forecast_of_the_look_back():
     assert np.abs(blind - found).max() > 1e-3
 
 
+@pytest.mark.parametrize("window", ["last", "seasonal"])
+def test_a_sparse_highway_has_one_rule_for_all_steps_of_a_season(window):
+    """From the same step of the two seasons that the look-back holds whole."""
+    x, form = series(steps=8, features=2), SeriesForm(8, 5, channels=2, season=3)
+    settings = SegmentModel(
+        hidden_size=4, segment=2, window=window, highway=True, highway_sparse=True
+    )
+    known, rule_KM = known_from([0] * len(x)), np.array([[0.5, -1.0], [2.0, 0.25]], np.float32)
+    variables, _ = segment_forecast(settings, x, known, form)
+    without, with_rule = (
+        {"params": {**variables["params"], "highway": {"kernel": kernel_KM}}}
+        for kernel_KM in (0 * rule_KM, rule_KM)
+    )
+    _, plain = segment_forecast(settings, x, known, form, without)
+    _, found = segment_forecast(settings, x, known, form, with_rule)
+    # Relative to the last value, or to the last season, which is itself relative to the last value.
+    last = x[:, -1:]
+    before = x[:, 2:5] - (x[:, 5:] if window == "seasonal" else last)
+    seasons_BKWC = np.stack([before, x[:, 5:] - last], axis=1)
+    added_BMWC = np.einsum("bkwc,km->bmwc", seasons_BKWC, rule_KM)
+    added_BNC = added_BMWC.reshape(len(x), 6, 2)[:, :5]
+    close(found[..., 0], plain[..., 0] + added_BNC, atol=1e-5)
+
+
+def test_queries_can_be_kept_from_seeing_the_look_back():
+    """With a highway that is 0 the forecast is then that of a model without one."""
+    x, form = series(steps=8, features=1), SeriesForm(8, 3, season=3)
+    settings = SegmentModel(hidden_size=4, segment=2, highway=True, highway_seen=False)
+    plain = SegmentModel(hidden_size=4, segment=2)
+    known = known_from([0] * len(x))
+    variables, expected = segment_forecast(plain, x, known, form)
+    highway = {"kernel": np.zeros((8, 3), np.float32)}
+    both = {"params": {**variables["params"], "highway": highway}}
+    _, found = segment_forecast(settings, x, known, form, both)
+    close(found, expected, atol=1e-6)
+
+
+def test_what_refines_a_highway_is_refused_without_one():
+    for refined in ({"highway_sparse": True}, {"highway_seen": False}):
+        with pytest.raises(UserError, match=r"act with --model\.highway True"):
+            SegmentModel(**refined)
+    sparse = SegmentModel(highway=True, highway_sparse=True)
+    with pytest.raises(UserError, match=r"data.season 24, data.lookback 23"):
+        sparse.forecaster(SeriesForm(23, 6, season=24))
+
+
 @pytest.mark.parametrize("window", ["last", "standard", "seasonal"])
 def test_with_a_highway_training_begins_at_the_naive_forecast(window):
     x, form = series(steps=8, features=1), SeriesForm(8, 5, season=3)

@@ -3,8 +3,8 @@
 `model` section of a config.
 
 Axes: B batch, T time, D input features, H hidden units, N horizon, C target channels, Q outputs per
-forecast value, M segments of S steps, W steps of a season, R rows of the recurrence: one channel of
-one example each.
+forecast value, M segments of S steps, W steps of a season, K seasons, R rows of the recurrence: one
+channel of one example each.
 """
 
 import math
@@ -104,9 +104,10 @@ class SegmentForecaster(nn.Module):
     same cell whose input tells the segment's position and the channel. A look-back that is no
     multiple of S loses its oldest steps; a horizon that is none is decoded to the next multiple and
     cut. With `highway` a linear forecast from the whole look-back, one for all channels, is added
-    to what is decoded (the autoregressive part of LSTNet, Lai et al. 2018), and the queries see the
-    whole look-back besides the state. What else is known (see `flax_lstm.data.base.Known`) is
-    embedded per segment and added.
+    to what is decoded (the autoregressive part of LSTNet, Lai et al. 2018); with `highway_sparse`
+    by one rule for all steps of a season, from the same step of the seasons before (SparseTSF, Lin
+    et al. 2024). With `highway_seen` the queries see the whole look-back besides the state. What
+    else is known (see `flax_lstm.data.base.Known`) is embedded per segment and added.
     Outputs [B, N, C, Q].
     """
 
@@ -117,6 +118,8 @@ class SegmentForecaster(nn.Module):
     window: WindowName = "last"
     cycle: int = 0
     highway: bool = False
+    highway_sparse: bool = False
+    highway_seen: bool = True
     apart: bool = True
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -165,8 +168,11 @@ class SegmentForecaster(nn.Module):
 
         level_BNC = level_BNC + cycle_BNC
         if self.highway:
-            seen_BCH, direct_BNC = self._highway(x_BTC, relative_BTC)
-            query_BCMH, level_BNC = query_BCMH + seen_BCH[:, :, None], level_BNC + direct_BNC
+            level_BNC = level_BNC + self._highway(x_BTC, relative_BTC)
+            if self.highway_seen:
+                x_BCT = relative_BTC.swapaxes(1, 2)
+                seen_BCH = dense(width, dtype=self.dtype, name="look_back")(x_BCT)
+                query_BCMH = query_BCMH + seen_BCH[:, :, None]
 
         state, _ = self.rnn(x_RMH, None, state, deterministic=deterministic)
         y_RMH = nn.Dropout(self.dropout)(
@@ -192,19 +198,24 @@ class SegmentForecaster(nn.Module):
         cycle_BSC = cycle_WC[phase_BS % self.cycle]
         return x_BTC - cycle_BSC[:, :steps], cycle_BSC[:, steps:]
 
-    def _highway(self, x_BTC: Array, relative_BTC: Array) -> tuple[Array, Array]:
-        """The whole look-back embedded [B, C, H], and the linear forecast [B, N, C], 0 at first."""
+    def _highway(self, x_BTC: Array, relative_BTC: Array) -> Array:
+        """The linear forecast [B, N, C], 0 at first."""
         x_BCT = relative_BTC.swapaxes(1, 2)
-        seen_BCH = dense(self.width, dtype=self.dtype, name="look_back")(x_BCT)
+        horizon, season = self.form.horizon, self.form.season
         if self.window == "seasonal":
             # Relative to itself the last season is nothing; relative to its last value it can be
             # undone, where the last value is the better forecast.
-            season = self.form.season
             last_BSC = x_BTC[:, -season:] - x_BTC[:, -1:]
             x_BCT = jnp.concatenate([x_BCT[..., :-season], last_BSC.swapaxes(1, 2)], axis=-1)
-        zeros = nn.initializers.zeros
-        linear = nn.Dense(self.form.horizon, kernel_init=zeros, use_bias=False, name="highway")
-        return seen_BCH, linear(x_BCT).swapaxes(1, 2)
+        # One rule for all steps of a season reads a season for each of its inputs, and forecasts
+        # one with each of its outputs; without it a season is a step.
+        width = season if self.highway_sparse else 1
+        x_BCT = x_BCT[..., x_BCT.shape[-1] % width :]
+        x_BCWK = x_BCT.reshape(*x_BCT.shape[:2], -1, width).swapaxes(2, 3)
+        zeros, ahead = nn.initializers.zeros, math.ceil(horizon / width)
+        y_BCWK = nn.Dense(ahead, kernel_init=zeros, use_bias=False, name="highway")(x_BCWK)
+        y_BCN = y_BCWK.swapaxes(2, 3).reshape(*x_BCT.shape[:2], -1)[..., :horizon]
+        return y_BCN.swapaxes(1, 2)
 
     def _decode(self, state: Any, query_BCMH: Array) -> Array:
         """[R, M, H]: one step of the cell from the final state for every segment of the horizon.
@@ -301,6 +312,9 @@ class SegmentModel:
     cycle: bool = False  # learn the shape of a season, subtracted before and added after
     # add a linear forecast from the whole look-back, which the recurrence has to correct only
     highway: bool = False
+    # the highway has one rule for all steps of a season: from the same step of the seasons before
+    highway_sparse: bool = False
+    highway_seen: bool = True  # with a highway the decoder sees the look-back besides the state
     apart: bool = True  # tell the decoder which channel it forecasts; False: one rule for all
     dropout: float = 0.5  # before the head
     dtype: DTypeName = "float32"  # what is computed in; weights and state stay float32
@@ -309,6 +323,11 @@ class SegmentModel:
     def __post_init__(self) -> None:
         within("model.hidden-size", self.hidden_size, 2, WIDEST)
         within("model.segment", self.segment, 0)
+        require(
+            self.highway or (self.highway_sparse, self.highway_seen) == (False, True),
+            "model.highway-sparse and model.highway-seen act with --model.highway True: set it, or "
+            "leave them as they are (--model.highway-sparse False --model.highway-seen True)",
+        )
         require(
             0 <= self.dropout < 1, f"model.dropout {self.dropout}: must be at least 0 and below 1"
         )
@@ -335,6 +354,11 @@ class SegmentModel:
             f"data.lookback {form.lookback}; take a longer look-back, --data.season 1 (relative to "
             "the last value), or --model.window last",
         )
+        require(
+            not self.highway_sparse or form.season <= form.lookback,
+            f"model.highway-sparse needs a look-back of a season: data.season {form.season}, "
+            f"data.lookback {form.lookback}; take a longer look-back, or leave it False",
+        )
         dtype = DTYPES[self.dtype]
         return SegmentForecaster(
             RNN(BY_NAME[self.cell](self.hidden_size, dtype=dtype), backend=self.backend),
@@ -344,6 +368,8 @@ class SegmentModel:
             self.window,
             form.season if self.cycle and form.season > 1 else 0,
             self.highway,
+            self.highway_sparse,
+            self.highway_seen,
             self.apart,
             self.dropout,
             dtype,
