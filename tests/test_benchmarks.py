@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from commands import ROOT
 
+from flax_lstm.config import load_config, override
 from flax_lstm.data.prepared import Prepared, rows_file
 
 FIGURES = (
@@ -285,3 +286,11 @@ def test_generated_tokens_are_taken_for_prepared_ones(tmp_path):
     assert len(ends) == found.parts["train"][0].documents == 11
     lengths = np.fromfile(rows_file(tmp_path / "tokens" / found.parts["train"][0].name), "<i4")
     assert lengths.tolist() == np.diff(ends, prepend=1).tolist() == [250] * 10 + [100]
+
+
+def test_each_change_of_the_ablation_is_one_to_the_shipped_config():
+    changes = runpy.run_path(str(ROOT / "benchmarks" / "ablation.py"))["CHANGES"]
+    shipped = load_config("etth1")
+    changed = [override(shipped, flags) for name, flags in changes.items() if flags]
+    assert len(changed) == len(changes) - 1 > 5
+    assert all(config != shipped for config in changed)

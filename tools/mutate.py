@@ -1104,6 +1104,24 @@ BREAKAGES = {
         "last_BSC = x_BTC[:, -season:] - x_BTC[:, -season:]",
         "tests/test_models.py::test_the_highway_can_make_the_last_value_of_the_last_season",
     ),
+    "a sparse highway reads the first seasons of a look-back": Breakage(
+        "flax_lstm/nn/segments.py",
+        "x_BCT = x_BCT[..., x_BCT.shape[-1] % width :]",
+        "x_BCT = x_BCT[..., : x_BCT.shape[-1] - x_BCT.shape[-1] % width]",
+        "tests/test_models.py::test_a_sparse_highway_has_one_rule_for_all_steps_of_a_season",
+    ),
+    "queries see the look-back in any case": Breakage(
+        "flax_lstm/nn/segments.py",
+        "if self.highway_seen:",
+        "if self:",
+        "tests/test_models.py::test_queries_can_be_kept_from_seeing_the_look_back",
+    ),
+    "what refines a highway is passed over without one": Breakage(
+        "flax_lstm/nn/segments.py",
+        "self.highway or (self.highway_sparse, self.highway_seen) == (False, True)",
+        "True",
+        "tests/test_models.py::test_what_refines_a_highway_is_refused_without_one",
+    ),
     "few series are validated on one origin": Breakage(
         "flax_lstm/data/panel.py",
         "max(wanted, horizon)",
