@@ -106,7 +106,11 @@ def test_words_are_explained_in_the_places_where_they_are(folder):
 
 def test_a_run_that_reads_the_other_way_is_no_beginning(folder):
     forwards = small_runs.text_run(folder, steps=4)
+    language = small_runs.language_run(folder)
+    turned = replace(language, data=replace(language.data, backwards=True))
     for config, name, said in (
+        (language, "backwards", "reads texts backwards.*--data.backwards True"),
+        (turned, "forwards", "reads texts forwards.*--data.backwards False"),
         (forwards, "backwards", "reads texts backwards.*--model.backwards True"),
         (backwards(forwards), "forwards", "reads texts forwards.*--model.backwards False"),
     ):
@@ -121,6 +125,8 @@ def test_what_does_not_go_with_it_is_refused(folder, tmp_path):
         TextModel(backwards=True).sequence(2, 10, per_step=True)
     with pytest.raises(UserError, match="read forwards only"):
         replace(small_runs.language_run(tmp_path).data, backwards=True, prepared="there")
+    with pytest.raises(UserError, match="read forwards only; leave it"):
+        replace(small_runs.language_run(tmp_path).data, backwards=True).prepare(tmp_path / "out")
     module = TextModel(hidden_size=2, backwards=True).sequence(2, 10)
     words_BT = np.ones((1, 3), np.int32)
     state, params = None, module.init(jax.random.key(0), words_BT)

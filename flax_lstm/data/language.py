@@ -196,6 +196,12 @@ class LanguageData(Corpus):
             "data.backwards: tokens in files (data.prepared) are read forwards only; leave one",
         )
 
+    def prepare(self, folder: Path) -> None:
+        require(
+            not self.backwards, "data.backwards: tokens in files are read forwards only; leave it"
+        )
+        super().prepare(folder)
+
     def load(self, assets: Path) -> LanguageDataset | PreparedDataset:
         if self.prepared:
             return self._load_prepared(assets)

@@ -143,10 +143,11 @@ def check_direction(config: Config, init_from: Origin) -> None:
         return any(getattr(part, "backwards", False) for part in (read.data, read.model))
 
     theirs = backwards(init_from.config)
+    part = "data" if hasattr(config.data, "backwards") else "model"
     require(
         theirs == backwards(config),
         f"{init_from.workdir} reads texts {'backwards' if theirs else 'forwards'}: begin with a "
-        f"run that reads as this one, or give --model.backwards {theirs}",
+        f"run that reads as this one, or give --{part}.backwards {theirs}",
     )
 
 
