@@ -120,6 +120,18 @@ BREAKAGES = {
         "return train.take(np.sort(places[self.train_rows : 2 * self.train_rows]))",
         "tests/test_text_data.py::test_fewer_training_rows_are_a_part_of_more",
     ),
+    "texts that judge are learnt from without their labels": Breakage(
+        "flax_lstm/data/text.py",
+        "texts = [text for text in texts if text not in judging]",
+        "texts = list(texts)",
+        "tests/test_unlabelled.py::test_no_text_that_judges_is_learnt_from",
+    ),
+    "a row without a label has one": Breakage(
+        "flax_lstm/data/buckets.py",
+        "np.zeros_like(other.weights)",
+        "other.weights",
+        "tests/test_unlabelled.py::test_half_the_rows_of_a_batch_have_no_label",
+    ),
     "padded lengths are as many as ever": Breakage(
         "flax_lstm/data/text.py",
         "boundaries = choose_boundaries(lengths, self.max_length, self.buckets)",

@@ -138,3 +138,49 @@ class BucketedBatches:
         epoch, position = divmod(step, len(self))
         chosen = self._plan(epoch)[position]
         return pad(take(self._rows, chosen), self._boundaries, self._batch_size)
+
+
+class HalfUnlabelled:
+    """The same where half the rows of a batch have no label and weight 0, drawn from rows of their
+    own; an epoch is one of those with labels."""
+
+    def __init__(
+        self,
+        labelled: Rows,
+        unlabelled: Rows,
+        boundaries: Sequence[int],
+        batch_size: int,
+        seed: int,
+    ):
+        self._has_label_B = balanced(batch_size)
+        with_label = int(self._has_label_B.sum())
+        self._labelled = BucketedBatches(labelled, boundaries, with_label, seed)
+        self._unlabelled = BucketedBatches(unlabelled, boundaries, batch_size - with_label, seed)
+
+    def __len__(self) -> int:
+        return len(self._labelled)
+
+    def __getitem__(self, step: int) -> Batch:
+        one, other = self._labelled[step], self._unlabelled[step]
+        steps = max(one.inputs.shape[1], other.inputs.shape[1])
+        return Batch(
+            self._mixed(longer(one.inputs, steps), longer(other.inputs, steps)),
+            self._mixed(one.targets, other.targets),
+            self._mixed(one.lengths, other.lengths),
+            self._mixed(one.weights, np.zeros_like(other.weights)),
+        )
+
+    def _mixed(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        both = np.zeros((len(self._has_label_B), *one.shape[1:]), one.dtype)
+        both[self._has_label_B], both[~self._has_label_B] = one, other
+        return both
+
+
+def longer(x_BT: np.ndarray, steps: int) -> np.ndarray:
+    return np.pad(x_BT, ((0, 0), (0, steps - x_BT.shape[1])))
+
+
+def balanced(rows: int) -> np.ndarray:
+    """(rows,) bool, half of them true, by the sequence of Thue and Morse: so are every second row,
+    every fourth, and every stretch of them, for a batch may be split into such parts."""
+    return np.array([row.bit_count() % 2 == 0 for row in range(rows)])

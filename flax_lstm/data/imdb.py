@@ -119,11 +119,14 @@ class ImdbDocuments(TextSource):
 class Imdb(TextData):
     """Sentiment of IMDB reviews. No training or validation review is a copy of a test review."""
 
+    free: ClassVar[tuple[str, ...]] = (*TextData.free, "unlabelled")
     paths: ClassVar[tuple[str, ...]] = (*TextData.paths, "data_dir", "archive")
 
     # Folder of TensorFlow Datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets
     data_dir: str = ""
     archive: str = ""  # a local aclImdb_v1.tar.gz to prepare from instead of downloading it (80 MB)
+    # The 50,000 reviews without labels are read for task.virtual: half the rows of a batch
+    unlabelled: bool = False
     max_length: int = 200  # tokens kept of a longer review
 
     classes = tuple(LABELS)
@@ -131,6 +134,9 @@ class Imdb(TextData):
     @property
     def source(self) -> ImdbSource:
         return ImdbSource(self.data_dir, self.archive, self.validation_fraction, self.split_seed)
+
+    def texts_without_labels(self) -> list[str] | None:
+        return self.source.reviews("unsupervised").texts if self.unlabelled else None
 
 
 def _is_prepared(data_dir: Path) -> bool:

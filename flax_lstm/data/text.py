@@ -18,6 +18,7 @@ from flax_lstm.data.buckets import (
     BUCKETS,
     MOST_BUCKETS,
     BucketedBatches,
+    HalfUnlabelled,
     Rows,
     choose_boundaries,
     lengths_of,
@@ -25,6 +26,7 @@ from flax_lstm.data.buckets import (
     take,
 )
 from flax_lstm.data.corpus import LONGEST, Corpus, VocabularyInfo, check_sizes
+from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.memory import InMemory, with_names
 from flax_lstm.data.prepared import SPLITS, Documents
 from flax_lstm.data.sources import (
@@ -148,11 +150,13 @@ class TextDataset:
         splits: Mapping[str, Rows],
         read: Mapping[str, Texts],
         vectors: Path | None = None,
+        unlabelled: Rows | None = None,
     ):
         self.info = info
         self._splits = splits
         self._read = read
         self._vectors = vectors
+        self._unlabelled = unlabelled
 
     def word_vectors(self) -> WordVectors | None:
         """What the embedding of a new run begins with."""
@@ -173,7 +177,15 @@ class TextDataset:
         return len(self._splits[split].tokens)
 
     def train(self, batch_size: int, seed: int) -> BatchSource:
-        return BucketedBatches(self._splits["train"], self.info.boundaries, batch_size, seed)
+        rows, boundaries = self._splits["train"], self.info.boundaries
+        if self._unlabelled is None:
+            return BucketedBatches(rows, boundaries, batch_size, seed)
+        require(
+            batch_size > 1,
+            "data.unlabelled: half the rows of a batch have no label; give --train.batch-size 2 "
+            "or more",
+        )
+        return HalfUnlabelled(rows, self._unlabelled, boundaries, batch_size, seed)
 
     def order(self, split: str) -> np.ndarray:
         """The rows of a split, the shortest first: as evaluation gives them."""
@@ -272,11 +284,29 @@ class TextData(Corpus):
             info = dataclasses.replace(info, boundaries=boundaries)
             info.save(assets)
         vectors = expanded(self.vectors) if self.vectors else None
-        return TextDataset(info, rows, splits, vectors)
+        return TextDataset(info, rows, splits, vectors, self._without_labels(info, splits))
+
+    def texts_without_labels(self) -> list[str] | None:
+        """To learn from beside the training rows; None where there are to be none."""
+        return None
+
+    def _without_labels(self, info: TextForm, splits: Mapping[str, Texts]) -> Rows | None:
+        """Those of them that are no copy of a row that judges."""
+        texts = self.texts_without_labels()
+        if texts is None:
+            return None
+        judging = {*splits["validation"].texts, *splits["test"].texts}
+        texts = [text for text in texts if text not in judging]
+        require(bool(texts), "data.unlabelled: there is no text but copies of rows that judge")
+        return Rows(info.encode(texts), np.zeros(len(texts), np.int32))
 
     def _load_prepared(self, assets: Path) -> TextDataset:
         require(
             not self.train_rows, "data.train-rows and data.prepared do not go together: leave one"
+        )
+        require(
+            self.texts_without_labels() is None,
+            "data.unlabelled and data.prepared do not go together: leave one",
         )
         found = self.open_prepared(assets)
         end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
@@ -400,7 +430,8 @@ class TextTable(TextData, InMemory):
 
     below: ClassVar[tuple[str, ...]] = ("*/*.txt", "t*/*/*.txt")  # LABEL, train/LABEL, test/LABEL
 
-    paths: ClassVar[tuple[str, ...]] = (*TextData.paths, "path", "test_path")
+    free: ClassVar[tuple[str, ...]] = (*TextData.free, "unlabelled_path")
+    paths: ClassVar[tuple[str, ...]] = (*TextData.paths, "path", "test_path", "unlabelled_path")
 
     # table (.csv .tsv .jsonl .ndjson .parquet), folder LABEL/*.txt, or folder of train/ and test/
     # such
@@ -413,6 +444,8 @@ class TextTable(TextData, InMemory):
     # Column of the table with the labels: names or numbers, two or more different ones
     label_column: str = "label"
     weight_column: str = ""  # column with how much a row counts in training; empty: all alike
+    # Table or folder of texts without labels, for task.virtual: half the rows of a batch
+    unlabelled_path: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -425,6 +458,11 @@ class TextTable(TextData, InMemory):
 
     def _texts(self, path: Path) -> Texts:
         return read_texts(path, self.text_column, self.labels_of, self.weight_column, self.held)
+
+    def texts_without_labels(self) -> list[str] | None:
+        if not self.unlabelled_path:
+            return None
+        return [*stream_documents(expanded(self.unlabelled_path), self.text_column)]
 
 
 @dataclasses.dataclass(frozen=True)

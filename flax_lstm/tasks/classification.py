@@ -56,7 +56,8 @@ class Classification(Task):
     # Norm of a move of each sequence to where the loss is larger, in standard deviations of its
     # inputs; trained on as well (Miyato et al. 2017, who take 5 for reviews); 0: none
     adversarial: float = 0.0
-    # The same to where the answer changes most, whatever the label; three times the time of a step
+    # The same to where the answer changes most, whatever the label, so that rows without one
+    # (data.unlabelled) are learnt from as well; three times the time of a step
     virtual: float = 0.0
     # fit a linear model of words and pairs beside it, for texts (needs scikit-learn)
     linear: bool = True
@@ -94,7 +95,10 @@ class Classification(Task):
             before, after = (
                 y.recurrent_BO if isinstance(y, Parts) else y for y in (outputs, moved)
             )
-            return weighted(divergence(before, after), batch.weights)
+            without_label_B = (batch.weights == 0) & (batch.lengths > 0)
+            return weighted(
+                divergence(before, after), jnp.where(without_label_B, 1.0, batch.weights)
+            )
 
         both = Adversary(self.adversarial, loss), Adversary(self.virtual, change, PROBE)
         return tuple(adversary for adversary in both if adversary.size)

@@ -13,7 +13,7 @@ from typing import Any
 import flax_lstm
 import flax_lstm.data
 from flax_lstm.config import Config
-from flax_lstm.errors import UserError, listing
+from flax_lstm.errors import UserError, listing, require
 
 
 def check_parts(config: Config, info: object = None) -> None:
@@ -30,6 +30,12 @@ def check_parts(config: Config, info: object = None) -> None:
             f"task {task.__name__} needs a model that builds {noun(builds)}; {model.__name__} does "
             f"not. Models that do: {listing(known)}"
         )
+    without = any(getattr(config.data, name, None) for name in ("unlabelled", "unlabelled_path"))
+    require(
+        not without or bool(getattr(config.task, "virtual", 0)),
+        "data.unlabelled: texts without labels are learnt from by --task.virtual alone: give it a "
+        "norm, such as 5",
+    )
     found = info if info is not None else getattr(data, "gives", None)
     for kind, part, needs in (
         ("task", task, getattr(task, "needs", None)),

@@ -143,7 +143,8 @@ def gradients(
         loss = mean.total
         for adversary, move in zip(recipe.adversaries, moves, strict=True):
             _, moved = apply(recipe.module, params, carry, seen, key, move)
-            loss += adversary.cost(outputs, moved, part).total
+            cost = adversary.cost(outputs, moved, part)  # of more rows than have labels, perhaps
+            loss += cost.total * (mean.weight / jnp.maximum(cost.weight, 1e-9))
         # One division here saves one of every gradient, a pass over all of them.
         divisor = mean.weight if recipe.accumulate == 1 else 1
         return loss / divisor, (loss, mean.weight, after)
