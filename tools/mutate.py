@@ -1118,8 +1118,8 @@ BREAKAGES = {
     ),
     "a sparse highway reads the first seasons of a look-back": Breakage(
         "flax_lstm/nn/segments.py",
-        "x_BCT = x_BCT[..., x_BCT.shape[-1] % width :]",
-        "x_BCT = x_BCT[..., : x_BCT.shape[-1] - x_BCT.shape[-1] % width]",
+        "x_BCT = x_BCT[..., x_BCT.shape[-1] % season :]",
+        "x_BCT = x_BCT[..., : x_BCT.shape[-1] - x_BCT.shape[-1] % season]",
         "tests/test_models.py::test_a_sparse_highway_has_one_rule_for_all_steps_of_a_season",
     ),
     "queries see the look-back in any case": Breakage(

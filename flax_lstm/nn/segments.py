@@ -207,13 +207,14 @@ class SegmentForecaster(nn.Module):
             # undone, where the last value is the better forecast.
             last_BSC = x_BTC[:, -season:] - x_BTC[:, -1:]
             x_BCT = jnp.concatenate([x_BCT[..., :-season], last_BSC.swapaxes(1, 2)], axis=-1)
-        # One rule for all steps of a season reads a season for each of its inputs, and forecasts
-        # one with each of its outputs; without it a season is a step.
-        width = season if self.highway_sparse else 1
-        x_BCT = x_BCT[..., x_BCT.shape[-1] % width :]
-        x_BCWK = x_BCT.reshape(*x_BCT.shape[:2], -1, width).swapaxes(2, 3)
-        zeros, ahead = nn.initializers.zeros, math.ceil(horizon / width)
-        y_BCWK = nn.Dense(ahead, kernel_init=zeros, use_bias=False, name="highway")(x_BCWK)
+        linear = partial(
+            nn.Dense, kernel_init=nn.initializers.zeros, use_bias=False, name="highway"
+        )
+        if not self.highway_sparse:
+            return linear(horizon)(x_BCT).swapaxes(1, 2)
+        x_BCT = x_BCT[..., x_BCT.shape[-1] % season :]
+        x_BCWK = x_BCT.reshape(*x_BCT.shape[:2], -1, season).swapaxes(2, 3)
+        y_BCWK = linear(math.ceil(horizon / season))(x_BCWK)
         y_BCN = y_BCWK.swapaxes(2, 3).reshape(*x_BCT.shape[:2], -1)[..., :horizon]
         return y_BCN.swapaxes(1, 2)
 
