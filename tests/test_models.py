@@ -410,10 +410,9 @@ def test_queries_can_be_kept_from_seeing_the_look_back():
     close(found, expected, atol=1e-6)
 
 
-def test_what_refines_a_highway_is_refused_without_one():
-    for refined in ({"highway_sparse": True}, {"highway_seen": False}):
-        with pytest.raises(UserError, match=r"act with --model\.highway True"):
-            SegmentModel(**refined)
+def test_a_sparse_highway_is_refused_without_a_highway_or_a_season_to_read():
+    with pytest.raises(UserError, match=r"add --model\.highway True"):
+        SegmentModel(highway_sparse=True)
     sparse = SegmentModel(highway=True, highway_sparse=True)
     with pytest.raises(UserError, match=r"data.season 24, data.lookback 23"):
         sparse.forecaster(SeriesForm(23, 6, season=24))

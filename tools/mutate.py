@@ -1128,11 +1128,11 @@ BREAKAGES = {
         "if self:",
         "tests/test_models.py::test_queries_can_be_kept_from_seeing_the_look_back",
     ),
-    "what refines a highway is passed over without one": Breakage(
+    "a sparse highway is passed over without a highway": Breakage(
         "flax_lstm/nn/segments.py",
-        "self.highway or (self.highway_sparse, self.highway_seen) == (False, True)",
+        "self.highway or not self.highway_sparse",
         "True",
-        "tests/test_models.py::test_what_refines_a_highway_is_refused_without_one",
+        "tests/test_models.py::test_a_sparse_highway_is_refused_without_a_highway_or_a_season_to_read",
     ),
     "few series are validated on one origin": Breakage(
         "flax_lstm/data/panel.py",

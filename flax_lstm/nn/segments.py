@@ -325,9 +325,9 @@ class SegmentModel:
         within("model.hidden-size", self.hidden_size, 2, WIDEST)
         within("model.segment", self.segment, 0)
         require(
-            self.highway or (self.highway_sparse, self.highway_seen) == (False, True),
-            "model.highway-sparse and model.highway-seen act with --model.highway True: set it, or "
-            "leave them as they are (--model.highway-sparse False --model.highway-seen True)",
+            self.highway or not self.highway_sparse,
+            "model.highway-sparse True says of which kind a highway is, and there is none: add "
+            "--model.highway True, or take --model.highway-sparse False",
         )
         require(
             0 <= self.dropout < 1, f"model.dropout {self.dropout}: must be at least 0 and below 1"
