@@ -39,9 +39,10 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -53,14 +54,35 @@ constexpr long ALIGNMENT = 64;       // bytes: a cache line
 constexpr long LINE = ALIGNMENT / sizeof(float);
 
 using Vec = float __attribute__((vector_size(4 * LANES)));
+using HalfVec = float __attribute__((vector_size(2 * LANES)));
+struct NoVec {};
 
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
+// Before a loop over sums: they shall be registers, and unless told the compiler has them in memory before and after the product.
+#define FLAX_LSTM_UNROLL _Pragma("GCC unroll 16")
+
+template <class V = Vec>
+V load(const float* p) {
+  V v{};
+  if constexpr (!std::is_empty_v<V>) std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline Vec load(const float* p, long n) {  // the first n, then zeros
+template <class V>
+void store(float* p, V v) {
+  if constexpr (!std::is_empty_v<V>) std::memcpy(p, &v, sizeof v);
+}
+
+// The first n alone; what is not loaded is zero. Numbers one by one would wait for each other between memory and vector.
+#if defined __AVX512F__
+inline Vec load(const float* p, long n) { return n >= LANES ? load(p) : (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+inline void store(float* p, Vec v, long n) {
+  n >= LANES ? store(p, v) : _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+}
+#elif defined __AVX2__
+inline __m256i first(long n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline Vec load(const float* p, long n) { return n >= LANES ? load(p) : (Vec)_mm256_maskload_ps(p, first(n)); }
+inline void store(float* p, Vec v, long n) { n >= LANES ? store(p, v) : _mm256_maskstore_ps(p, first(n), (__m256)v); }
+#else
+inline Vec load(const float* p, long n) {
   if (n >= LANES) return load(p);
   float part[LANES] = {};
   for (long i = 0; i < n; ++i) part[i] = p[i];
@@ -72,6 +94,7 @@ inline void store(float* p, Vec v, long n) {
   store(part, v);
   for (long i = 0; i < n; ++i) p[i] = part[i];
 }
+#endif
 
 // tanh by a quotient of polynomials; the coefficients are those of Eigen's generic_fast_tanh_float, which XLA uses too.
 inline Vec tanh(Vec x) {
@@ -97,13 +120,14 @@ inline Vec sigmoid(Vec x) { return 0.5f + 0.5f * tanh(0.5f * x); }
 struct Single {
   using Element = float;
   using One = float;  // of a row, PAIR elements
-  using Many = Vec;   // of a panel
   static constexpr long PAIR = 1;
   static Element of(float v) { return v; }
   static float value(Element v) { return v; }
   static One one(const Element* p) { return *p; }
-  static Many many(const Element* p) { return load(p); }
-  static void multiply_add(Vec& sum, One a, Many b) { sum += a * b; }
+  template <class V>
+  static void multiply_add(V& sum, One a, V b) {  // b: of a panel
+    if constexpr (!std::is_empty_v<V>) sum += a * b;
+  }
   static void store(Element* p, Vec v, long n) { flax_lstm::store(p, v, n); }
 };
 
@@ -111,7 +135,8 @@ struct Single {
 struct Half {
   using Element = uint16_t;
   using One = uint32_t;
-  using Many = uint32_t __attribute__((vector_size(4 * LANES)));
+  using Many = uint32_t __attribute__((vector_size(sizeof(Vec))));
+  using HalfMany = uint32_t __attribute__((vector_size(sizeof(HalfVec))));
   using Narrow = uint16_t __attribute__((vector_size(2 * LANES)));
   static constexpr long PAIR = 2;
   static Element of(float v) {
@@ -124,17 +149,18 @@ struct Half {
     std::memcpy(&pair, p, sizeof pair);
     return pair;
   }
-  static Many many(const void* p) {
-    Many pairs;
-    std::memcpy(&pairs, p, sizeof pairs);
-    return pairs;
-  }
-  static void multiply_add(Vec& sum, One a, Many b) {
+  template <class V>
+  static void multiply_add(V& sum, One a, V b) {  // b: the bits of pairs
+    if constexpr (std::is_empty_v<V>) return;
 #ifdef __AVX512BF16__
-    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    else if constexpr (sizeof b == 64) sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    else sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(a), (__m256bh)b);
 #else
-    sum += std::bit_cast<float>(a & 0xffff0000) * (Vec)(b & 0xffff0000);
-    sum += std::bit_cast<float>(a << 16) * (Vec)(b << 16);
+    else {
+      using Bits = std::conditional_t<sizeof b == sizeof(Vec), Many, HalfMany>;
+      sum += std::bit_cast<float>(a & 0xffff0000) * (V)((Bits)b & 0xffff0000);
+      sum += std::bit_cast<float>(a << 16) * (V)((Bits)b << 16);
+    }
 #endif
   }
   static Many round(Vec v) {  // in the lower halves
@@ -234,35 +260,57 @@ struct Rnn {
 };
 
 // --------------------------------------------------------------------------------------------------------- products
-// c[ROWS][COLS] = (add ? c : 0) + a b, with b a panel [depth][COLS]; a[row][depth], or a panel [depth][row] if TRANSPOSED. The
-// depth is one of whole pairs.
-template <class Number, int ROWS, int VECS, bool TRANSPOSED>
-void tile(const typename Number::Element* a, long lda, const typename Number::Element* b, long depth, bool add, float* c) {
-  constexpr long PAIR = Number::PAIR;
-  Vec sum[ROWS][VECS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) sum[r][v] = add ? load(c + r * COLS + v * LANES) : Vec{};
-  if (TRANSPOSED)  // gradients of weights, which may be far away: those of the next tile
-    for (int r = ROWS; r < 2 * ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) __builtin_prefetch(c + r * COLS + v * LANES, 1);
-  for (long k = 0; k < depth; k += PAIR) {
-    typename Number::Many w[VECS];
-    for (int v = 0; v < VECS; ++v) w[v] = Number::many(b + k * COLS + v * LANES * PAIR);
-    for (int r = 0; r < ROWS; ++r) {
-      const auto s = Number::one(TRANSPOSED ? a + k * lda + r * PAIR : a + r * lda + k);
-      for (int v = 0; v < VECS; ++v) Number::multiply_add(sum[r][v], s, w[v]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) store(c + r * COLS + v * LANES, sum[r][v]);
+// Of a panel's columns those in use are a Vec and, of a narrower last panel, less than another: what is called Last is what they need.
+template <class Run>
+void by_last(long width, const Run& run) {
+  if (width <= LANES) return run(NoVec{});
+  if (width <= LANES + LANES / 2) return run(HalfVec{});
+  run(Vec{});
 }
 
-template <class Number, int VECS, bool TRANSPOSED, int ROWS = TILE>
+template <class Number, class V>
+V many(const typename Number::Element* p) {
+  return load<V>(reinterpret_cast<const float*>(p));
+}
+
+// c[ROWS][COLS] = (add ? c : 0) + a b, with b a panel [depth][COLS]; a[row][depth], or a panel [depth][row] if TRANSPOSED. The
+// depth is one of whole pairs.
+template <class Number, int ROWS, class Last, bool TRANSPOSED>
+void tile(const typename Number::Element* a, long lda, const typename Number::Element* b, long depth, bool add, float* c) {
+  constexpr long PAIR = Number::PAIR;
+  Vec sum[ROWS];
+  Last last[ROWS];
+  FLAX_LSTM_UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    sum[r] = add ? load(c + r * COLS) : Vec{};
+    last[r] = add ? load<Last>(c + r * COLS + LANES) : Last{};
+  }
+  if (TRANSPOSED)  // gradients of weights, which may be far away: those of the next tile
+    for (int r = ROWS; r < 2 * ROWS; ++r)
+      for (int i = 0; i < COLS; i += LANES) __builtin_prefetch(c + r * COLS + i, 1);
+  for (long k = 0; k < depth; k += PAIR) {
+    const Vec w = many<Number, Vec>(b + k * COLS);
+    const Last w_last = many<Number, Last>(b + k * COLS + LANES * PAIR);
+    FLAX_LSTM_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const auto s = Number::one(TRANSPOSED ? a + k * lda + r * PAIR : a + r * lda + k);
+      Number::multiply_add(sum[r], s, w);
+      Number::multiply_add(last[r], s, w_last);
+    }
+  }
+  FLAX_LSTM_UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    store(c + r * COLS, sum[r]);
+    store(c + r * COLS + LANES, last[r]);
+  }
+}
+
+template <class Number, class Last, bool TRANSPOSED, int ROWS = TILE>
 void tile_of(long rows, const typename Number::Element* a, long lda, const typename Number::Element* b, long depth, bool add,
              float* c) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return tile_of<Number, VECS, TRANSPOSED, ROWS - 1>(rows, a, lda, b, depth, add, c);
-  tile<Number, ROWS, VECS, TRANSPOSED>(a, lda, b, depth, add, c);
+    if (rows < ROWS) return tile_of<Number, Last, TRANSPOSED, ROWS - 1>(rows, a, lda, b, depth, add, c);
+  tile<Number, ROWS, Last, TRANSPOSED>(a, lda, b, depth, add, c);
 }
 
 // The same for any number of rows, in tiles of nearly equal size. `width` columns of the panel are in use.
@@ -270,14 +318,13 @@ template <class Number, bool TRANSPOSED>
 void product(long rows, long width, const typename Number::Element* a, long lda, const typename Number::Element* b, long depth,
              bool add, float* c) {
   const long tiles = (rows + TILE - 1) / TILE;
-  for (long i = 0; i < tiles; ++i) {
-    const long begin = rows * i / tiles, n = rows * (i + 1) / tiles - begin;
-    const auto* from = a + (TRANSPOSED ? begin * Number::PAIR : begin * lda);
-    if (width <= LANES)
-      tile_of<Number, 1, TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
-    else
-      tile_of<Number, 2, TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
-  }
+  by_last(width, [&](auto last) {
+    for (long i = 0; i < tiles; ++i) {
+      const long begin = rows * i / tiles, n = rows * (i + 1) / tiles - begin;
+      const auto* from = a + (TRANSPOSED ? begin * Number::PAIR : begin * lda);
+      tile_of<Number, decltype(last), TRANSPOSED>(n, from, lda, b, depth, add, c + begin * COLS);
+    }
+  });
 }
 
 // The same for one row and several panels, `panel` elements apart, with results `next` floats apart. The sums of a single panel are
@@ -286,15 +333,21 @@ template <class Number, int PANELS>
 void row_product(const typename Number::Element* a, const typename Number::Element* b, long panel, long depth, bool add, float* c,
                  long next) {
   Vec sum[PANELS][2];
+  FLAX_LSTM_UNROLL
   for (int p = 0; p < PANELS; ++p)
+    FLAX_LSTM_UNROLL
     for (int v = 0; v < 2; ++v) sum[p][v] = add ? load(c + p * next + v * LANES) : Vec{};
   for (long k = 0; k < depth; k += Number::PAIR) {
     const auto s = Number::one(a + k);
+    FLAX_LSTM_UNROLL
     for (int p = 0; p < PANELS; ++p)
+      FLAX_LSTM_UNROLL
       for (int v = 0; v < 2; ++v)
-        Number::multiply_add(sum[p][v], s, Number::many(b + p * panel + k * COLS + v * LANES * Number::PAIR));
+        Number::multiply_add(sum[p][v], s, many<Number, Vec>(b + p * panel + k * COLS + v * LANES * Number::PAIR));
   }
+  FLAX_LSTM_UNROLL
   for (int p = 0; p < PANELS; ++p)
+    FLAX_LSTM_UNROLL
     for (int v = 0; v < 2; ++v) store(c + p * next + v * LANES, sum[p][v]);
 }
 
@@ -308,46 +361,53 @@ struct Gates {
 
 // c[ROWS][COLS] = a b for BLOCKS results, `to` floats apart, of panels b [count][columns][COLS], `panel` elements apart; `row` is the
 // first of a. One row alone takes several panels together: the sums of one are too few, each addition would wait for the one before.
-template <class Number, int ROWS, int VECS, int BLOCKS>
+template <class Number, int ROWS, class Last, int BLOCKS>
 void gates_tile(const Gates<Number>& a, long row, const typename Number::Element* b, long panel, float* c, long to) {
   constexpr long PAIR = Number::PAIR;
-  Vec sum[BLOCKS][ROWS][VECS] = {};
+  Vec sum[BLOCKS][ROWS] = {};
+  Last last[BLOCKS][ROWS] = {};
   for (long g = 0; g < a.count; ++g)
     for (long begin = 0; begin < a.columns; begin += COLS) {
       const auto* from = a.gate[g] + begin / COLS * a.next + row * COLS;
       for (long k = 0, end = std::min(COLS, a.columns - begin); k < end; k += PAIR, b += PAIR * COLS)
+        FLAX_LSTM_UNROLL
         for (int block = 0; block < BLOCKS; ++block) {
-          typename Number::Many w[VECS];
-          for (int v = 0; v < VECS; ++v) w[v] = Number::many(b + block * panel + v * LANES * PAIR);
+          const Vec w = many<Number, Vec>(b + block * panel);
+          const Last w_last = many<Number, Last>(b + block * panel + LANES * PAIR);
+          FLAX_LSTM_UNROLL
           for (int r = 0; r < ROWS; ++r) {
             const auto s = Number::one(from + r * COLS + k);
-            for (int v = 0; v < VECS; ++v) Number::multiply_add(sum[block][r][v], s, w[v]);
+            Number::multiply_add(sum[block][r], s, w);
+            Number::multiply_add(last[block][r], s, w_last);
           }
         }
     }
+  FLAX_LSTM_UNROLL
   for (int block = 0; block < BLOCKS; ++block)
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) store(c + block * to + r * COLS + v * LANES, sum[block][r][v]);
+    FLAX_LSTM_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      store(c + block * to + r * COLS, sum[block][r]);
+      store(c + block * to + r * COLS + LANES, last[block][r]);
+    }
 }
 
-template <class Number, int VECS, int ROWS = TILE>
+template <class Number, class Last, int ROWS = TILE>
 void gates_tile_of(long rows, const Gates<Number>& a, long row, const typename Number::Element* b, float* c) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return gates_tile_of<Number, VECS, ROWS - 1>(rows, a, row, b, c);
-  gates_tile<Number, ROWS, VECS, 1>(a, row, b, 0, c, 0);
+    if (rows < ROWS) return gates_tile_of<Number, Last, ROWS - 1>(rows, a, row, b, c);
+  gates_tile<Number, ROWS, Last, 1>(a, row, b, 0, c, 0);
 }
 
 // The same for any number of rows, from the first on, and one panel, of which `width` columns are in use.
 template <class Number>
 void gates_product(long rows, long width, const Gates<Number>& a, long first, const typename Number::Element* b, float* c) {
   const long tiles = (rows + TILE - 1) / TILE;
-  for (long i = 0; i < tiles; ++i) {
-    const long begin = rows * i / tiles, n = rows * (i + 1) / tiles - begin;
-    if (width <= LANES)
-      gates_tile_of<Number, 1>(n, a, first + begin, b, c + begin * COLS);
-    else
-      gates_tile_of<Number, 2>(n, a, first + begin, b, c + begin * COLS);
-  }
+  by_last(width, [&](auto last) {
+    for (long i = 0; i < tiles; ++i) {
+      const long begin = rows * i / tiles, n = rows * (i + 1) / tiles - begin;
+      gates_tile_of<Number, decltype(last)>(n, a, first + begin, b, c + begin * COLS);
+    }
+  });
 }
 
 // ----------------------------------------------------------------------------------------------------------- memory
@@ -634,6 +694,10 @@ void forward_task(const Forward& f, const Rows& mine) {
     pack_bias<Number>(all, G, z, H, recurrent);
   }
 
+  if (H % COLS) {  // of the last panels not all columns are written, but read
+    std::fill(panels, panels + blocks * G * m * COLS, 0.0f);
+    std::fill(q, q + rows * COLS, 0.0f);
+  }
   std::fill(carry, carry + rows * stride, 0.0f);
   std::fill(h_last, h_last + rows * stride, 0.0f);
   for (long r = 0; r < rows; ++r) {
@@ -897,7 +961,7 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
         const Element* weights = recurrent + block * gates_depth * COLS;
         float* to = through + block * rows * COLS;
         if (n == 1 && masks == 1 && block + TOGETHER <= blocks) {
-          gates_tile<Number, 1, 2, TOGETHER>(for_h, at, weights, gates_depth * COLS, to, rows * COLS);
+          gates_tile<Number, 1, Vec, TOGETHER>(for_h, at, weights, gates_depth * COLS, to, rows * COLS);
           block += TOGETHER;
           continue;
         }
