@@ -61,7 +61,7 @@ def test_each_instruction_set_equals_the_scan(variant: str, tmp_path: Path) -> N
     assert name.strip() == "cpu"
     with np.load(file) as ours:
         for name, exact in outcomes("scan", "float32").items():
-            # Sums of 45 x 19 terms of size 1, each wrong by some 1e-7.
+            # Sums of 45 x 27 terms of size 1, each wrong by some 1e-7.
             np.testing.assert_allclose(ours[name], exact, rtol=0, atol=2e-5, err_msg=name)
             # Twice what bfloat16 can tell apart: roundings of weights, inputs and gradients, not
             # all alike.
