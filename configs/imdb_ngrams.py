@@ -1,11 +1,11 @@
-"""The best sentiment model here that learns from labels alone: the bidirectional LSTM of
-`imdb_bilstm`, joined by a linear classifier of which one, two and three neighbouring words a review
-has (NB-SVM, Wang & Manning 2012).
+"""Sentiment from labels alone: the bidirectional LSTM of `imdb_bilstm`, joined by a linear
+classifier of which one, two and three neighbouring words a review has (NB-SVM, Wang & Manning
+2012).
 
     python train.py --config imdb_ngrams
 
-Figures: docs/results.md. Some 15 minutes on two cores that other
-work shared.
+Test accuracy 0.912 +- 0.002 (3 seeds, 13 minutes each on two shared cores); the n-grams by
+themselves are better still: docs/results.md.
 """
 
 from dataclasses import replace
