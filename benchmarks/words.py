@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a sentiment model takes to read words, with and without tables, in each of what
-`load(..., dtype=)` can read in, beside Flax's `nn.RNN`; in turns of random order.
+`load(..., dtype=)` can read in, beside Flax's `nn.RNN`, and ONNX Runtime's LSTM where that is
+installed (`pip install onnx onnxruntime`), in float32 and with its dynamic int8; in turns of random
+order.
 
     python benchmarks/words.py
     python benchmarks/words.py --run runs/imdb_finetune    # and what becomes of a run's answers
@@ -10,6 +12,7 @@
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +41,44 @@ class Plain(nn.Module):
         return nn.Dense(2)(y_BTH[:, -1])
 
 
+def onnx_lstm(words_BT: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """An LSTM of the same size by ONNX Runtime, with weights drawn anew; none where that is not
+    installed."""
+    try:
+        import onnxruntime
+        from onnx import TensorProto, helper, numpy_helper, save
+        from onnxruntime.quantization import quantize_dynamic
+    except ImportError:
+        return {}
+    rng = np.random.default_rng(0)
+    shapes = {"table": (V, H), "W": (1, 4 * H, H), "R": (1, 4 * H, H), "head": (H, 2)}
+    weights = [
+        numpy_helper.from_array((rng.normal(size=s) / np.sqrt(H)).astype(np.float32), n)
+        for n, s in shapes.items()
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "words_TB"], ["x_TBH"]),
+            helper.make_node("LSTM", ["x_TBH", "W", "R"], ["", "last_1BH"], hidden_size=H),
+            helper.make_node("MatMul", ["last_1BH", "head"], ["logits"]),
+        ],
+        "lstm",
+        [helper.make_tensor_value_info("words_TB", TensorProto.INT32, [T, None])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    calls: dict[str, Callable[[], Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder, f"{name}.onnx") for name in ("float32", "int8")}
+        save(model, paths["float32"])
+        quantize_dynamic(paths["float32"], paths["int8"], op_types_to_quantize=["LSTM"])
+        for name, path in paths.items():
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            calls[f"ONNX Runtime, {name}"] = partial(session.run, None, {"words_TB": words_BT.T})
+    return calls
+
+
 def entrants(cell: str, rows: int) -> dict[str, Callable[[], Any]]:
     words_BT = np.random.default_rng(0).integers(2, V, (rows, T)).astype(np.int32)
     lengths_B = np.full(rows, T, np.int32)
@@ -59,7 +100,7 @@ def entrants(cell: str, rows: int) -> dict[str, Callable[[], Any]]:
     calls["Flax nn.RNN"] = partial(
         jax.jit(plain.apply), plain.init(jax.random.key(0), words_BT), words_BT
     )
-    return calls
+    return calls | (onnx_lstm(words_BT) if cell == "lstm" else {})
 
 
 def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
