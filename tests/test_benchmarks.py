@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -294,3 +295,13 @@ def test_each_change_of_the_ablation_is_one_to_the_shipped_config():
     changed = [override(shipped, flags) for name, flags in changes.items() if flags]
     assert len(changed) == len(changes) - 1 > 5
     assert all(config != shipped for config in changed)
+
+
+def test_the_curve_of_pretraining_is_that_of_the_document():
+    made = runpy.run_path(str(ROOT / "benchmarks" / "pretraining.py"))
+    text = (ROOT / "docs" / "results.md").read_text()
+    row = r"^\| (\d+) \|[ \d,]*\|[ .\d]*\| \.\d{4} \| \**(\.\d{4})\** \|$"
+    told = re.findall(row, text, re.MULTILINE)
+    found = made["curve"](ROOT / "results")
+    assert {n: f"{x:.4f}"[1:] for n, x in found.items()} == {int(n): x for n, x in told}
+    assert len(found) == 5 and made["linear"](ROOT / "results") < min(found.values())
