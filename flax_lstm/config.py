@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flax_lstm.data.base import Data
     from flax_lstm.tasks.base import Task
 
-Schedule = Literal["constant", "cosine", "plateau"]
+Schedule = Literal["constant", "cooldown", "cosine", "plateau"]
 Optimizer = Literal["adamw", "sgd", "adafactor"]
 LARGE = 1e37  # about where float32 ends
 COUNTS = ("steps", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every")
@@ -44,7 +44,8 @@ class TrainConfig:
     weight_decay: float = 0.0  # decoupled weight decay, on matrices only
     clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     warmup_steps: int = 0  # steps of linear warm-up
-    # after the warm-up: constant, cosine (to 0), plateau (halved as training loss stalls)
+    # after the warm-up: constant, cosine (to 0), cooldown (constant, then to 0 in the last fifth),
+    # plateau (halved as training loss stalls)
     schedule: Schedule = "constant"
     schedule_steps: int = 0  # length of the schedule; 0: the steps of the first run
     # share of the learning rate that each layer has of the one above it, the head at the top

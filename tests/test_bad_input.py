@@ -250,7 +250,7 @@ BAD_FLAGS = {
     "unknown cell": ("--model.cell ltsm", ["--model.cell", "ltsm", "lstm", "gru", "rnn"]),
     "unknown schedule": (
         "--train.schedule linear",
-        ["--train.schedule", "constant", "cosine", "plateau"],
+        ["--train.schedule", "constant", "cooldown", "cosine", "plateau"],
     ),
     "dropout": ("--model.dropout 1.0", ["model.dropout 1.0", "below 1"]),
     "parts": ("--train.accumulate 3", ["train.accumulate 3 does not divide", "1, 2, 4, 8"]),

@@ -249,7 +249,7 @@ def test_flags_override_fields():
         ("--model.cell", "lsmt", ["lstm", "gru", "rnn"]),
         ("--model.backend", "cuda", ["auto", "fused", "scan"]),
         ("--model.dtype", "float16", ["float32", "bfloat16"]),
-        ("--train.schedule", "linear", ["constant", "cosine", "plateau"]),
+        ("--train.schedule", "linear", ["constant", "cooldown", "cosine", "plateau"]),
         ("--model.hiden-size", "3", ["--model.hidden-size"]),
         ("--train.steps", "many", ["train.steps"]),
         ("--train.steps", "-5", ["train.steps -5", "at least 1"]),

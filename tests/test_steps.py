@@ -200,6 +200,14 @@ def test_warm_up_and_cosine():
     assert float(learning_rate("cosine", 2.0, 9, 9)(9)) == 2.0  # all warm-up
 
 
+def test_a_cooldown_is_the_last_fifth_and_what_comes_before_does_not_know_the_length():
+    schedule, longer = learning_rate("cooldown", 2.0, 4, 24), learning_rate("cooldown", 2.0, 4, 99)
+    values = [float(schedule(step)) for step in (0, 2, 4, 20, 21, 22, 24, 30)]
+    assert values == pytest.approx([0, 1, 2, 2, 1.5, 1, 0, 0], abs=1e-6)
+    assert [float(longer(step)) for step in range(21)] == [float(schedule(s)) for s in range(21)]
+    assert float(learning_rate("cooldown", 2.0, 0, 1)(1)) == 0.0  # no step but the last fifth's
+
+
 def test_plateau_halves_the_step_as_the_loss_stalls():
     """Means over 2 steps; the first sets the mark, three without progress halve."""
     rate = 0.1

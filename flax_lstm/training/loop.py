@@ -218,7 +218,7 @@ class Session:
                 f"{'; '.join(differ)}"
             )
         train, at = self.config.train, self.latest or 0
-        if train.schedule == "cosine" and train.schedule_steps <= at < train.steps:
+        if train.schedule in ("cooldown", "cosine") and train.schedule_steps <= at < train.steps:
             self.console.print(
                 f"warning: the schedule of this run ended at step {train.schedule_steps}: all "
                 f"{train.steps - at} steps to come are made at a learning rate of 0. "

@@ -15,18 +15,27 @@ Schedule = Callable[[Any], Any]  # step -> learning rate
 Parts = list[optax.GradientTransformation]  # one after the other
 
 
+def cooldown(peak: float, steps: int) -> Schedule:
+    """Constant, then linearly to 0 in the last fifth of the steps (Haegele et al. 2024): until that
+    begins, a run does not depend on how long it will be, and can be given more steps."""
+    last = max(steps // 5, 1)
+    down = optax.linear_schedule(peak, 0.0, last)
+    return optax.join_schedules([optax.constant_schedule(peak), down], [steps - last])
+
+
 # What follows the warm-up, from its peak over so many steps. "plateau" is constant: the optimiser
 # scales it as the training loss stalls.
 SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
     "constant": lambda peak, steps: optax.constant_schedule(peak),
+    "cooldown": cooldown,
     "cosine": optax.cosine_decay_schedule,
     "plateau": lambda peak, steps: optax.constant_schedule(peak),
 }
 
 
 def learning_rate(kind: str, peak: float, warmup_steps: int, steps: int) -> Schedule:
-    """Linear warm-up to `peak`, then constant, or a cosine to 0 at `steps` (Loshchilov & Hutter
-    2017). Raises UserError for a kind that is none of `SCHEDULES`."""
+    """Linear warm-up to `peak`, then constant, a cosine to 0 at `steps` (Loshchilov & Hutter 2017),
+    or a `cooldown` to 0 there. Raises UserError for a kind that is none of `SCHEDULES`."""
     require(kind in SCHEDULES, f"train.schedule {kind}: choose one of {listing(SCHEDULES)}")
     after = SCHEDULES[kind](peak, max(steps - warmup_steps, 1))
     if not warmup_steps:
