@@ -497,6 +497,41 @@ def test_rows_weigh_as_said_and_classes_alike_where_balanced(tmp_path):
         assert {*np.concatenate([b.weights[b.lengths > 0] for b in batches])} == {1.0}
 
 
+def test_rows_of_a_group_go_to_one_split(tmp_path):
+    texts = [f"word{n}" for n in range(300)]
+    film_of = {text: n % 60 for n, text in enumerate(texts)}
+    labels = ["good" if n % 2 else "bad" for n in range(300)]
+    path = table_of(tmp_path, text=texts, label=labels, film=[*film_of.values()])
+    data = TextTable(path, group_column="film", validation_fraction=0.2, test_fraction=0.2)
+    splits = data.source.splits()
+    films = {name: {film_of[text] for text in rows.texts} for name, rows in splits.items()}
+    assert [len(films[name]) > 2 for name in ("train", "validation", "test")] == [True] * 3
+    assert sum(map(len, films.values())) == 60  # none on two sides
+    assert sum(len(rows.texts) for rows in splits.values()) == 300
+    apart = dataclasses.replace(data, group_column="").source.splits()
+    assert {film_of[text] for text in apart["test"].texts} & {
+        film_of[text] for text in apart["train"].texts
+    }
+
+
+def test_groups_that_are_none_are_said(tmp_path):
+    path = table_of(
+        tmp_path, text=["a", "b"], label=["x", "y"], film=["one", "one"], part=[1, None]
+    )
+    for column, said in (
+        ("film", "every row has 'one' in column 'film'"),
+        ("part", "column 'part' is empty in 1 row"),
+        ("flim", r"no column 'flim' \(--data.group-column\).*film"),
+    ):
+        with pytest.raises(UserError, match=said):
+            TextTable(path, group_column=column)._texts(Path(path))
+    (tmp_path / "folder" / "x").mkdir(parents=True)
+    for kind in ("weight", "group"):
+        data = TextTable(str(tmp_path / "folder"), **{f"{kind}_column": "film"})
+        with pytest.raises(UserError, match=f"data.{kind}-column film: .* is a folder"):
+            data._texts(tmp_path / "folder")
+
+
 @pytest.mark.parametrize("wrong", [-1.0, "much", None])
 def test_weights_that_are_none_are_said(tmp_path, wrong):
     path = table_of(tmp_path, text=["a", "b"], label=["x", "y"], weight=[1.0, wrong])

@@ -111,9 +111,11 @@ def test_what_does_not_go_with_them_is_said(files, tmp_path):
     judging = files.load(tmp_path).read("test").texts
     pd.DataFrame({"text": judging}).to_csv(files.unlabelled_path, index=False)
     with pytest.raises(UserError, match="no text but copies of rows that judge"):
-        files.load(tmp_path / "copies")
+        files.load(tmp_path / "copies").train(8, 0)
+    gone = replace(files, unlabelled_path=str(tmp_path / "none.csv")).load(tmp_path / "none")
+    assert len([*gone.evaluation("test", 8)]) > 0  # to judge, they are not read
     with pytest.raises(UserError, match=r"none\.csv"):
-        replace(files, unlabelled_path=str(tmp_path / "none.csv")).load(tmp_path / "none")
+        gone.train(8, 0)
 
 
 def test_reviews_without_labels_are_read(tmp_path):

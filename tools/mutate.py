@@ -66,6 +66,19 @@ BREAKAGES = {
         "p, q = 1 + having, 1 + count[kept]",
         "tests/test_ngrams.py::test_ratios_are_those_of_naive_bayes",
     ),
+    "rows of a group are split by their texts": Breakage(
+        "flax_lstm/data/sources.py",
+        "self.seed, rows.groups or ())",
+        "self.seed)",
+        "tests/test_text_data.py::test_rows_of_a_group_go_to_one_split",
+    ),
+    "a cooldown is the last third": Breakage(
+        "flax_lstm/training/optim.py",
+        "last = max(steps // 5, 1)",
+        "last = max(steps // 3, 1)",
+        "tests/test_steps.py::test_a_cooldown_is_the_last_fifth_and_what_comes_before_does_not_know_"
+        "the_length",
+    ),
     "parts of a model learn from their mean": Breakage(
         "flax_lstm/nn/models.py",
         "sum(parts) / len(parts) if deterministic else parts",
@@ -122,8 +135,8 @@ BREAKAGES = {
     ),
     "texts that judge are learnt from without their labels": Breakage(
         "flax_lstm/data/text.py",
-        "texts = [text for text in texts if text not in judging]",
-        "texts = list(texts)",
+        "for text in self.texts_without_labels() if text not in judging]",
+        "for text in self.texts_without_labels()]",
         "tests/test_unlabelled.py::test_no_text_that_judges_is_learnt_from",
     ),
     "a row without a label has one": Breakage(

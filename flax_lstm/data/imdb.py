@@ -135,8 +135,12 @@ class Imdb(TextData):
     def source(self) -> ImdbSource:
         return ImdbSource(self.data_dir, self.archive, self.validation_fraction, self.split_seed)
 
-    def texts_without_labels(self) -> list[str] | None:
-        return self.source.reviews("unsupervised").texts if self.unlabelled else None
+    @property
+    def has_unlabelled(self) -> bool:
+        return self.unlabelled
+
+    def texts_without_labels(self) -> list[str]:
+        return self.source.reviews("unsupervised").texts
 
 
 def _is_prepared(data_dir: Path) -> bool:

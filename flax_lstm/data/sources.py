@@ -14,7 +14,13 @@ import pandas as pd
 from flax_lstm.data.documents import stream_documents
 from flax_lstm.data.memory import in_memory
 from flax_lstm.data.preparing import Document
-from flax_lstm.data.tables import read_folder, read_table, text_values, weight_values
+from flax_lstm.data.tables import (
+    group_values,
+    read_folder,
+    read_table,
+    text_values,
+    weight_values,
+)
 from flax_lstm.errors import require
 from flax_lstm.machine.files import expanded, found_at
 
@@ -25,6 +31,8 @@ class Texts(NamedTuple):
     texts: list[str]
     labels: list[Any]  # a name each, or a tuple of tags; None for a text without
     weights: list[float] | None = None  # how much each counts in training; None: alike
+    # which of them belong together, a name each: a split takes them all or none; None: copies alone
+    groups: list[str] | None = None
 
     @classmethod
     def unlabelled(cls, texts: list[str]) -> "Texts":
@@ -37,6 +45,7 @@ class Texts(NamedTuple):
             [self.texts[n] for n in rows],
             [self.labels[n] for n in rows],
             None if self.weights is None else [self.weights[n] for n in rows],
+            None if self.groups is None else [self.groups[n] for n in rows],
         )
 
 
@@ -88,7 +97,8 @@ class TableSource(TextSource):
 
     def splits(self) -> dict[str, Texts]:
         train, test, shares = self.places()
-        splits = split_by_hash(self.read(train), shares, self.seed)
+        rows = self.read(train)
+        splits = split_by_hash(rows, shares, self.seed, rows.groups or ())
         return splits if test is None else {**splits, "test": self.read(test)}
 
 
@@ -115,16 +125,24 @@ def read_texts(
     text_column: str,
     labels_of: Callable[[pd.DataFrame, Path], list[Any]],
     weight_column: str = "",
+    group_column: str = "",
     held: Callable[[], pd.DataFrame] | None = None,
 ) -> Texts:
-    """The texts and labels of a table, or of a folder LABEL/*.txt, and weights where a column has
-    them; `held` gives a table that is in memory."""
+    """The texts and labels of a table, or of a folder LABEL/*.txt, and weights and groups where a
+    column has them; `held` gives a table that is in memory."""
     if path.is_dir():
+        for flag, name in (("weight", weight_column), ("group", group_column)):
+            require(
+                not name,
+                f"data.{flag}-column {name}: {path} is a folder, which has no columns; leave it "
+                "out, or give a table",
+            )
         return Texts(*read_folder(path))
     frame = held() if held is not None and in_memory(path) else read_table(path)
     texts = text_values(frame, text_column, path)
     weights = weight_values(frame, weight_column, path) if weight_column else None
-    return Texts(texts, labels_of(frame, path), weights)
+    groups = group_values(frame, group_column, path) if group_column else None
+    return Texts(texts, labels_of(frame, path), weights, groups)
 
 
 def split_by_hash(

@@ -315,6 +315,18 @@ def weight_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[floa
     return weights.tolist()
 
 
+def group_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:
+    """What the rows of a column belong to, by name. Raises UserError for a row without, and where
+    all belong to one."""
+    groups = [label_name(value) for value in column(frame, name, path, "data.group-column")]
+    require(
+        len({*groups}) > 1,
+        f"{path}: every row has {shown(groups[0])} in column {name!r}: no split can take a part "
+        "of them; leave data.group-column out, or name another",
+    )
+    return groups
+
+
 def label_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:
     """The labels of a column by name: strings as they are, true and false, 3 for 3 and for 3.0."""
     values = column(frame, name, path, "data.label-column")

@@ -5,8 +5,9 @@ Axes: B rows of a batch, T tokens.
 """
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -150,7 +151,7 @@ class TextDataset:
         splits: Mapping[str, Rows],
         read: Mapping[str, Texts],
         vectors: Path | None = None,
-        unlabelled: Rows | None = None,
+        unlabelled: Callable[[], Rows] | None = None,  # read only where there is training
     ):
         self.info = info
         self._splits = splits
@@ -185,7 +186,7 @@ class TextDataset:
             "data.unlabelled: half the rows of a batch have no label; give --train.batch-size 2 "
             "or more",
         )
-        return HalfUnlabelled(rows, self._unlabelled, boundaries, batch_size, seed)
+        return HalfUnlabelled(rows, self._unlabelled(), boundaries, batch_size, seed)
 
     def order(self, split: str) -> np.ndarray:
         """The rows of a split, the shortest first: as evaluation gives them."""
@@ -284,19 +285,22 @@ class TextData(Corpus):
             info = dataclasses.replace(info, boundaries=boundaries)
             info.save(assets)
         vectors = expanded(self.vectors) if self.vectors else None
-        return TextDataset(info, rows, splits, vectors, self._without_labels(info, splits))
+        others = functools.partial(self._without_labels, info, splits)
+        return TextDataset(info, rows, splits, vectors, others if self.has_unlabelled else None)
 
-    def texts_without_labels(self) -> list[str] | None:
-        """To learn from beside the training rows; None where there are to be none."""
-        return None
+    @property
+    def has_unlabelled(self) -> bool:
+        """Whether there are texts without labels to learn from beside the training rows."""
+        return False
 
-    def _without_labels(self, info: TextForm, splits: Mapping[str, Texts]) -> Rows | None:
+    def texts_without_labels(self) -> list[str]:
+        """These texts, of data that have some."""
+        return []
+
+    def _without_labels(self, info: TextForm, splits: Mapping[str, Texts]) -> Rows:
         """Those of them that are no copy of a row that judges."""
-        texts = self.texts_without_labels()
-        if texts is None:
-            return None
         judging = {*splits["validation"].texts, *splits["test"].texts}
-        texts = [text for text in texts if text not in judging]
+        texts = [text for text in self.texts_without_labels() if text not in judging]
         require(bool(texts), "data.unlabelled: there is no text but copies of rows that judge")
         return Rows(info.encode(texts), np.zeros(len(texts), np.int32))
 
@@ -305,7 +309,7 @@ class TextData(Corpus):
             not self.train_rows, "data.train-rows and data.prepared do not go together: leave one"
         )
         require(
-            self.texts_without_labels() is None,
+            not self.has_unlabelled,
             "data.unlabelled and data.prepared do not go together: leave one",
         )
         found = self.open_prepared(assets)
@@ -424,8 +428,8 @@ class TextTable(TextData, InMemory):
     files per label.
 
     Without a test file, or folders train/ and test/, the rows are split at random but steadily: the
-    split of a row is a function of its text and `split_seed`, so that more rows move none, and
-    copies of a text stay together.
+    split of a row is a function of its text (its group, where a column names one) and `split_seed`,
+    so that more rows move none, and copies of a text stay together.
     """
 
     below: ClassVar[tuple[str, ...]] = ("*/*.txt", "t*/*/*.txt")  # LABEL, train/LABEL, test/LABEL
@@ -444,6 +448,9 @@ class TextTable(TextData, InMemory):
     # Column of the table with the labels: names or numbers, two or more different ones
     label_column: str = "label"
     weight_column: str = ""  # column with how much a row counts in training; empty: all alike
+    # Column that says which rows belong together (a customer's, a film's): all of them go to one
+    # split; empty: copies of a text do
+    group_column: str = ""
     # Table or folder of texts without labels, for task.virtual: half the rows of a batch
     unlabelled_path: str = ""
 
@@ -457,11 +464,14 @@ class TextTable(TextData, InMemory):
         return TableSource(self.path, self.test_path, shares, self.split_seed, self._texts)
 
     def _texts(self, path: Path) -> Texts:
-        return read_texts(path, self.text_column, self.labels_of, self.weight_column, self.held)
+        columns = (self.weight_column, self.group_column)
+        return read_texts(path, self.text_column, self.labels_of, *columns, self.held)
 
-    def texts_without_labels(self) -> list[str] | None:
-        if not self.unlabelled_path:
-            return None
+    @property
+    def has_unlabelled(self) -> bool:
+        return bool(self.unlabelled_path)
+
+    def texts_without_labels(self) -> list[str]:
         return [*stream_documents(expanded(self.unlabelled_path), self.text_column)]
 
 

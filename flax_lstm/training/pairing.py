@@ -30,9 +30,9 @@ def check_parts(config: Config, info: object = None) -> None:
             f"task {task.__name__} needs a model that builds {noun(builds)}; {model.__name__} does "
             f"not. Models that do: {listing(known)}"
         )
-    without = any(getattr(config.data, name, None) for name in ("unlabelled", "unlabelled_path"))
     require(
-        not without or bool(getattr(config.task, "virtual", 0)),
+        bool(getattr(config.task, "virtual", 0))
+        or not getattr(config.data, "has_unlabelled", False),
         "data.unlabelled: texts without labels are learnt from by --task.virtual alone: give it a "
         "norm, such as 5",
     )
