@@ -92,11 +92,14 @@ def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), None, None)
     state = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), state, steps.abstract)
 
+    shapes: set[Batch] = set()
+
     def step(n: int) -> float:
         nonlocal state
         state, metrics = steps.train(state, placed[n])
         jax.block_until_ready(state)
-        if int(state.step).bit_count() == 1:  # as `fit` does it
+        if (shape := jax.tree.map(jnp.shape, placed[n])) not in shapes:  # as `fit` does it
+            shapes.add(shape)
             trim_malloc()
         return float(metrics["loss"])
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""glibc's malloc: the large temporaries of a step are kept, what compiling has left behind is given
-back.
+"""glibc's malloc: the large temporaries of a step are kept, in huge pages, and what compiling has
+left behind is given back.
 
 Only `train.py` sets malloc; importing the library changes nothing.
 """
 
 import ctypes
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 # Parameters of mallopt(3) and their values: never map large blocks, keep what is freed, grow in
@@ -19,13 +21,20 @@ TUNED = {
 }
 
 
+ROOM = 1 << 30  # bytes by which the heap grows ahead of need: addresses, no memory
+MADV_HUGEPAGE = 14  # of madvise(2)
+
+
 def tune_malloc() -> bool:
     """Sets them for this process; call it before JAX runs anything. False where the C library is
     not glibc."""
     mallopt = glibc("mallopt")
-    return mallopt is not None and all(
+    tuned = mallopt is not None and all(
         mallopt(parameter, value) == 1 for parameter, value in TUNED.values()
     )
+    if tuned:
+        make_room()
+    return tuned
 
 
 def trim_malloc() -> None:
@@ -33,6 +42,23 @@ def trim_malloc() -> None:
     keeps that."""
     if malloc_trim := glibc("malloc_trim"):
         malloc_trim(0)
+        make_room()
+
+
+def make_room() -> None:
+    """Makes the heap larger, where malloc takes large blocks from it, and asks the system for huge
+    pages there: a page that is touched for the first time costs a microsecond, whatever its size,
+    and a step reads and writes a hundred rows at once. Where that cannot be had, nothing changes.
+    """
+    malloc, free, madvise = glibc("malloc"), glibc("free"), glibc("madvise")
+    malloc.restype = ctypes.c_void_p
+    # What is taken and freed at once is not touched. A null pointer may be freed, too.
+    free(ctypes.c_void_p(malloc(ctypes.c_size_t(ROOM))))
+    with suppress(OSError):  # no /proc
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith("[heap]"):
+                begin, end = (int(at, 16) for at in line.split()[0].split("-"))
+                madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)
 
 
 def glibc(name: str) -> Any:

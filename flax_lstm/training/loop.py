@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import grain
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -289,6 +290,7 @@ class Session:
             "train: raise --train.steps",
         )
         stream = batches(self.source, self.step, train.steps)
+        shapes: set[Batch] = set()
         while True:
             due = self.step % train.eval_every == 0 or self.step == train.steps
             if due and self.step > self.evaluated:
@@ -308,8 +310,9 @@ class Session:
             self.step += 1
             journal.step(self.step, metrics)
             self.checkpoints.prove(journal.sound)
-            # After 1, 2, 4, ... steps, for shapes are compiled as they come.
-            if (self.step - self.first).bit_count() == 1:
+            # A new shape was compiled, which leaves memory behind that no step needs.
+            if (shape := jax.tree.map(jnp.shape, batch)) not in shapes:
+                shapes.add(shape)
                 self.around.trim_malloc()
         if self.stopped_early:
             self.console.print(
@@ -330,6 +333,7 @@ class Session:
             self.best = self.best.after(value, self.step, monitor.maximise)
             journal.evaluated(self.step, "validation", figures, best=self.best.step == self.step)
             self.save(journal, value)
+            self.around.trim_malloc()  # evaluation has shapes of its own
 
     def figures(self, split: str, params: Any) -> dict[str, float]:
         rows = self.dataset.evaluation(split, self.config.train.batch_size)
