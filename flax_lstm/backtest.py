@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flax_lstm.errors import listing, require
-from flax_lstm.inference import Run, load
+from flax_lstm.data.memory import in_memory
+from flax_lstm.data.timetable import read_times
+from flax_lstm.errors import require
+from flax_lstm.inference import Ensemble, Run, load
 from flax_lstm.tasks.forecasting import Forecasting, naive_forecasts
 from flax_lstm.tasks.judging import Comparison, Truth, better, compare, figures, linear_of, table
 from flax_lstm.tasks.plots import plot_panel
@@ -174,17 +176,20 @@ def origins(dataset: Any, windows: int, step: int) -> Array:
 
 
 def backtest(
-    workdir: Path,
+    workdir: str | Path,
     windows: int = 0,
     step: int = 0,
     refit: bool = False,
     statistical: bool = False,
+    data: Any = None,
 ) -> Backtest:
     """Forecasts of the run in `workdir`, from origins `step` steps apart (0: one horizon).
 
     refit: train the run's config anew for every origin, on what was known by then, in the folder
-    `backtest` of the run; otherwise all forecasts are those of the run's best checkpoint.
+    `backtest` of the run; otherwise all forecasts are those of the run's best checkpoint. Of a
+    folder that `--seeds` filled, every seed.
     statistical: also ETS and AutoARIMA, see `flax_lstm.tasks.statistical`.
+    data: what `fit` was given as `data`, if it was.
     Raises UserError for a run that forecasts no series.
     """
     run = load(workdir)
@@ -193,11 +198,14 @@ def backtest(
         f"{workdir}: a backtest is for runs that forecast series",
     )
     task = config_task(run)
-    dataset: Any = run.config.data.load(run.assets)
+    settings: Any = run.config.data if data is None else run.config.data.holding(data)
+    dataset: Any = settings.load(run.assets)
     step = step or dataset.info.horizon
     windows_W = origins(dataset, windows, step)
     if refit:
-        outputs = _refitted(run, dataset, windows_W)
+        members = run.members if isinstance(run, Ensemble) else (run,)
+        found = [_refitted(member, settings, dataset, windows_W) for member in members]
+        outputs = np.mean(found, axis=0)
     else:
         forward, size = run.forward(), min(run.config.train.batch_size, 256)
         outputs = np.concatenate(
@@ -242,27 +250,31 @@ def _rules(dataset: Any, windows_W: Array) -> dict[str, Array]:
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def _refitted(run: Run, dataset: Any, windows_W: Array) -> Array:
+def _refitted(run: Run, settings: Any, dataset: Any, windows_W: Array) -> Array:
     """The forecasts (W, N, C, Q) of runs trained anew up to each origin."""
-    info, horizon = dataset.info, dataset.info.horizon
-    first_W = dataset.times("test", windows_W)[:, 0]
     found: dict[int, Array] = {}
-    for origin, config in _configs(run, dataset, np.unique(first_W)):
-        folder = run.workdir / "backtest" / str(origin).replace(":", "")[:15]
+    for folder, numbers, config in _configs(run, settings, dataset, windows_W):
         fit(config, folder, test=False, plots=False)
         again = load(folder)
-        data = config.data.load(again.assets)
-        names = data.buffer.ids[data.series("test")]
-        places = {
-            (str(name), time): n
-            for n, (name, time) in enumerate(zip(names, data.times("test")[:, 0], strict=True))
-        }
-        for n in np.flatnonzero(first_W == origin):
-            name = str(dataset.buffer.ids[dataset.series("test")[windows_W[n]]])
-            where = np.array([places[name, origin]])
+        data: Any = config.data.load(again.assets)
+        places = {origin: n for n, origin in enumerate(_origins(data))}
+        for n, origin in zip(numbers, _origins(dataset, windows_W[numbers]), strict=True):
+            require(
+                origin in places,
+                f"--refit: at {dataset.times('test', windows_W[[n]])[0, 0]} the last rows of the "
+                "horizon have no target: refit from other origins (--step, --windows)",
+            )
+            where = np.array([places[origin]])
             found[int(n)] = config_task(again).original(data, "test", where, again.forward())[0]
-    assert len(found) == len(windows_W), f"{listing(info.targets)}, {horizon}"
     return np.stack([found[n] for n in range(len(windows_W))])
+
+
+def _origins(dataset: Any, windows: Any = slice(None)) -> list[tuple[str, int]]:
+    """The series and the first time (as a number, for local times may repeat) of test windows."""
+    buffer, first_W = dataset.buffer, dataset.first_rows("test")[windows]
+    names = buffer.ids[dataset.series("test")[windows]]
+    stamps = buffer.times.as_unit("ns").asi8[buffer.time_R[first_W]]
+    return [(str(name), int(stamp)) for name, stamp in zip(names, stamps, strict=True)]
 
 
 def config_task(run: Run) -> Forecasting:
@@ -272,28 +284,40 @@ def config_task(run: Run) -> Forecasting:
     return task
 
 
-def _configs(run: Run, dataset: Any, origins_O: Array) -> Iterator[tuple[Any, Any]]:
-    """For each origin the run's config over a table that ends with its forecast."""
-    info = dataset.info
-    data: Any = run.config.data
-    frame = data.read(Path(getattr(data, "path", "")))
-    stamps = pd.DatetimeIndex(pd.to_datetime(frame[info.time_column], format="ISO8601"))
-    stamps = stamps.tz_localize(None) if stamps.tz is not None else stamps
+def _configs(
+    run: Run, settings: Any, dataset: Any, windows_W: Array
+) -> Iterator[tuple[Path, Array, Any]]:
+    """For each time from which windows forecast: a folder, which of `windows_W` these are, and the
+    run's config over a table that ends, for every series, with its forecast."""
+    info, buffer = dataset.info, dataset.buffer
+    path = str(settings.path)
+    frame = settings.held() if in_memory(path) else settings.read(path)
+    stamps = read_times(frame[info.time_column], path, info.time_zone).as_unit("ns").asi8
     settled = {name: getattr(info, name) for name in ("lookback", "horizon", "season")}
-    for origin in origins_O:
-        last = info.grid.following(pd.Timestamp(origin), info.horizon - 1)
-        end = last[-1] if len(last) else pd.Timestamp(origin)
-        folder = run.workdir / "backtest"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{str(origin).replace(':', '')[:15]}.parquet"
-        frame[stamps <= end].to_parquet(path, index=False)
-        changes: dict[str, Any] = {**settled, "path": str(path)}
+    # What the run found on its own validation windows is found anew.
+    config = replace(run.config, task=replace(config_task(run), stretch=()))
+    first_W = dataset.first_rows("test")[windows_W]
+    time_U = buffer.times.as_unit("ns").asi8
+    begin_W, end_W = (time_U[buffer.time_R[first_W + n]] for n in (0, info.horizon - 1))
+    for begin in np.unique(begin_W):
+        numbers = np.flatnonzero(begin_W == begin)
+        # The rows of a window may lie further apart in one series than in another.
+        end_R: Any = end_W[numbers].max()
+        if info.id_column:
+            names = buffer.ids[dataset.series("test")[windows_W[numbers]]]
+            ends = dict(zip(map(str, names), end_W[numbers], strict=True))
+            end_R = np.array([ends.get(str(name), end_R) for name in frame[info.id_column]])
+        name = f"{pd.Timestamp(begin):%Y-%m-%dT%H%M%S}"
+        folder = run.workdir / "backtest" / name
+        folder.parent.mkdir(exist_ok=True)
+        table = folder.with_suffix(".parquet")
+        frame[stamps <= end_R].to_parquet(table, index=False)
+        changes: dict[str, Any] = {**settled, "path": str(table)}
         if not info.id_column:
-            times = dataset.buffer.times.tz_localize(None)
-            rows = int(times.searchsorted(pd.Timestamp(origin)))
-            share = data.split[1] if max(data.split) <= 1 else data.split[1] / len(times)
-            validation = max(round(share * len(times)), info.horizon)
+            rows, total = int(first_W[numbers[0]]), len(buffer.values_RD)
+            share = settings.split[1] if max(settings.split) <= 1 else settings.split[1] / total
+            validation = max(round(share * total), info.horizon)
             changes["split"] = (rows - validation, validation, info.horizon)
         else:
             changes |= {"validation": 0, "test": 0}
-        yield origin, replace(run.config, data=replace(data, **changes))
+        yield folder, numbers, replace(config, data=replace(settings, **changes))

@@ -3,7 +3,7 @@
 
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ import pytest
 from commands import call
 
 from flax_lstm import Config, Forecasting, MeshConfig, SegmentModel, TrainConfig, fit, load
-from flax_lstm.backtest import backtest, origins
+from flax_lstm.backtest import _configs, backtest, origins
 from flax_lstm.data import PanelTable, SeriesTable
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -143,7 +143,7 @@ def test_a_refit_knows_nothing_of_what_follows(series_run):
     result = backtest(series_run, windows=2, refit=True)
     assert len(result.windows_W) == 2
     for origin in np.unique(result.times_WN[:, 0]):
-        folder = series_run / "backtest" / str(origin).replace(":", "")[:15]
+        folder = series_run / "backtest" / str(origin).replace(":", "")[:17]
         table = pd.read_parquet(folder.with_suffix(".parquet"))
         info = load(folder).info
         before = pd.to_datetime(table["time"]) < origin
@@ -151,6 +151,44 @@ def test_a_refit_knows_nothing_of_what_follows(series_run):
         # The scaler is of the rows before validation, and so before the origin.
         train = pd.to_numeric(table["b"])[: before.sum() - 16]
         assert info.mean[1] == pytest.approx(train.mean())
+
+
+def trading(rows: int, closed: set[int], name: str) -> pd.DataFrame:
+    """Business days without those on which a market was closed."""
+    days = [
+        day for n, day in enumerate(pd.bdate_range("2024-01-01", periods=rows)) if n not in closed
+    ]
+    return pd.DataFrame({"unique_id": name, "ds": days, "y": wave(len(days), 0)})
+
+
+@pytest.mark.parametrize("panel", [False, True])
+def test_a_refit_ends_with_its_forecast_whatever_was_closed_in_it(tmp_path, panel):
+    """One market is closed within a horizon, the other is not: each table ends with its own."""
+    frame = trading(100, {5, 97}, "a")
+    common = {"lookback": 10, "horizon": 4, "season": 5, "calendar": False}
+    data = SeriesTable(time_column="ds", targets=("y",), **common)
+    if panel:
+        frame = pd.concat([frame, trading(99, {7}, "b")], ignore_index=True)
+        data = PanelTable(**common, test=8)
+    data = data.holding(frame)
+    dataset = data.load(tmp_path / "assets")
+    task = Forecasting(objective="quantile", stretch=(2.0, 1.0, 2.0))
+    run = SimpleNamespace(workdir=tmp_path, config=Config("run", data, task, MODEL, TRAIN))
+    windows_W = origins(dataset, 2, 1)
+    found = {}
+    for folder, numbers, config in _configs(run, data, dataset, windows_W):
+        assert config.task.stretch == ()  # it is calibrated anew
+        again = config.data.load(folder / "assets")
+        assert dataset.info.horizon == again.info.horizon
+        for n in numbers:
+            series, times = (
+                dataset.series("test")[windows_W[n]],
+                dataset.times("test", windows_W)[n],
+            )
+            own = np.flatnonzero(again.series("test") == series)
+            np.testing.assert_array_equal(again.times("test", own[-1:])[0], times)
+            found[int(n)] = times
+    assert sorted(found) == list(range(len(windows_W)))
 
 
 class Naive:

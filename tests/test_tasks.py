@@ -206,6 +206,8 @@ def test_intervals_are_calibrated_on_validation(tmp_path):
     below = (targets[..., None] <= found).mean(axis=(0, 1, 2))
     np.testing.assert_allclose(below, [0.1, 0.5, 0.8], atol=0.015)  # 12,000: error .004
     assert replace(task, calibrate=False).settle(Noise(0), forward, tmp_path).stretch == ()
+    again = settled.settle(Noise(0), forward, tmp_path)  # a run that begins with another's settings
+    assert again.stretch == settled.stretch
 
 
 def test_the_loss_of_a_calibrated_task_is_that_of_its_quantiles():

@@ -183,11 +183,13 @@ class Forecasting(Task):
         """
         if not self.calibrate or len(self.levels) < 2:
             return self
+        # Factors are of what the model says, whatever an earlier run had found.
+        plain = replace(self, stretch=())
         windows = np.unique(np.linspace(0, dataset.size("validation") - 1, CALIBRATION).astype(int))
         scores: list[np.ndarray] = []
         for windows_B in np.array_split(windows, -(-len(windows) // 256)):
             batch = dataset.batch("validation", windows_B)
-            outputs = np.asarray(self.ordered(forward(batch), batch.units), np.float64)
+            outputs = np.asarray(plain.ordered(forward(batch), batch.units), np.float64)
             point = outputs[..., self.point, None]
             distance = outputs - point
             known = (batch.weights > 0)[..., None] & (np.arange(len(self.levels)) != self.point)
