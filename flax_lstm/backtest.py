@@ -93,7 +93,8 @@ class Backtest:
     def comparison(self) -> Comparison | None:
         """The model against the best rule."""
         lags = -(-self.dataset.info.horizon // self.step) - 1
-        origin_W = self.times_WN[:, 0]
+        stamps = self.dataset.stamps("test", self.windows_W)
+        origin_W = stamps[:: self.dataset.info.horizon].asi8
         other = self.forecasts[self.best_rule()]
         return compare(
             self.truth, self.forecasts[MODEL], other, self.series_W, origin_W, max(lags, 0)
@@ -118,16 +119,17 @@ class Backtest:
         )
 
     def rows(self) -> pd.DataFrame:
-        """Every forecast: series, cutoff, time, channel, step, what came (empty where it was not
-        measured), the model's forecast and quantiles, and a column for each rule."""
+        """Every forecast: series, origin (the first time that is forecast), time, channel, step,
+        what came (empty where it was not measured), the model's forecast and quantiles, and a
+        column for each rule."""
         info, (windows, horizon, channels) = self.dataset.info, self.truth.actual_WNC.shape
         names = self.dataset.buffer.ids[self.series_W]
-        times_WN = self.times_WN
+        stamps = self.dataset.stamps("test", self.windows_W)
         actual = np.where(self.truth.counted_WNC, self.truth.actual_WNC, np.nan)
         columns: dict[str, Any] = {
             info.id_column: np.repeat(names, horizon * channels),
-            "origin": np.repeat(times_WN[:, 0], horizon * channels),
-            "time": np.repeat(times_WN.ravel(), channels),
+            "origin": stamps[::horizon].repeat(horizon * channels),
+            "time": stamps.repeat(channels),
             "channel": np.tile(np.asarray(info.targets, object), windows * horizon),
             "horizon": np.tile(np.repeat(np.arange(1, horizon + 1), channels), windows),
             "actual": actual.ravel(),
@@ -145,11 +147,8 @@ class Backtest:
         """A sample of the windows, spread over series and origins, with the best rule beside."""
         chosen = np.unique(np.linspace(0, len(self.windows_W) - 1, 9).astype(int))
         info, dataset = self.dataset.info, self.dataset
-        batch = dataset.batch("test", self.windows_W[chosen])
         past = min(info.lookback, max(2 * info.horizon, info.season))
-        inputs = batch.inputs[:, -past:, : len(info.targets)]
-        history = dataset.unscale(inputs, self.series_W[chosen])[..., 0]
-        truth = np.concatenate([history, self.truth.actual_WNC[chosen][..., 0]], axis=1)
+        truth = dataset.around("test", self.windows_W[chosen], past)[..., 0]
         shown = self.quantiles.get(MODEL, self.forecasts[MODEL][..., None])[chosen][:, :, 0]
         titles = [
             f"{dataset.buffer.ids[s] or info.targets[0]}, from {str(t)[:16]}"

@@ -8,6 +8,7 @@ import pytest
 from flax_lstm.data import PanelTable, SeriesTable
 from flax_lstm.data.grid import Frequency
 from flax_lstm.errors import UserError
+from flax_lstm.tasks.forecasting import Forecasting
 
 ROWS = 400
 HOURS = pd.date_range("2024-03-01", periods=ROWS, freq="h")
@@ -60,7 +61,17 @@ REFUSED = {
         {},
         "row 6",
     ),
-    "numbers for times": (hourly(times=1_700_000_000 + np.arange(ROWS)), {}, "no time in ISO 8601"),
+    "numbers for times": (
+        hourly(times=1_700_000_000 + np.arange(ROWS)),
+        {},
+        "no time in ISO 8601; whole numbers are no times: .* unit='s'",
+    ),
+    "times of long ago": (hourly(times=1000 + np.arange(ROWS)), {}, "column 't' has a time before"),
+    "the hour that clocks skip": (
+        hourly(times=SPRING.tz_localize(None)),
+        {},
+        r"1 time stamps .* after 2024-03-31 01:00:00 .* --data.time-zone Europe/Berlin; else",
+    ),
     "the latest first": (hourly()[::-1], {}, "one row per time is needed, sorted$"),
     "times at random": (hourly(times=UNEVEN), {}, "uneven times"),
     "a month's end missing": (
@@ -71,7 +82,7 @@ REFUSED = {
     "the middle of months": (
         hourly(times=MONTHS + pd.Timedelta(days=14)),
         {},
-        "uneven times.*data.missing drop",
+        "a row on day 14 of every month: write",
     ),
     "29 February missing": (
         hourly(times=pd.date_range("2023-12-01", periods=ROWS + 1).delete(90)),
@@ -193,7 +204,7 @@ REFUSED_PANELS = {
     "an hourly series among daily ones": (
         pd.concat([PLAIN, panel(("2024-01-01",), "h").assign(unique_id="h")]),
         {},
-        "series 'h' has a row every 0 days 01:00:00",
+        "series 'h' has a row every 0 days 01:00:00; the longest series has one every 1 days",
     ),
     "a weekly series among daily ones, holes filled": (
         pd.concat([PLAIN, panel(("2024-01-07",), "W").assign(unique_id="w")]),
@@ -252,6 +263,16 @@ READ_PANELS = {
         {"lookback": 12, "horizon": 3},
         240,
     ),
+    "weeks of Sundays and of Mondays, some missing": (
+        pd.concat(
+            [
+                panel(freq="W-SUN").drop(index=30),
+                panel(("2024-01-01",), "W-MON").assign(unique_id="m").drop(index=[20, 21]),
+            ]
+        ),
+        {"lookback": 12, "horizon": 3, "missing": "mask"},
+        237,
+    ),
 }
 
 
@@ -286,6 +307,31 @@ def test_a_panel_is_read_right(tmp_path, name):
         own = frame[frame["unique_id"].astype(str) == ahead.buffer.ids[n]]["ds"].max()
         steps = np.diff(np.concatenate([[own.tz_localize(None).to_datetime64()], times]))
         assert (steps == steps[0]).all() and steps[0] > np.timedelta64(0)
+
+
+def forecast(tmp_path, frame, cutoffs=(), **settings):
+    """The times of a forecast of nothing."""
+    info = load(tmp_path, frame, settings).info
+    nothing = lambda batch: np.zeros((*batch.targets.shape, 1))  # noqa: E731
+    return Forecasting().forecast(frame, info, nothing, 16, cutoffs)["time"]
+
+
+def test_every_hour_is_forecast_as_clocks_go_back(tmp_path):
+    """Local ones repeat: the hour from 2 to 3 comes twice."""
+    hours = pd.date_range(end="2024-10-26 20:00", periods=ROWS, freq="h", tz="Europe/Berlin")
+    frame = hourly(times=hours.tz_localize(None))
+    found = forecast(tmp_path, frame, lookback=48, horizon=12, time_zone="Europe/Berlin")
+    expected = pd.date_range(hours[-1], periods=13, freq="h")[1:]
+    assert pd.DatetimeIndex(found).equals(expected) and found.dt.hour.tolist().count(2) == 2
+
+
+def test_a_cutoff_after_the_end_is_said(tmp_path, caplog):
+    forecast(tmp_path, hourly(), ["2024-03-10", str(HOURS[-1])], lookback=24, horizon=12)
+    assert "forecast from an earlier end" not in caplog.text
+    forecast(tmp_path, hourly(), ["2024-05-01"], lookback=24, horizon=12)
+    assert (
+        "--cutoffs 2024-05-01: forecast from an earlier end of their own: the input" in caplog.text
+    )
 
 
 def test_a_mark_of_absence_is_noticed(tmp_path, caplog):

@@ -62,6 +62,18 @@ def test_the_negative_binomial_is_scipys():
     np.testing.assert_allclose(in_counts(targets, UNITS), counts, atol=1e-4)
 
 
+def test_no_count_is_below_zero_however_its_quantiles_are_stretched():
+    parameters = jnp.asarray(GENERATOR.normal(size=(*SHAPE, 2)), jnp.float32)
+    levels = (0.1, 0.5, 0.9)
+    task = Forecasting(objective="negative_binomial", quantiles=levels, stretch=(30.0, 1.0, 2.0))
+    found = np.asarray(task.ordered(parameters, UNITS)) * STD[:, None] + MEAN[:, None]
+    plain = np.asarray(NegativeBinomial().quantiles(parameters, levels, UNITS))
+    low, middle, high = np.moveaxis(plain * STD[:, None] + MEAN[:, None], -1, 0)
+    expected = [np.maximum(middle + 30 * (low - middle), 0), middle, middle + 2 * (high - middle)]
+    assert (expected[0] == 0).any()
+    np.testing.assert_allclose(found, np.stack(expected, axis=-1), atol=1e-3)
+
+
 def test_large_counts_have_a_gradient_and_quantiles():
     units = np.ones((1, 4, 1), np.float32) * np.array([0, 1, 1, 1e4])[:, None]
     parameters = jnp.array([[[[5.0, -20.0]]]])  # 50,000 at nearly no dispersion

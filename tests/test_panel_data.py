@@ -149,6 +149,41 @@ def test_new_series_are_forecast_from_their_own_past(tmp_path):
     np.testing.assert_allclose(inputs[1], own[-11:-3], rtol=1e-5)
     with pytest.raises(UserError, match=r"a forecast needs 3 more rows, .*: price"):
         dataset.info.ahead(panel({"new": 20}))
+    with pytest.raises(UserError, match=r"'new' .* has 3 rows; .* leave it out, or train with"):
+        dataset.info.ahead(new[new.unique_id == "new"][-6:])
+
+
+def test_a_category_that_training_never_had_is_said(tmp_path, caplog):
+    dataset = load(tmp_path, panel(), static=("shop",))
+    ahead = dataset.info.ahead(panel().assign(shop="elsewhere"))
+    assert "column 'shop' holds what was not there in training" in caplog.text
+    assert "elsewhere" in caplog.text
+    assert (ahead.batch("test", np.array([0])).covariates.codes == 0).all()
+
+
+@pytest.mark.parametrize("missing", ["interpolate", "forward_fill", "mask"])
+def test_a_look_back_that_ends_in_a_hole_knows_nothing_of_what_follows(tmp_path, missing):
+    """It is the one that `predict` sees, of a table that ends there."""
+    frame = panel({"b": 60}).assign(price=np.arange(60.0) ** 1.5)
+    frame.loc[48:54, "y"], frame.loc[50:57, "price"] = np.nan, np.nan
+    dataset = load(tmp_path, frame, missing=missing, inputs=("price",), test=20)
+    whole = dataset.batch("test", np.arange(dataset.size("test")))
+    for window, first in enumerate(dataset.first_rows("test")):
+        ahead = dataset.info.ahead(frame[:first])
+        expected = ahead.unscale(ahead.batch("test", np.array([0])).inputs[..., :1])
+        found = dataset.unscale(whole.inputs[window, :, :1])
+        np.testing.assert_allclose(found, expected[0], rtol=1e-5)
+
+
+def test_pictures_show_what_was_measured_alone(tmp_path):
+    frame = panel()
+    series, hole = frame["unique_id"] == "c", frame.index[frame["unique_id"] == "c"][-5]
+    frame.loc[hole, "y"] = np.nan
+    dataset = load(tmp_path, frame, missing="interpolate")
+    last = np.flatnonzero(dataset.buffer.ids[dataset.series("test")] == "c")[-1:]
+    expected = frame.loc[series, "y"].to_numpy()[-9:]
+    np.testing.assert_allclose(dataset.around("test", last, 6)[0, :, 0], expected, rtol=1e-5)
+    assert np.isnan(dataset.around("test", last, 100)[0, 0, 0])  # before the series begins
 
 
 @pytest.mark.parametrize(
@@ -176,8 +211,19 @@ def test_a_panel_that_is_not_declared_is_answered_with_how(tmp_path):
     path = tmp_path / "long.csv"
     panel().to_csv(path, index=False)
     series = SeriesTable(path=str(path), time_column="ds", targets=("y",))
-    with pytest.raises(UserError, match=r"'unique_id' tells many series apart: .*panel_table"):
+    with pytest.raises(UserError, match=r"'unique_id' tells many series apart. .*panel_table"):
         series.load(tmp_path / "assets")
+    frame = panel().rename(columns={"unique_id": "shop number", "ds": "day", "y": "sales"})
+    frame[["shop number", "day", "sales"]].to_csv(path, index=False)
+    message = (
+        r"holds no times, and those of 'day' repeat: .* --config panel_table --data.id-column shop "
+        r"number --data.time-column day --data.targets sales; for one series name"
+    )
+    with pytest.raises(UserError, match=message):
+        SeriesTable(path=str(path)).load(tmp_path / "assets")
+    wide = panel().pivot(index="ds", columns="unique_id", values="y").reset_index()
+    with pytest.raises(UserError, match="a column for each series is for --config series_table"):
+        load(tmp_path, wide)
 
 
 def test_a_hole_in_one_series_is_masked_and_never_scored(tmp_path, caplog):

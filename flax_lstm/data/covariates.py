@@ -5,6 +5,7 @@ the calendar.
 Axes: R rows, K covariates.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,6 +18,7 @@ from flax_lstm.data.measures import deviation, how_written, numbers_of, parse, s
 from flax_lstm.errors import UserError, listing, require
 
 Array = np.ndarray
+log = logging.getLogger(__name__)
 
 # Cycles of the calendar, with their length in seconds.
 CYCLES = {"day": DAY, "week": 7 * DAY, "year": 365.25 * DAY}
@@ -61,7 +63,7 @@ class Column:
         """(R, width) float32: scaled numbers, or one column for each category (all 0 for one that
         was not seen); NaN where absent."""
         if self.categories:
-            codes_R = self.codes(values)
+            codes_R = self.codes(values, where)
             encoded = (codes_R[:, None] == np.arange(1, self.width + 1)).astype(np.float32)
             encoded[values.isna().to_numpy()] = np.nan
             return encoded
@@ -76,11 +78,18 @@ class Column:
         values_R1 = numbers_of(values, where)[:, None]
         return scaled(values_R1, self.mean, self.std, (self.name,), rows_R, where)
 
-    def codes(self, values: pd.Series) -> Array:
-        """(R,) int32: 1, 2, ... for the categories in order, 0 for one that was not seen."""
+    def codes(self, values: pd.Series, where: str) -> Array:
+        """(R,) int32: 1, 2, ... for the categories in order, 0 for one that was not seen, which is
+        said, and for an absent one."""
         index = pd.Index(self.categories).get_indexer(
             pd.Index([str(value) for value in values], dtype=object)
         )
+        if new := {str(value) for value in values[index < 0].dropna()}:
+            log.warning(
+                "%s: column %r holds what was not there in training, and says nothing to the "
+                "model: %s",
+                *(where, self.name, listing(sorted(new), 5)),
+            )
         return (index + 1).astype(np.int32)
 
 

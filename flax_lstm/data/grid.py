@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from pandas.tseries.frequencies import to_offset
 
-from flax_lstm.errors import UserError, listing
+from flax_lstm.errors import UserError, listing, require
 from flax_lstm.machine.memory import require_room
 
 Array = np.ndarray
@@ -84,12 +84,15 @@ class Frequency:
 
     def following(self, last: pd.Timestamp, steps: int) -> pd.DatetimeIndex:
         """The times of the steps after `last`."""
-        name = self.name
-        # Weeks of another day go on from their own.
-        if self.unit == "W" and last.normalize().day_name()[:3].upper() != name[-3:]:
-            name = f"{round(self.seconds / DAY)}D"
-        times = pd.date_range(last, periods=steps + 1, freq=name)
+        times = pd.date_range(last, periods=steps + 1, freq=self.through(last))
         return times[times > last][:steps]
+
+    def through(self, time: pd.Timestamp) -> str:
+        """The name of the grid that a time lies on: weeks of another day than those of the name
+        count from their own."""
+        if self.unit == "W" and time.normalize().day_name()[:3].upper() != self.name[-3:]:
+            return f"{round(self.seconds / DAY)}D"
+        return self.name
 
 
 def infer(times: pd.DatetimeIndex) -> Frequency:
@@ -160,10 +163,15 @@ def regular(
         f"{where}: a grid of one row every {_plain(frequency)} from {times[0]} to {times[-1]} has "
         f"{expected:,.0f} rows, the table {len(times):,}; is a time wrong?",
     )
-    grid = pd.date_range(times[0], times[-1], freq=frequency.name)
+    grid = pd.date_range(times[0], times[-1], freq=frequency.through(times[0]))
     places = grid.get_indexer(times)
     if (places < 0).any():
         rows = np.flatnonzero(places < 0)
+        require(
+            times[0].day == 1 or not monthly(times),
+            f"{where}: a row on day {times[0].day} of every month: write the times of months as "
+            "their first day, such as 2024-02-01",
+        )
         raise UserError(
             f"{where}: uneven times: {len(rows)} of {len(times)} rows lie off the grid of one row "
             f"every {_plain(frequency)}, row {listing(rows[:3] + 1)} ({times[rows[0]]}) first; "
@@ -188,6 +196,12 @@ def regular(
     values_GD = np.full((int(kept.sum()), values_RD.shape[1]), np.nan)
     values_GD[rows[places]] = values_RD
     return Regular(grid[kept], values_GD, rows[places], int(gaps.sum()), report)
+
+
+def monthly(times: pd.DatetimeIndex) -> bool:
+    """Whether there is a row at the same day of every month."""
+    months = np.asarray(times.year * 12 + times.month)
+    return bool((times.day == times[0].day).all() and (np.diff(months) == 1).all())
 
 
 def _plain(frequency: Frequency) -> str:

@@ -151,6 +151,13 @@ class PanelTable(InMemory):
         return self.validation or max(wanted, horizon), self.test or horizon
 
     def _layout(self, frame: pd.DataFrame) -> Layout:
+        require(
+            self.id_column in frame or {*self.targets} & {*frame},
+            f"{self.path} has no column {self.id_column!r} that tells series apart, nor any of "
+            f"{listing(self.targets)}. A table with a column for each series is for --config "
+            f"series_table; name others with --data.id-column, --data.targets. Columns: "
+            f"{listing(frame.columns)}",
+        )
         return Layout(
             id_column=self.id_column,
             time_column=self.time_column,

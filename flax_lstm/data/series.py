@@ -19,7 +19,7 @@ import pandas as pd
 
 from flax_lstm.data.base import Batch, Known
 from flax_lstm.data.covariates import CYCLES, Column, calendar, columns
-from flax_lstm.data.grid import Frequency, Missing, fill
+from flax_lstm.data.grid import Frequency, Missing
 from flax_lstm.data.measures import deviation, scaled
 from flax_lstm.data.memory import InMemory, absolute_path, in_memory
 from flax_lstm.data.timetable import (
@@ -28,9 +28,10 @@ from flax_lstm.data.timetable import (
     read_series,
     read_times,
     require_columns,
+    require_one_series,
 )
 from flax_lstm.data.tracks import Layout, Track
-from flax_lstm.data.windows import SPLITS, Buffer, Scale, WindowDataset, WindowForm, scored
+from flax_lstm.data.windows import SPLITS, Buffer, Held, Scale, WindowDataset, WindowForm, scored
 from flax_lstm.errors import MOST, UserError, listing, require
 from flax_lstm.machine.files import write_atomically
 
@@ -140,17 +141,18 @@ class SeriesInfo(Layout):
         begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         values_RD = np.empty((begins[-1], len(self.channels)), np.float32)
         observed_RC = np.empty((begins[-1], len(self.targets)), bool)
+        held = None
+        if self.missing == "interpolate" and any(np.isnan(t.values_RD).any() for t in tracks):
+            held = Held(np.empty(values_RD.shape, bool), np.empty_like(values_RD))
         for n, track in enumerate(tracks):
             place = slice(begins[n], begins[n + 1])
             known_RD = ~np.isnan(track.values_RD)
-            whole_RD = track.values_RD
-            if not known_RD.all():
-                whole_RD = whole_RD.copy()
-                for channel in whole_RD.T:
-                    fill(channel, track.times.asi8, self.missing)
             of = (scale.mean_PD[n], scale.std_PD[n], self.channels, track.row_R)
-            values_RD[place] = scaled(whole_RD, *of, where)
+            values_RD[place] = scaled(track.filled(self.missing), *of, where)
             observed_RC[place] = known_RD[:, : len(self.targets)]
+            if held is not None:
+                held.known_RD[place] = known_RD
+                held.values_RD[place] = scaled(track.filled("forward_fill"), *of, where)
         times, time_R = tracks[0].times, np.arange(counts[0], dtype=np.int32)
         if len(tracks) > 1:
             stamps_U, places = np.unique(
@@ -162,7 +164,7 @@ class SeriesInfo(Layout):
             times = times if zone is None else times.tz_localize("UTC").tz_convert(zone)
             time_R = places.astype(np.int32)
         statics = [c.encode(static[c.name], where) for c in self.static if not c.categories]
-        codes = [c.codes(static[c.name]) for c in self.static if c.categories]
+        codes = [c.codes(static[c.name], where) for c in self.static if c.categories]
         return Buffer(
             ids=np.array([track.id for track in tracks], object),
             begins=begins,
@@ -177,6 +179,7 @@ class SeriesInfo(Layout):
             if statics
             else np.zeros((len(tracks), 0), np.float32),
             codes_PG=np.stack(codes, axis=1) if codes else np.zeros((len(tracks), 0), np.int32),
+            held=held,
             units_P4C=dict.fromkeys(SPLITS, scale.units(self.reference_C)),
         )
 
@@ -229,7 +232,8 @@ class SeriesInfo(Layout):
         where = f"series {track.id!r} of the input" if self.id_column else "the input"
         require(
             track.rows >= (1 if self.masked else self.lookback),
-            f"{where} has {track.rows} rows; the model looks back on {self.lookback}",
+            f"{where} has {track.rows} rows; the model looks back on {self.lookback}"
+            + ("; leave it out, or train with --data.missing mask" if self.id_column else ""),
         )
 
     def _extend(self, track: Track) -> Track:
@@ -295,6 +299,17 @@ class SeriesDataset(WindowDataset):
         shape = (-1, *(1,) * (values.ndim - 2), count) if np.ndim(series) else (count,)
         mean, std = (x[series][..., :count].reshape(shape) for x in self.scale[:2])
         return values * std + mean
+
+    def around(self, split: str, windows_B: Array, past: int) -> Array:
+        """The target values (B, past + N, C) of these windows and of the `past` steps before, in
+        the units of the data; NaN where none was measured."""
+        first_B, series_B = self.first_rows(split)[windows_B], self.series(split)[windows_B]
+        rows_BS = first_B[:, None] + np.arange(-past, self.info.horizon)
+        begin_B1 = self.buffer.begins[series_B][:, None]
+        inside_BS, rows_BS = rows_BS >= begin_B1, np.maximum(rows_BS, begin_B1)
+        known_BSC = self.buffer.observed_RC[rows_BS] & inside_BS[..., None]
+        values_BSC = self.buffer.values_RD[rows_BS][..., : len(self.info.targets)]
+        return np.where(known_BSC, self.unscale(values_BSC, series_B), np.nan)
 
     def measured(self) -> Array:
         """The target values of all series (R, C), in the units of the data; NaN where none was."""
@@ -429,6 +444,7 @@ class SeriesTable(InMemory):
         return SeriesInfo.restore(assets)
 
     def _layout(self, frame: pd.DataFrame) -> Layout:
+        require_one_series(frame, self.time_column, self.path)
         time_column = self.time_column or str(frame.columns[0])
         others = self.inputs + self.future
         share = self.split[0] if max(self.split) <= 1 else self.split[0] / max(len(frame), 1)

@@ -75,7 +75,7 @@ def require_plain(column: pd.Series, where: str) -> None:
         )
 
 
-def require_order(frame: pd.DataFrame, times: pd.DatetimeIndex, where: str) -> None:
+def require_order(frame: pd.DataFrame, times: pd.DatetimeIndex, name: str, where: str) -> None:
     """Raises UserError for times that repeat or go back; says so where it looks like many series
     in one table."""
     steps = np.diff(times.asi8)
@@ -90,11 +90,49 @@ def require_order(frame: pd.DataFrame, times: pd.DatetimeIndex, where: str) -> N
         )
     elif times.has_duplicates and (column := _telling_apart(frame, times)) is not None:
         hint = (
-            f"column {column!r} tells many series apart: train them together with --config "
-            f"panel_table --data.id-column {column}, or keep the rows of one"
+            f"column {column!r} tells many series apart. "
+            f"{as_panel(frame, column, str(name))}, or keep the rows of one"
         )
     kind = "repeats" if steps[row - 1] == 0 else "is earlier than"
     raise UserError(f"{where}: row {row + 1} ({times[row]}) {kind} the time of row {row}; {hint}")
+
+
+def require_one_series(frame: pd.DataFrame, time_column: str, where: str) -> None:
+    """Raises UserError for a table that names series first and then times, where no other column
+    was named for these."""
+    names = [str(name) for name in frame.columns[:2]]
+    if time_column or len(names) < 2:
+        return
+    first, second = frame.iloc[:, 0], frame.iloc[:, 1]
+    if _times_of(first[:100]) is not None:
+        return
+    times = _times_of(second)
+    if times is None or not times.has_duplicates:
+        return
+    raise UserError(
+        f"{where}: column {names[0]!r} holds no times, and those of {names[1]!r} repeat: many "
+        f"series in one table? {as_panel(frame, names[0], names[1])}; for one series name the "
+        "column of times: --data.time-column"
+    )
+
+
+def _times_of(column: pd.Series) -> pd.DatetimeIndex | None:
+    """The times of a column; None for one that has none."""
+    try:
+        return read_times(column, "")
+    except UserError:
+        return None
+
+
+def as_panel(frame: pd.DataFrame, id_column: str, time_column: str) -> str:
+    """How to train on a table of many series."""
+    flags = f"--config panel_table --data.id-column {id_column}"
+    if time_column != "ds":
+        flags += f" --data.time-column {time_column}"
+    rest = [name for name in frame.columns if name not in (id_column, time_column)]
+    if "y" not in rest and len(rest) > 0:
+        flags += f" --data.targets {rest[0] if len(rest) == 1 else 'COLUMN'}"
+    return f"Train them together with {flags}"
 
 
 def _clocks_went_back(times: pd.DatetimeIndex) -> bool:
@@ -129,16 +167,22 @@ def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeInde
                 "write times as 2024-12-31 or 2024-12-31 23:00, or name the right column with "
                 "--data.time-column"
             )
+            if text.str.fullmatch(r"\d+").all():
+                hint = (
+                    "whole numbers are no times: make them such before, as pandas.to_datetime(t, "
+                    "unit='s') does for seconds since 1970, or, where they count steps, "
+                    "pandas.Timestamp('2000-01-01') + pandas.to_timedelta(t, unit='D')"
+                )
             raise UserError(
                 f"{where}: column {column.name!r} holds {value}, no time in ISO 8601; {hint}"
             )
         name = column.name
         try:
-            column = pd.to_datetime(text, format="ISO8601")
+            column = pd.to_datetime(text, format="ISO8601").rename(name)
         except ValueError:
             if (text.str.contains(r"(?:Z|[+-]\d\d:?\d\d)$")).all():
                 log.info("%s: column %r is read in UTC, for its offsets differ", where, name)
-                column = pd.to_datetime(text, format="ISO8601", utc=True)
+                column = pd.to_datetime(text, format="ISO8601", utc=True).rename(name)
             else:
                 raise UserError(
                     f"{where}: column {name!r} mixes times with and without a zone; write all "

@@ -35,6 +35,15 @@ class Track(NamedTuple):
     def rows(self) -> int:
         return len(self.times)
 
+    def filled(self, missing: Missing) -> Array:
+        """The values (R, D) with numbers for what is absent, see `grid.fill`."""
+        if not np.isnan(self.values_RD).any():
+            return self.values_RD
+        whole_RD = self.values_RD.copy()
+        for channel in whole_RD.T:
+            fill(channel, self.times.asi8, missing)
+        return whole_RD
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -69,18 +78,19 @@ class Layout:
         require_columns(frame, (*ids, self.time_column, *self.channels, *known, *statics), where)
         times = read_times(frame[self.time_column], where, self.time_zone)
         if not self.id_column:
-            require_order(frame, times, where)
+            require_order(frame, times, self.time_column, where)
         values_RD = numbers(frame, self.channels, where)
         encoded = [column.encode(frame[column.name], where) for column in self.future]
         future_RK = np.concatenate(encoded, axis=1) if encoded else np.zeros((len(frame), 0), "f4")
         pieces = list(self._pieces(frame, times, where))
+        found = frequency is None
         if frequency is None:
             longest = max(pieces, key=lambda piece: len(piece[1]))
             frequency = infer(times[longest[1]])
         tracks, reports = [], []
         for name, rows in pieces:
             place = f"{where}, series {name!r}" if self.id_column else where
-            _require_step(times[rows], frequency, self.missing, place)
+            _require_step(times[rows], frequency, self.missing, place, found)
             track, report = self._track(
                 name, times[rows], values_RD[rows], future_RK[rows], rows + 1, frequency, place
             )
@@ -138,7 +148,8 @@ class Layout:
         report = "; ".join(
             part for part in (grid.report, absence and f"absent values, {absence}") if part
         )
-        require(not report or self.missing != "error", f"{where}: {report}; {CHOICES}")
+        hint = CLOCKS if skipped_an_hour(times[:end], grid.missing) else ""
+        require(not report or self.missing != "error", f"{where}: {report}; {hint}{CHOICES}")
         times, values_RD = grid.times, grid.values_GD
         place_R = np.zeros(len(times), np.int64)
         place_R[grid.rows] = row_R[:end]
@@ -175,10 +186,31 @@ class Layout:
         )
 
 
+CLOCKS = (
+    "an hour that is missing as clocks go forward comes of local times: name their zone, as in "
+    "--data.time-zone Europe/Berlin; else "
+)
+
+
+def skipped_an_hour(times: pd.DatetimeIndex, missing: int) -> bool:
+    """Whether what is missing looks like the hour that local clocks skip: an hour and a step by
+    night from a Saturday or Sunday on, no more than twice in 4,000 rows."""
+    steps = np.diff(times.as_unit("ns").asi8) / 3.6e12  # hours
+    if times.tz is not None or not missing or not len(steps):
+        return False
+    step = float(np.median(steps))
+    holes = np.flatnonzero(steps > 1.5 * step)
+    before = times[holes]
+    weekend = (before.day_of_week >= 5) & ((before.hour < 4) | (before.hour == 23))
+    hour = np.abs(steps[holes] - step - 1) < 1e-6
+    return step <= 1 and len(holes) <= 2 + len(times) // 4000 and bool((weekend & hour).all())
+
+
 def _require_step(
-    times: pd.DatetimeIndex, frequency: Frequency, missing: Missing, where: str
+    times: pd.DatetimeIndex, frequency: Frequency, missing: Missing, where: str, found: bool
 ) -> None:
-    """Raises UserError for a series of another frequency: by its median step, or by its shortest
+    """Raises UserError for a series of another frequency, which was `found` in the table itself or
+    is that of training: by its median step, or by its shortest
     where times that are missing are put in, for these may be more than half."""
     if len(times) < 3:
         return
@@ -190,5 +222,10 @@ def _require_step(
     here, there = (pd.Timedelta(seconds=s) for s in (step, frequency.seconds))
     require(
         0.9 < step / frequency.seconds < 1.1,
-        f"{where} has a row every {here}; the model was trained on one every {there}",
+        f"{where} has a row every {here}; "
+        + (
+            f"the longest series has one every {there}: a panel has one frequency"
+            if found
+            else f"the model was trained on one every {there}"
+        ),
     )

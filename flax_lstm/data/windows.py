@@ -40,6 +40,20 @@ class Scale(NamedTuple):
         return np.stack(parts, axis=1).astype(np.float32)
 
 
+class Held(NamedTuple):
+    """What was known at a time of series whose holes were interpolated: within a hole, no more than
+    the value before it."""
+
+    known_RD: Array  # bool
+    values_RD: Array  # float32, scaled; what is absent is the value before
+
+    def before(self, rows_BT: Array, values_BTD: Array) -> Array:
+        """The look-backs, with holes that reach up to the forecast as they are seen from there."""
+        known_BTD = self.known_RD[rows_BT]
+        closed_BTD = np.logical_or.accumulate(known_BTD[:, ::-1], axis=1)[:, ::-1]
+        return np.where(closed_BTD, values_BTD, self.values_RD[rows_BT])
+
+
 class Buffer(NamedTuple):
     """All series, one after another."""
 
@@ -55,6 +69,7 @@ class Buffer(NamedTuple):
     static_PF: Array  # float32
     codes_PG: Array  # int32
     units_P4C: Mapping[str, Array]  # see `Scale.units`, by split
+    held: Held | None = None  # where holes were interpolated
 
 
 @dataclass(frozen=True)
@@ -90,9 +105,15 @@ class WindowDataset:
     def times(self, split: str, windows_B: Array | None = None) -> Array:
         """The times (windows, N) of the forecast steps, datetime64 without time zone, in the order
         of `evaluation`."""
+        stamps = self.stamps(split, windows_B)
+        return stamps.tz_localize(None).to_numpy().reshape(-1, self.form.horizon)
+
+    def stamps(self, split: str, windows_B: Array | None = None) -> pd.DatetimeIndex:
+        """The same times in their zone, window by window: local ones alone would repeat as clocks
+        go back."""
         first_B = self._windows[split] if windows_B is None else self._windows[split][windows_B]
         rows_BN = first_B[:, None] + np.arange(self.form.horizon)
-        return self.buffer.times.tz_localize(None).to_numpy()[self.buffer.time_R[rows_BN]]
+        return self.buffer.times[self.buffer.time_R[rows_BN.ravel()]]
 
     def observed(self, split: str) -> int:
         """Target values that are scored over a split."""
@@ -125,8 +146,11 @@ class WindowDataset:
         observed_BSC = buffer.observed_RC[rows_BS]
         counted_B11 = (windows_B >= 0)[:, None, None]
         targets = buffer.observed_RC.shape[1]
+        inputs_BTD = np.ascontiguousarray(values_BSD[:, :lookback])
+        if buffer.held is not None:
+            inputs_BTD = buffer.held.before(rows_BS[:, :lookback], inputs_BTD)
         return Batch(
-            inputs=np.ascontiguousarray(values_BSD[:, :lookback]),
+            inputs=inputs_BTD,
             targets=np.ascontiguousarray(values_BSD[:, lookback:, :targets]),
             lengths=np.full(len(windows_B), lookback, np.int32),
             weights=(observed_BSC[:, lookback:] & counted_B11).astype(np.float32),

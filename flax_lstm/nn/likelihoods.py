@@ -53,6 +53,10 @@ class Likelihood(Protocol):
         """[B, N, C, Q] in the scale of the targets."""
         ...
 
+    def possible(self, values_BNCQ: Array, units_BUC: Array) -> Array:
+        """The nearest values that there can be."""
+        ...
+
 
 def placed(
     y_BNCP: Array, level_BNC: Array, location_B1C: Array, scale_B1C: Array, form: SeriesForm
@@ -99,6 +103,9 @@ class StudentT:
         inverse = 1 / self.freedom(parameters)
         t_BNCQ = jnp.stack([jnp.interp(inverse, nodes, table) for table in tables], axis=-1)
         return parameters[..., 0, None] + parameters[..., 1, None] * t_BNCQ
+
+    def possible(self, values_BNCQ: Array, units_BUC: Array) -> Array:
+        return values_BNCQ
 
     def sample(self, key: Array, parameters: Array) -> Array:
         """One value for each set of parameters [..., P]."""
@@ -147,6 +154,10 @@ class NegativeBinomial:
         counts = jax.lax.fori_loop(0, HALVINGS, halve, (below, above))[1]
         offset, std = units_BUC[:, 0, None, :, None], units_BUC[:, 3, None, :, None]
         return counts / std - offset
+
+    def possible(self, values_BNCQ: Array, units_BUC: Array) -> Array:
+        """None below 0."""
+        return jnp.maximum(values_BNCQ, -units_BUC[:, 0, None, :, None])
 
 
 def in_counts(scaled_BNC: Array, units_BUC: Array) -> Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.linear import default_embed_init
 
 from flax_lstm.data.base import SeriesForm, Windows
 from flax_lstm.errors import require, within
@@ -90,6 +91,11 @@ def _gather(count: int, _: None, gradient: Array) -> tuple[Array]:
 
 
 spread.defvjp(_spread, _gather)
+
+
+def unknown_says_nothing(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Embeddings as Flax begins them, but 0 for code 0: a category that training never had."""
+    return default_embed_init(key, shape, dtype).at[0].set(0)
 
 
 class SegmentForecaster(nn.Module):
@@ -287,7 +293,13 @@ class SegmentForecaster(nn.Module):
             static_BH = dense(width, dtype=self.dtype, name="static")(known.static)
             both = both + static_BH[:, None, None]
         for n, size in enumerate(self.form.categories):
-            embed = nn.Embed(size, width, dtype=self.dtype, name=f"category_{n}")
+            embed = nn.Embed(
+                size,
+                width,
+                dtype=self.dtype,
+                embedding_init=unknown_says_nothing,
+                name=f"category_{n}",
+            )
             both = both + embed(known.codes[:, n])[:, None, None]
         before, after = both[:, :, :past], both[:, :, past:]
         if inputs_BTI.shape[2]:

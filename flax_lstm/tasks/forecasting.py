@@ -5,6 +5,7 @@ Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q 
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from flax import linen as nn
 
 from flax_lstm.data.base import Batch, SeriesForm, Windows
 from flax_lstm.data.windows import WindowDataset
-from flax_lstm.errors import UserError, require, within
+from flax_lstm.errors import UserError, listing, require, within
 from flax_lstm.machine.files import write_atomically
 from flax_lstm.nn.likelihoods import (
     Likelihood,
@@ -43,6 +44,7 @@ from flax_lstm.tasks.judging import linear_of
 from flax_lstm.tasks.metrics import Mean
 from flax_lstm.tasks.plots import plot_forecasts, plot_panel
 
+log = logging.getLogger(__name__)
 Objective = Literal["mse", "mae", "huber", "quantile", "student_t", "negative_binomial"]
 LIKELIHOODS: dict[str, Likelihood] = {
     "student_t": StudentT(),
@@ -164,7 +166,8 @@ class Forecasting(Task):
             return outputs
         point = outputs[..., self.point, None]
         factors = jnp.asarray(self.stretch).reshape((1,) * (outputs.ndim - 1) + (-1,))
-        return jnp.sort(point + (outputs - point) * factors, axis=-1)
+        outputs = jnp.sort(point + (outputs - point) * factors, axis=-1)
+        return self.likelihood.possible(outputs, units_BUC) if self.likelihood else outputs
 
     def final(self, outputs: Any, batch: Batch) -> Any:
         values = np.asarray(self.ordered(outputs, batch.units))
@@ -354,6 +357,13 @@ class Forecasting(Task):
         for cutoff in cutoffs:
             stamp, known = info.until(table, cutoff)
             part = self.forecast(known, info, forward, batch_size, paths=paths)
+            early = part.loc[(part["horizon"] == 1) & (part["time"] <= stamp)]
+            if len(early):
+                names = early[info.id_column].unique() if info.id_column else ["the input"]
+                log.warning(
+                    "--cutoffs %s: forecast from an earlier end of their own: %s",
+                    *(cutoff, listing(names, 5)),
+                )
             part.insert(1 if info.id_column else 0, "cutoff", stamp)
             parts.append(part)
         return pd.concat(parts, ignore_index=True)
@@ -383,12 +393,10 @@ class Forecasting(Task):
                 drawn.append(self._unscaled(outputs.values_BNCS, dataset, series_B))
         values = np.concatenate(parts)  # [W, N, C, Q]
         windows, horizon, channels = values.shape[:3]
-        times = dataset.times(split, windows_W)
-        zone = dataset.buffer.times.tz
-        stamps = pd.DatetimeIndex(np.repeat(times.ravel(), channels))
+        stamps = dataset.stamps(split, windows_W)
         ids = dataset.buffer.ids[dataset.series(split)[windows_W]]
         columns: dict[str, Any] = {
-            "time": stamps if zone is None else stamps.tz_localize(zone, ambiguous="NaT"),
+            "time": stamps.repeat(channels),
             "channel": np.tile(np.asarray(info.targets, object), windows * horizon),
             "horizon": np.tile(np.repeat(np.arange(1, horizon + 1), channels), windows),
             "forecast": values[..., self.point].ravel(),
@@ -451,11 +459,8 @@ class Forecasting(Task):
         chosen = found[np.unique(np.linspace(0, len(found) - 1, PANELS).astype(int))]
         # The last window of each.
         windows_B = np.searchsorted(series_W, chosen, side="right") - 1
-        batch = dataset.batch("test", windows_B)
         past = min(info.lookback, max(2 * info.horizon, 2 * info.season))
-        targets = batch.inputs[:, -past:, : len(info.targets)]
-        values = np.concatenate([targets, batch.targets], axis=1)
-        truth = dataset.unscale(values, chosen)[..., 0]
+        truth = dataset.around("test", windows_B, past)[..., 0]
         forecasts = self.original(dataset, "test", windows_B, forward)[:, :, 0]
         ids = [str(name) for name in dataset.buffer.ids[chosen]]
         plot_panel(ids, truth, forecasts, path, self.levels, self.point)
