@@ -152,7 +152,7 @@ class PanelTable(InMemory):
 
     def _layout(self, frame: pd.DataFrame) -> Layout:
         require(
-            self.id_column in frame or {*self.targets} & {*frame},
+            self.id_column in frame or not {*self.targets}.isdisjoint(frame),
             f"{self.path} has no column {self.id_column!r} that tells series apart, nor any of "
             f"{listing(self.targets)}. A table with a column for each series is for --config "
             f"series_table; name others with --data.id-column, --data.targets. Columns: "

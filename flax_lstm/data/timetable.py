@@ -157,7 +157,7 @@ def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeInde
     those without any are local times of `zone`, where one is given: the hour that repeats as clocks
     go back is told apart by the order of the rows."""
     if not pd.api.types.is_datetime64_any_dtype(column):
-        text = pd.Series(words_of(column), dtype=object)
+        text = pd.Series(words_of(column), dtype=object, name=column.name)
         bad = np.flatnonzero(
             pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True).isna()
         )
@@ -178,11 +178,11 @@ def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeInde
             )
         name = column.name
         try:
-            column = pd.to_datetime(text, format="ISO8601").rename(name)
+            column = pd.to_datetime(text, format="ISO8601")
         except ValueError:
             if (text.str.contains(r"(?:Z|[+-]\d\d:?\d\d)$")).all():
                 log.info("%s: column %r is read in UTC, for its offsets differ", where, name)
-                column = pd.to_datetime(text, format="ISO8601", utc=True).rename(name)
+                column = pd.to_datetime(text, format="ISO8601", utc=True)
             else:
                 raise UserError(
                     f"{where}: column {name!r} mixes times with and without a zone; write all "
