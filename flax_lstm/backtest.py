@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flax_lstm.data.memory import in_memory
-from flax_lstm.data.timetable import read_times
 from flax_lstm.errors import require
 from flax_lstm.inference import Ensemble, Run, load
 from flax_lstm.tasks.forecasting import Forecasting, naive_forecasts
@@ -289,9 +287,8 @@ def _configs(
     """For each time from which windows forecast: a folder, which of `windows_W` these are, and the
     run's config over a table that ends, for every series, with its forecast."""
     info, buffer = dataset.info, dataset.buffer
-    path = str(settings.path)
-    frame = settings.held() if in_memory(path) else settings.read(path)
-    stamps = read_times(frame[info.time_column], path, info.time_zone).as_unit("ns").asi8
+    frame = settings.whole()
+    stamps = info.times(frame, str(settings.path)).as_unit("ns").asi8
     settled = {name: getattr(info, name) for name in ("lookback", "horizon", "season")}
     # What the run found on its own validation windows is found anew.
     config = replace(run.config, task=replace(config_task(run), stretch=()))

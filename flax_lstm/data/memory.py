@@ -7,6 +7,7 @@ on these data and no others; the data themselves are given again each time.
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -47,6 +48,10 @@ class InMemory(Data):
     def table(self, inputs: Any) -> pd.DataFrame:
         """New inputs for predictions, as a program has them, in the form of `read`."""
         return as_frame(inputs)
+
+    def whole(self) -> Any:
+        """All of the data: those in memory, or the file's."""
+        return self.held() if in_memory(self.path) else self.read(Path(self.path))
 
     def held(self) -> Any:
         """The data in memory."""

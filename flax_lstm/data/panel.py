@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from flax_lstm.data.grid import Frequency, Missing
-from flax_lstm.data.memory import InMemory, in_memory
+from flax_lstm.data.memory import InMemory
 from flax_lstm.data.series import (
     SeriesDataset,
     SeriesInfo,
@@ -96,7 +96,7 @@ class PanelTable(InMemory):
 
     def load(self, assets: Path) -> SeriesDataset:
         """Reads the series; what was settled comes from `assets`, or is saved there."""
-        frame = self.held() if in_memory(self.path) else self.read(self.path)
+        frame = self.whole()
         fitted = SeriesInfo.restore(assets) if (assets / "info.json").exists() else None
         layout = fitted or self._layout(frame)
         tracks, frequency = layout.tracks(frame, self.path, fitted.grid if fitted else None)

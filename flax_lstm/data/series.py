@@ -21,12 +21,11 @@ from flax_lstm.data.base import Batch, Known
 from flax_lstm.data.covariates import CYCLES, Column, calendar, columns
 from flax_lstm.data.grid import Frequency, Missing
 from flax_lstm.data.measures import deviation, scaled
-from flax_lstm.data.memory import InMemory, absolute_path, in_memory
+from flax_lstm.data.memory import InMemory, absolute_path
 from flax_lstm.data.timetable import (
     embedded,
     numeric_columns,
     read_series,
-    read_times,
     require_columns,
     require_one_series,
 )
@@ -205,7 +204,7 @@ class SeriesInfo(Layout):
         have their targets and inputs emptied where columns are known in advance. Series that begin
         later are left out. Raises UserError for what is no time, and where nothing is left."""
         require_columns(frame, (self.time_column,), "the input")
-        times = read_times(frame[self.time_column], "the input", self.time_zone)
+        times = self.times(frame, "the input")
         try:
             stamp = pd.Timestamp(cutoff)
             if times.tz is not None:
@@ -414,7 +413,7 @@ class SeriesTable(InMemory):
     def load(self, assets: Path) -> SeriesDataset:
         """Reads the series; the scaler comes from `assets`, or is fitted on the training rows and
         saved there."""
-        frame = self.held() if in_memory(self.path) else self.read(self.path)
+        frame = self.whole()
         fitted = SeriesInfo.restore(assets) if (assets / "info.json").exists() else None
         layout = fitted or self._layout(frame)
         tracks, frequency = layout.tracks(frame, self.path, fitted.grid if fitted else None)

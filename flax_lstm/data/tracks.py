@@ -63,6 +63,10 @@ class Layout:
         """The D input channels in order."""
         return self.targets + self.inputs
 
+    def times(self, frame: pd.DataFrame, where: str) -> pd.DatetimeIndex:
+        """The times of the rows. Raises UserError for what is none."""
+        return read_times(frame[self.time_column], where, self.time_zone)
+
     def tracks(
         self, frame: pd.DataFrame, where: str, frequency: Frequency | None = None
     ) -> tuple[list[Track], Frequency]:
@@ -76,7 +80,7 @@ class Layout:
         known = tuple(c.name for c in self.future)
         statics = tuple(c.name for c in self.static)
         require_columns(frame, (*ids, self.time_column, *self.channels, *known, *statics), where)
-        times = read_times(frame[self.time_column], where, self.time_zone)
+        times = self.times(frame, where)
         if not self.id_column:
             require_order(frame, times, self.time_column, where)
         values_RD = numbers(frame, self.channels, where)
