@@ -466,8 +466,8 @@ BREAKAGES = {
     ),
     "windows see the first step to forecast": Breakage(
         "flax_lstm/data/windows.py",
-        "inputs=np.ascontiguousarray(values_BSD[:, :lookback])",
-        "inputs=np.ascontiguousarray(values_BSD[:, 1 : lookback + 1])",
+        "inputs_BTD = np.ascontiguousarray(values_BSD[:, :lookback])",
+        "inputs_BTD = np.ascontiguousarray(values_BSD[:, 1 : lookback + 1])",
         "tests/test_series_data.py::test_forecast_steps_are_not_in_the_inputs",
     ),
     "quantiles are set where none are forecast": Breakage(
@@ -1227,8 +1227,8 @@ BREAKAGES = {
     ),
     "all weeks go on from the day of training": Breakage(
         "flax_lstm/data/grid.py",
-        'if self.unit == "W" and last',
-        "if not last",
+        'if self.unit == "W" and time',
+        "if not time",
         "tests/test_hostile_tables.py::test_a_panel_is_read_right",
     ),
     "a frequency is the median where more is missing": Breakage(
