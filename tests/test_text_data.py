@@ -532,6 +532,33 @@ def test_groups_that_are_none_are_said(tmp_path):
             data._texts(tmp_path / "folder")
 
 
+def test_more_rows_are_learnt_from_and_judge_nothing(tmp_path):
+    """As `predict` writes them; copies of rows that were given are left out."""
+    texts = [f"word{n}" for n in range(60)]
+    path = table_of(tmp_path, text=texts, label=["x", "y"] * 30)
+    alone = load(tmp_path / "alone", path=path)
+    new = [f"other{n}" for n in range(40)]
+    more = tmp_path / "more.csv"
+    answers = {"text": new + texts, "predicted": ["y", "x"] * 50, "probability": [0.9] * 100}
+    pd.DataFrame(answers).to_csv(more, index=False)
+    joined = load(tmp_path / "joined", path=path, more_path=str(more))
+    given = alone.read("train")
+    assert joined.read("train").texts == [*given.texts, *new]
+    assert joined.read("train").labels == [*given.labels, *["y", "x"] * 20]
+    assert len(joined.labelled_tokens()[0]) == joined.size("train") == len(given.texts) + 40
+    for split in ("validation", "test"):
+        assert joined.read(split) == alone.read(split)
+    pd.DataFrame({"text": new, "predicted": ["z"] * 40}).to_csv(more, index=False)
+    with pytest.raises(UserError, match="z is a label of no training row. Trained labels: x, y"):
+        load(tmp_path / "z", path=path, more_path=str(more))
+    for column in ("text", "predicted"):
+        pd.DataFrame({column: new}).to_csv(more, index=False)
+        with pytest.raises(UserError, match=r"more\.csv has no column"):
+            load(tmp_path / column, path=path, more_path=str(more))
+    with pytest.raises(UserError, match=r"data\.more-path and data\.prepared"):
+        load(tmp_path / "prepared", path=path, more_path=str(more), prepared=str(tmp_path))
+
+
 @pytest.mark.parametrize("wrong", [-1.0, "much", None])
 def test_weights_that_are_none_are_said(tmp_path, wrong):
     path = table_of(tmp_path, text=["a", "b"], label=["x", "y"], weight=[1.0, wrong])

@@ -38,6 +38,13 @@ class Texts(NamedTuple):
     def unlabelled(cls, texts: list[str]) -> "Texts":
         return cls(texts, [None] * len(texts))
 
+    def followed_by(self, others: "Texts") -> "Texts":
+        """These rows and the others, which weigh 1 where these have weights."""
+        weights = self.weights
+        if weights is not None:
+            weights = [*weights, *(others.weights or [1.0] * len(others.texts))]
+        return Texts([*self.texts, *others.texts], [*self.labels, *others.labels], weights)
+
     def take(self, chosen: Iterable[int]) -> "Texts":
         """These rows."""
         rows = list(chosen)

@@ -228,6 +228,9 @@ class TextData(Corpus):
     vectors: str = ""
     # training rows that are used, drawn steadily, fewer being a part of more; 0: all
     train_rows: int = 0
+    # Table of rows to learn from beside them, such as what `predict` writes of texts without labels
+    # (self-training); none judges
+    more_path: str = ""
     # padded lengths, of which each has its own compiled step: fewer pad more and start sooner
     buckets: int = BUCKETS
 
@@ -236,8 +239,9 @@ class TextData(Corpus):
     ] = ()  # the labels, where they are known before the data are read
     free: ClassVar[tuple[str, ...]] = (
         *("prepared", "max_length", "keep", "balanced", "train_rows", "buckets", "vectors"),
+        "more_path",
     )
-    paths: ClassVar[tuple[str, ...]] = ("prepared", "vectors")
+    paths: ClassVar[tuple[str, ...]] = ("prepared", "vectors", "more_path")
     # what a table of new texts calls them; a field where the user has a table of their own
     text_column = "text"
     label_column = "label"
@@ -272,7 +276,7 @@ class TextData(Corpus):
             return self._load_prepared(assets)
         splits = self.source.splits()
         check_sizes({name: len(split.texts) for name, split in splits.items()})
-        splits["train"] = self._drawn(splits["train"])
+        splits["train"] = self._drawn(splits["train"]).followed_by(self._more(splits))
         if saved := (assets / "info.json").exists():
             info = self.restore(assets)
         else:
@@ -304,6 +308,25 @@ class TextData(Corpus):
         require(bool(texts), "data.unlabelled: there is no text but copies of rows that judge")
         return Rows(info.encode(texts), np.zeros(len(texts), np.int32))
 
+    def _more(self, splits: Mapping[str, Texts]) -> Texts:
+        """The rows of `more_path` that are no copy of any others; their labels are in the column of
+        the labels or, where there is none, in `predicted`."""
+        if not self.more_path:
+            return Texts([], [])
+        path, known = expanded(self.more_path), {t for rows in splits.values() for t in rows.texts}
+        frame = read_table(path)
+        if self.label_column not in frame and "predicted" in frame:
+            frame = frame.rename(columns={"predicted": self.label_column})
+        texts = text_values(frame, self.text_column, path)
+        rows, trained = Texts(texts, self.labels_of(frame, path)), names_in(splits["train"])
+        unknown = sorted(names_in(rows) - trained)
+        require(
+            not unknown,
+            f"data.more-path {path}: {listing(unknown, 5)} is a label of no training row. Trained "
+            f"labels: {listing(sorted(trained))}",
+        )
+        return rows.take(n for n, text in enumerate(texts) if text not in known)
+
     def _load_prepared(self, assets: Path) -> TextDataset:
         require(
             not self.train_rows, "data.train-rows and data.prepared do not go together: leave one"
@@ -311,6 +334,9 @@ class TextData(Corpus):
         require(
             not self.has_unlabelled,
             "data.unlabelled and data.prepared do not go together: leave one",
+        )
+        require(
+            not self.more_path, "data.more-path and data.prepared do not go together: leave one"
         )
         found = self.open_prepared(assets)
         end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
@@ -495,6 +521,13 @@ class TagTable(TextTable):
 
     def labels_of(self, frame: pd.DataFrame, path: Path) -> list[Any]:
         return tag_values(frame, self.label_column, path, self.tag_separator)
+
+
+def names_in(rows: Texts) -> set[str]:
+    """The labels, or tags, that the rows have."""
+    return {
+        name for label in rows.labels for name in (label if isinstance(label, tuple) else (label,))
+    }
 
 
 def check_names(split: str, found: Iterable[str], known: Sequence[str], kind: str) -> None:
