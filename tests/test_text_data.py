@@ -549,7 +549,7 @@ def test_more_rows_are_learnt_from_and_judge_nothing(tmp_path):
     for split in ("validation", "test"):
         assert joined.read(split) == alone.read(split)
     pd.DataFrame({"text": new, "predicted": ["z"] * 40}).to_csv(more, index=False)
-    with pytest.raises(UserError, match="z is a label of no training row. Trained labels: x, y"):
+    with pytest.raises(UserError, match=r"z is a label of no training row\. Trained labels: x, y"):
         load(tmp_path / "z", path=path, more_path=str(more))
     for column in ("text", "predicted"):
         pd.DataFrame({column: new}).to_csv(more, index=False)
