@@ -173,26 +173,27 @@ def origins(dataset: Any, windows: int, step: int) -> Array:
 
 
 def backtest(
-    workdir: str | Path,
+    workdir: str | Path | Run,
     windows: int = 0,
     step: int = 0,
     refit: bool = False,
     statistical: bool = False,
     data: Any = None,
 ) -> Backtest:
-    """Forecasts of the run in `workdir`, from origins `step` steps apart (0: one horizon).
+    """Forecasts of the run in `workdir`, or of what `load` gave, from origins `step` steps apart
+    (0: one horizon).
 
     refit: train the run's config anew for every origin, on what was known by then, in the folder
-    `backtest` of the run; otherwise all forecasts are those of the run's best checkpoint. Of a
-    folder that `--seeds` filled, every seed.
+    `backtest` of the run; otherwise all forecasts are those of the run's best checkpoint. Of
+    several runs, or a folder that `--seeds` filled, each, and the mean of what they say.
     statistical: also ETS and AutoARIMA, see `flax_lstm.tasks.statistical`.
     data: what `fit` was given as `data`, if it was.
     Raises UserError for a run that forecasts no series.
     """
-    run = load(workdir)
+    run = workdir if isinstance(workdir, Run) else load(workdir)
     require(
         isinstance(run.config.task, Forecasting),
-        f"{workdir}: a backtest is for runs that forecast series",
+        f"{run.workdir}: a backtest is for runs that forecast series",
     )
     task = config_task(run)
     settings: Any = run.config.data if data is None else run.config.data.holding(data)

@@ -3,6 +3,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from commands import call
 
 from flax_lstm import Config, Forecasting, MeshConfig, SegmentModel, TrainConfig, fit, load
 from flax_lstm.backtest import _configs, backtest, origins
+from flax_lstm.commands.backtest import report_of, show
 from flax_lstm.data import PanelTable, SeriesTable
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -131,11 +133,24 @@ def test_the_command_prints_and_writes(panel_run, tmp_path, capsys):
     )
     assert set(report["by_series"]) == {"s0", "s1", "s2"}
     assert (panel_run / "plots" / "backtest.png").stat().st_size > 10_000
-    shown = call(capsys, f"backtest {panel_run} --windows 1")
+    shown = call(capsys, f"backtest {panel_run} {panel_run} --windows 1")
     assert "MASE" in shown.out and "linear" in shown.out
     assert "as good or better" in shown.out or "better than" in shown.out
     refused = call(capsys, f"backtest {panel_run} --output {tmp_path}/f.parquet")
     assert refused.code == 2 and "--overwrite" in refused.err
+
+
+def test_what_could_not_be_judged_is_null(panel_run, capsys):
+    result = backtest(panel_run)
+    counted = result.truth.counted_WNC.copy()
+    counted[:, 1], counted[result.series_W == 0] = False, False
+    blind = replace(result, truth=replace(result.truth, counted_WNC=counted))
+    report = json.loads(json.dumps(report_of(blind), allow_nan=False))
+    steps = report["by_horizon"]["model"]
+    assert steps[1] is None and all(steps[n] > 0 for n in (0, 2, 3))
+    assert report["by_series"]["s0"]["model"] is None and report["by_series"]["s1"]["model"] > 0
+    show(report, "", ())
+    assert "-" in capsys.readouterr().out
 
 
 @pytest.mark.slow

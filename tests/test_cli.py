@@ -95,7 +95,7 @@ def test_result_has_the_promised_fields(series_run):
     assert (result["task"], result["name"], result["steps"]) == ("Forecasting", "series_table", 4)
     assert set(result["test"]) == {
         *("loss", "mse", "mae", "mse_original", "mae_original", "smape", "mase", "crps"),
-        *("wql", "coverage", "width", "observed"),
+        *("wql", "coverage", "nominal", "width", "observed"),
     }
     assert set(result["baselines"]) == {"last_value", "seasonal_naive", "linear"}
 

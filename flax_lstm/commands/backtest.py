@@ -6,19 +6,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from flax_lstm.commands.grammar import Folder, parse
+from flax_lstm.commands.grammar import Folders, named, parse
 from flax_lstm.commands.tables import check_output, write_table
 from flax_lstm.errors import require
 
+if TYPE_CHECKING:
+    from flax_lstm.backtest import Backtest
+
 ABOUT = """Forecasts of a run from rolling origins over its test period, beside those of naive rules
 and of a linear regression: figures over all of them, MASE for each series and step, and whether the
-model is better than the best rule (Diebold & Mariano 1995). Draws DIR/plots/backtest.png."""
+model is better than the best rule (Diebold & Mariano 1995). Draws DIR/plots/backtest.png.
+
+Of several folders, or one that --seeds filled, the mean of the models is judged."""
 
 
 @dataclass(frozen=True)
 class Options:
-    workdir: Folder  # the folder of a run
+    workdir: Folders  # the folder of a run; of several the mean is judged
     windows: int = 0  # origins of each series, the latest; 0: all
     step: int = 0  # steps between origins; 0: one horizon
     refit: bool = False  # train anew for every origin, on what was known by then
@@ -36,33 +42,43 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm backtest") -> int:
     if options.output is not None:
         check_output(options.output, options.overwrite)
     from flax_lstm.backtest import backtest
-    from flax_lstm.runs.journal import finite
+    from flax_lstm.inference import load
 
-    result = backtest(
-        options.workdir, options.windows, options.step, options.refit, options.statistical
-    )
-    outcome = result.comparison()
-    report = {
-        "windows": len(result.windows_W),
-        "step": result.step,
-        "observed": int(result.truth.counted_WNC.sum()),
-        "figures": {name: finite(found) for name, found in result.figures().items()},
-        "by_series": {name: finite(found) for name, found in result.by_series().items()},
-        "by_horizon": result.by_horizon(),
-        "best_rule": result.best_rule(),
-        "diebold_mariano": outcome and outcome._asdict(),
-    }
+    run = load(*named(options.workdir))
+    result = backtest(run, options.windows, options.step, options.refit, options.statistical)
+    report = report_of(result)
     if options.json:
         print(json.dumps(report))
     else:
         show(report, result.verdict(), result.task.levels)
-    path = result.draw(options.workdir / "plots" / "backtest.png")
+    path = result.draw(run.workdir / "plots" / "backtest.png")
     print(f"picture: {path}", file=sys.stderr)
     if options.output is not None:
         rows = result.rows()
         write_table(rows, options.output)
         print(f"{len(rows)} rows in {options.output}", file=sys.stderr)
     return 0
+
+
+def report_of(result: "Backtest") -> dict[str, Any]:
+    """What is printed, ready for JSON: what could not be judged is null."""
+    from flax_lstm.runs.journal import finite
+
+    outcome = result.comparison()
+    steps = {
+        name: finite({str(n): v for n, v in enumerate(x)})
+        for name, x in result.by_horizon().items()
+    }
+    return {
+        "windows": len(result.windows_W),
+        "step": result.step,
+        "observed": int(result.truth.counted_WNC.sum()),
+        "figures": {name: finite(found) for name, found in result.figures().items()},
+        "by_series": {name: finite(found) for name, found in result.by_series().items()},
+        "by_horizon": {name: list(found.values()) for name, found in steps.items()},
+        "best_rule": result.best_rule(),
+        "diebold_mariano": outcome and outcome._asdict(),
+    }
 
 
 def show(report: dict, verdict: str, levels: Sequence[float]) -> None:  # type: ignore[type-arg]
@@ -86,7 +102,8 @@ def show(report: dict, verdict: str, levels: Sequence[float]) -> None:  # type: 
         steps.add_column(heading, justify="right" if heading else "left")
     horizon = len(report["by_horizon"]["model"])
     for n in sorted({0, horizon // 4, horizon // 2, 3 * horizon // 4, horizon - 1}):
-        steps.add_row(str(n + 1), *(f"{found[n]:.4g}" for found in report["by_horizon"].values()))
+        values = [found[n] for found in report["by_horizon"].values()]
+        steps.add_row(str(n + 1), *("-" if v is None else f"{v:.4g}" for v in values))
     console.print(steps)
     by_series = report["by_series"]
     if len(by_series) > 1:

@@ -21,6 +21,8 @@ from flax_lstm.runs.workdir import Workdir
 
 PACKAGES = ("flax-lstm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+OF_INTERVALS = ("coverage", "nominal", "width")
+
 
 def params_sha256(params: Any) -> str:
     """SHA-256 over the parameters: leaves sorted by '/'-joined path, each as path, dtype, shape and
@@ -68,7 +70,9 @@ def report(result: dict[str, Any], folder: Workdir, console: Console) -> None:
     for heading in ("", *columns):
         table.add_column(heading, justify="right" if heading else "left")
     for name in distinct(result[split]):
-        values = [figures.get(name) for figures in columns.values()]
+        # A rule has no interval.
+        known = ("model",) if name in OF_INTERVALS else columns
+        values = [figures.get(name) if n in known else None for n, figures in columns.items()]
         table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
     console.print(table)
     paths = (folder.result, folder.metrics, folder.config, folder.checkpoints, folder.tensorboard)

@@ -284,8 +284,8 @@ class Forecasting(Task):
         mse_original, mae_original; smape in per cent; mase: the error over that of the seasonal
         naive within the training split (Hyndman & Koehler 2006); wql: the sum of twice the pinball
         losses over the sum of the targets' sizes, mean over the levels (the CRPS of GluonTS and
-        GIFT-Eval); coverage: the share of targets between the outer quantiles, and width: how far
-        these are apart, in the units of the data."""
+        GIFT-Eval); coverage: the share of targets between the outer quantiles, nominal: what it
+        should be, and width: how far these are apart, in the units of the data."""
         reference = np.asarray(info.reference_C, np.float64)
         means = {name: mean.value for name, mean in sums.items()}  # [C], the loss a number
         for name in ("mse_original", "mae_original", "width"):
@@ -295,6 +295,8 @@ class Forecasting(Task):
         means["smape"] = 100 * means["smape"]
         order = ("loss", *(name for name in means if name != "loss"))
         figures = {name: mean_of_known(means[name]) for name in order}
+        if "coverage" in figures:
+            figures["nominal"] = self.levels[-1] - self.levels[0]
         return {**figures, "observed": float(np.sum(sums["mse"].weight))}
 
     def baselines(self, info: Windows) -> dict[str, Baseline]:
