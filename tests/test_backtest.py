@@ -209,14 +209,20 @@ def test_a_refit_ends_with_its_forecast_whatever_was_closed_in_it(tmp_path, pane
 class Naive:
     """Stands in for a model of statsforecast: the last season again, or the last value."""
 
+    least = 0  # rows that it needs
+
     def __init__(self, season_length: int):
         self.season = season_length
 
     def forecast(self, y: np.ndarray, h: int) -> dict[str, np.ndarray]:
+        if len(y) < self.least:
+            raise NotImplementedError("tiny datasets")
         return {"mean": np.resize(y[-self.season :], h)}
 
 
-def test_statistical_models_know_what_was_before_their_origin(panel_run, monkeypatch, capsys):
+def test_statistical_models_know_what_was_before_their_origin(
+    panel_run, monkeypatch, capsys, caplog
+):
     package, models = ModuleType("statsforecast"), ModuleType("statsforecast.models")
     models.AutoETS = models.AutoARIMA = Naive
     monkeypatch.setitem(sys.modules, "statsforecast", package)
@@ -227,6 +233,11 @@ def test_statistical_models_know_what_was_before_their_origin(panel_run, monkeyp
             result.forecasts[name], result.forecasts["seasonal_naive"], rtol=2e-4
         )
         assert name in result.figures()
+    monkeypatch.setattr(Naive, "least", 53)  # there are 52 rows before the first origin
+    found = backtest(panel_run, statistical=True).forecasts
+    np.testing.assert_allclose(found["ets"][0], found["last_value"][0], rtol=1e-5)
+    np.testing.assert_allclose(found["ets"][1:], result.forecasts["ets"][1:])
+    assert "arima could not be fitted for 1 of 6 forecasts" in caplog.text
     monkeypatch.setitem(sys.modules, "statsforecast.models", None)
     outcome = call(capsys, f"backtest {panel_run} --statistical")
     assert outcome.code == 2 and "pip install 'flax-lstm[stats]'" in outcome.err

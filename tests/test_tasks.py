@@ -148,7 +148,7 @@ def test_forecasting_figures(objective):
         expected["wql"] = (2 * pinball.mean(-1).sum(axis=(0, 1)) * std / sizes).mean()
         low, high = outputs[..., 0], outputs[..., -1]
         expected["coverage"] = ((actual >= low) & (actual <= high)).mean()
-        expected["nominal"] = 0.8
+        expected["nominal"] = levels[-1] - levels[0]
         expected["width"] = ((high - low) * std).mean()
     expected["observed"] = actual.size
     assert found == pytest.approx(expected, rel=1e-5)
