@@ -149,6 +149,12 @@ def test_new_series_are_forecast_from_their_own_past(tmp_path):
     np.testing.assert_allclose(inputs[1], own[-11:-3], rtol=1e-5)
     with pytest.raises(UserError, match=r"a forecast needs 3 more rows, .*: price"):
         dataset.info.ahead(panel({"new": 20}))
+    late = new.drop(index=new.index[-3])  # two of the three days to come
+    late = pd.concat([late, late[-1:].assign(ds=pd.Timestamp("2024-07-01"))])
+    message = "'other' of the input has no value at 2024-06-28 .* in advance: price; a forecast"
+    for table_ in (late, new.assign(price=new["price"].where(new.index != new.index[-3]))):
+        with pytest.raises(UserError, match=message):
+            dataset.info.ahead(table_)
     with pytest.raises(UserError, match=r"'new' .* has 3 rows; .* leave it out, or train with"):
         dataset.info.ahead(new[new.unique_id == "new"][-6:])
 

@@ -240,14 +240,21 @@ class SeriesInfo(Layout):
         future = self.grid.following(track.times[-1], self.horizon)
         known = track.future_RK[track.rows :]
         if self.future:
-            names = listing(column.name for column in self.future)
-            whole = len(known) >= self.horizon and not np.isnan(known[: self.horizon]).any()
+            where = f"series {track.id!r} of the input" if self.id_column else "the input"
+            names = [column.name for column in self.future for _ in range(column.width)]
             require(
-                whole,
-                f"the input ends {len(known)} row(s) after the last target; a forecast needs "
+                len(known) >= self.horizon,
+                f"{where} ends {len(known)} row(s) after the last target; a forecast needs "
                 f"{self.horizon} more rows, with the targets left empty and a value in every "
-                f"column known in advance: {names}",
+                f"column known in advance: {listing(dict.fromkeys(names))}",
             )
+            for time, known_K in zip(future, known, strict=False):
+                absent = dict.fromkeys(np.array(names, object)[np.isnan(known_K)])
+                require(
+                    not absent,
+                    f"{where} has no value at {time} in columns known in advance: "
+                    f"{listing(absent)}; a forecast needs one at each of its {self.horizon} steps",
+                )
         values = np.full((self.horizon, len(self.channels)), np.nan)
         return track._replace(
             times=pd.DatetimeIndex(track.times.append(future)),

@@ -146,7 +146,7 @@ class Layout:
         some = np.flatnonzero(~np.isnan(values_RD[:, : len(self.targets)]).all(axis=1))
         require(len(some) > 0, f"{where}: no target has any value")
         end = int(some[-1]) + 1 if self.future else len(times)
-        ahead_RK = future_RK[end:]
+        ahead_RK = self._ahead(times, future_RK, end, frequency)
         grid = regular(times[:end], values_RD[:end], frequency, self.missing, where)
         absence = absent(values_RD[:end], self.channels)
         report = "; ".join(
@@ -177,6 +177,20 @@ class Layout:
             )
         known_RK = np.concatenate([past_RK, ahead_RK])
         return Track(name, times, values_RD, known_RK, place_R), report
+
+    def _ahead(
+        self, times: pd.DatetimeIndex, future_RK: Array, end: int, frequency: Frequency
+    ) -> Array:
+        """What is known after the last target, step by step: NaN where a time has no row. As the
+        rows come where their calendar has gaps by nature."""
+        rows, ahead_RK = times[end:], future_RK[end:]
+        expected = frequency.following(times[end - 1], len(rows))
+        if self.missing == "drop" or frequency.unit == "B" or (rows == expected).all():
+            return ahead_RK
+        aligned_RK = np.full_like(ahead_RK, np.nan)
+        places = expected.get_indexer(rows)
+        aligned_RK[places[places >= 0]] = ahead_RK[places >= 0]
+        return aligned_RK
 
     def _report(self, reports: Sequence[tuple[str, str]], where: str) -> None:
         if not reports:
