@@ -4,7 +4,7 @@
 Axes: W windows (a series and an origin each), N horizon, C target channels, Q quantiles.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flax_lstm.errors import require
+from flax_lstm.errors import listing, require
 from flax_lstm.inference import Ensemble, Run, load
 from flax_lstm.tasks.forecasting import Forecasting, naive_forecasts
 from flax_lstm.tasks.judging import Comparison, Truth, better, compare, figures, linear_of, table
@@ -22,6 +22,7 @@ from flax_lstm.training.loop import fit
 
 Array = np.ndarray
 MODEL = "model"
+DRAWN = 9  # windows
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,21 @@ class Backtest:
         columns |= {name: x.ravel() for name, x in self.forecasts.items() if name != MODEL}
         return pd.DataFrame({name: column for name, column in columns.items() if name})
 
-    def draw(self, path: Path) -> Path:
-        """A sample of the windows, spread over series and origins, with the best rule beside."""
-        chosen = np.unique(np.linspace(0, len(self.windows_W) - 1, 9).astype(int))
+    def shown(self, times: Sequence[str] = ()) -> Array:
+        """Which of the windows a picture shows: a sample, spread over series and origins; or of
+        those that forecast from these times on. Raises UserError for a time from which none
+        does."""
+        within = np.arange(len(self.windows_W))
+        if times:
+            where = {time: f"--draw {time}" for time in times}
+            found = [self.dataset.from_time("test", time, where[time]) for time in times]
+            within = np.flatnonzero(np.isin(self.windows_W, np.concatenate(found)))
+            require(len(within) > 0, f"{listing(where.values())}: not among the origins; --step 1")
+        return within[np.unique(np.linspace(0, len(within) - 1, DRAWN).astype(int))]
+
+    def draw(self, path: Path, times: Sequence[str] = ()) -> Path:
+        """The windows `shown`, with the best rule beside."""
+        chosen = self.shown(times)
         info, dataset = self.dataset.info, self.dataset
         past = min(info.lookback, max(2 * info.horizon, info.season))
         truth = dataset.around("test", self.windows_W[chosen], past)[..., 0]

@@ -11,7 +11,16 @@ import pandas as pd
 import pytest
 from commands import call
 
-from flax_lstm import Config, Forecasting, MeshConfig, SegmentModel, TrainConfig, fit, load
+from flax_lstm import (
+    Config,
+    Forecasting,
+    MeshConfig,
+    SegmentModel,
+    TrainConfig,
+    UserError,
+    fit,
+    load,
+)
 from flax_lstm.backtest import _configs, backtest, origins
 from flax_lstm.commands.backtest import report_of, show
 from flax_lstm.data import PanelTable, SeriesTable
@@ -114,6 +123,9 @@ def test_rules_by_hand(panel_run):
         }
         for rule, values in expected.items():
             np.testing.assert_allclose(result.forecasts[rule][row, :, 0], values, rtol=2e-4)
+    (drawn,) = result.task._naive(result.dataset, result.windows_W).items()  # beside the pictures
+    assert drawn[0] == "seasonal_naive"
+    np.testing.assert_allclose(drawn[1], result.forecasts["seasonal_naive"])
 
 
 def test_origins_are_counted_from_the_end_of_each_series(panel_run):
@@ -121,6 +133,20 @@ def test_origins_are_counted_from_the_end_of_each_series(panel_run):
     assert origins(dataset, 0, 4).tolist() == [0, 4, 5, 9, 10, 14]
     assert origins(dataset, 1, 4).tolist() == [4, 9, 14]
     assert origins(dataset, 2, 1).tolist() == [3, 4, 8, 9, 13, 14]
+
+
+def test_a_picture_shows_the_origins_that_are_asked_for(panel_run):
+    result = backtest(panel_run)
+    assert result.shown().tolist() == list(range(6))
+    (begin,) = np.unique(result.times_WN[1, 0])
+    shown = result.shown([str(begin)[:10]])
+    assert (result.times_WN[shown, 0] == begin).all() and len(shown) >= 1
+    for time, message in (("2020-01-01", "they begin from 2024-02"), ("soon", "write a time")):
+        with pytest.raises(UserError, match=f"--draw {time}: .*{message}"):
+            result.shown([time])
+    between = str(result.dataset.times("test", np.array([3]))[0, 0])[:10]
+    with pytest.raises(UserError, match=f"--draw {between}: not among the origins; --step 1"):
+        result.shown([between])
 
 
 def test_the_command_prints_and_writes(panel_run, tmp_path, capsys):

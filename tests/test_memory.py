@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import grain
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import small_runs
 
@@ -199,6 +200,9 @@ def test_an_index_of_times_is_a_column():
     assert list(as_frame(pd.DataFrame({"load": [1, 2, 3]}, index=times))) == ["time", "load"]
     named = pd.DataFrame({"load": [1, 2, 3]}, index=times.rename("when"))
     assert list(as_frame(named)) == ["when", "load"]
+    pd.testing.assert_frame_equal(
+        as_frame(pyarrow.table({"a": [1, 2]})), pd.DataFrame({"a": [1, 2]})
+    )
 
 
 def test_a_config_that_could_not_be_loaded_again_is_refused_before_training(tmp_path):

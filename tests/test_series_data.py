@@ -553,6 +553,9 @@ def test_holidays_are_known_in_advance(tmp_path):
     ahead = dataset.info.ahead(frame[times < "2023-12-20"])
     known = ahead.batch("test", np.array([0])).covariates.future[0, -7:, 0]
     assert known.tolist() == [0, 0, 0, 0, 0, 1, 1]  # 20 to 26 December
+    bavaria = replace(table, holidays="DE-BY").load(tmp_path / "bavaria")
+    marked = times[bavaria.buffer.calendar_UK[:, 0] > 0]
+    assert {"2023-11-01", "2024-01-06"} <= {str(day.date()) for day in marked}
 
 
 def test_a_country_that_is_none_is_said(tmp_path):
@@ -561,6 +564,8 @@ def test_a_country_that_is_none_is_said(tmp_path):
     hours.to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(UserError, match=r"data\.holidays XX: no such country; known: .*DE"):
         SeriesTable(path=str(tmp_path / "t.csv"), holidays="XX").load(tmp_path / "assets")
+    with pytest.raises(UserError, match=r"data\.holidays DE-XX: no such part of DE; known: .*BY"):
+        SeriesTable(path=str(tmp_path / "t.csv"), holidays="DE-XX").load(tmp_path / "assets")
 
 
 def test_a_season_is_what_changes_repeat_by_the_autocorrelation_of_pandas(monkeypatch):

@@ -29,6 +29,7 @@ class Options:
     step: int = 0  # steps between origins; 0: one horizon
     refit: bool = False  # train anew for every origin, on what was known by then
     statistical: bool = False  # also ETS and AutoARIMA, fitted at every origin: slow
+    draw: tuple[str, ...] = ()  # times: draw forecasts from there; empty: nine of all
     json: bool = False  # one JSON object on standard output
     output: Path | None = None  # where to write every forecast: .csv, .tsv, .jsonl or .parquet
     overwrite: bool = False  # replace an existing output
@@ -46,12 +47,13 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm backtest") -> int:
 
     run = load(*named(options.workdir))
     result = backtest(run, options.windows, options.step, options.refit, options.statistical)
+    result.shown(options.draw)  # a time from which there is no forecast is told before all else
     report = report_of(result)
     if options.json:
         print(json.dumps(report))
     else:
         show(report, result.verdict(), result.task.levels)
-    path = result.draw(run.workdir / "plots" / "backtest.png")
+    path = result.draw(run.workdir / "plots" / "backtest.png", options.draw)
     print(f"picture: {path}", file=sys.stderr)
     if options.output is not None:
         rows = result.rows()

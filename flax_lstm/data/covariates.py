@@ -130,10 +130,17 @@ def _holiday(times: pd.DatetimeIndex, country: str) -> Array:
             f"data.holidays {country}: needs the package holidays: "
             "pip install 'flax-lstm[holidays]'"
         ) from None
-    try:
-        days = holidays.country_holidays(country, years=sorted(set(times.year)))
-    except NotImplementedError:
-        known = listing(sorted(holidays.list_supported_countries()), 300)
-        raise UserError(f"data.holidays {country}: no such country; known: {known}") from None
+    name, _, part = country.partition("-")
+    parts = holidays.list_supported_countries()
+    require(
+        name in parts,
+        f"data.holidays {country}: no such country; known: {listing(sorted(parts), 300)}",
+    )
+    require(
+        not part or part in parts[name],
+        f"data.holidays {country}: no such part of {name}; known: {listing(parts[name], 100)}",
+    )
+    years = sorted(set(times.year))
+    days = holidays.country_holidays(name, subdiv=part or None, years=years)
     dates = times.normalize().tz_localize(None)
     return dates.isin(pd.DatetimeIndex(sorted(days))).astype(np.float64)

@@ -77,6 +77,8 @@ def absolute_path(path: str) -> str:
 def as_frame(table: Any) -> pd.DataFrame:
     """A DataFrame whose columns have strings as names; an index with a name, or of times, is a
     column like others. Raises UserError for anything else."""
+    if not isinstance(table, pd.DataFrame) and hasattr(table, "to_pandas"):
+        table = table.to_pandas()  # of Polars, or Arrow
     if isinstance(table, dict):
         try:
             table = pd.DataFrame(table)

@@ -68,7 +68,8 @@ class PanelTable(InMemory):
     # Train on the steps that validate as well, for a last run once all settings are chosen
     train_on_validation: bool = False
     calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
-    holidays: str = ""  # tell the model the holidays of a country, such as DE; empty: none
+    # tell the model the holidays of a country, such as DE, or a part of it, DE-BY; empty: none
+    holidays: str = ""
     # absent values: error, mask (the model is told), interpolate (in time), forward_fill, drop (the
     # rows, and rows as they come)
     missing: Missing = "error"

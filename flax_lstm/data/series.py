@@ -28,6 +28,7 @@ from flax_lstm.data.timetable import (
     read_series,
     require_columns,
     require_one_series,
+    time_like,
 )
 from flax_lstm.data.tracks import Layout, Track
 from flax_lstm.data.windows import SPLITS, Buffer, Held, Scale, WindowDataset, WindowForm, scored
@@ -205,15 +206,8 @@ class SeriesInfo(Layout):
         later are left out. Raises UserError for what is no time, and where nothing is left."""
         require_columns(frame, (self.time_column,), "the input")
         times = self.times(frame, "the input")
-        try:
-            stamp = pd.Timestamp(cutoff)
-            if times.tz is not None:
-                stamp = stamp.tz_convert(times.tz) if stamp.tz else stamp.tz_localize(times.tz)
-            known = np.asarray(times <= stamp)
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"--cutoffs {cutoff}: write a time as the input does, such as {times[-1]} ({error})"
-            ) from None
+        stamp = time_like(cutoff, times, f"--cutoffs {cutoff}")
+        known = np.asarray(times <= stamp)
         require(
             bool(known.any()),
             f"--cutoffs {cutoff}: the input begins at {times.min()}; choose a later time",
@@ -306,6 +300,17 @@ class SeriesDataset(WindowDataset):
         mean, std = (x[series][..., :count].reshape(shape) for x in self.scale[:2])
         return values * std + mean
 
+    def from_time(self, split: str, written: str, where: str) -> Array:
+        """The windows of a split that forecast from a time on, as it is written. Raises UserError
+        for what is no time, and where there is none."""
+        stamps = self.stamps(split)[:: self.info.horizon]
+        found = np.flatnonzero(stamps == time_like(written, stamps, where))
+        require(
+            len(found) > 0,
+            f"{where}: no forecast begins then; they begin from {stamps.min()} to {stamps.max()}",
+        )
+        return found
+
     def around(self, split: str, windows_B: Array, past: int) -> Array:
         """The target values (B, past + N, C) of these windows and of the `past` steps before, in
         the units of the data; NaN where none was measured."""
@@ -389,7 +394,8 @@ class SeriesTable(InMemory):
     # training, validation, test: shares, or numbers of rows
     split: tuple[float, float, float] = (0.7, 0.1, 0.2)
     calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
-    holidays: str = ""  # tell the model the holidays of a country, such as DE; empty: none
+    # tell the model the holidays of a country, such as DE, or a part of it, DE-BY; empty: none
+    holidays: str = ""
     # absent values: error, mask (the model is told), interpolate (in time), forward_fill, drop (the
     # rows, and rows as they come)
     missing: Missing = "error"

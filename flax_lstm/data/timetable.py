@@ -203,6 +203,20 @@ def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeInde
     return times if times.tz is not None or not zone else _localised(times, zone, where)
 
 
+def time_like(written: str, times: pd.DatetimeIndex, where: str) -> pd.Timestamp:
+    """A time as a user writes it, in the zone of these times. Raises UserError."""
+    try:
+        stamp = pd.Timestamp(written)
+        if times.tz is not None:
+            stamp = stamp.tz_convert(times.tz) if stamp.tz else stamp.tz_localize(times.tz)
+        bool(times[-1] <= stamp)  # with a zone and without cannot be compared
+        return stamp
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{where}: write a time as the input does, such as {times[-1]} ({error})"
+        ) from None
+
+
 def _localised(times: pd.DatetimeIndex, zone: str, where: str) -> pd.DatetimeIndex:
     try:
         return times.tz_localize(zone, ambiguous="infer")

@@ -428,8 +428,8 @@ class Forecasting(Task):
         return dataset.unscale(values, series_B).swapaxes(-1, -2)
 
     def illustrate(self, dataset: Any, forward: Forward, folder: Path) -> None:
-        """`forecasts.png`: forecasts against truth at the end of the test split; of a panel, the
-        last forecast of a sample of its series."""
+        """`forecasts.png`: forecasts, and the naive ones, against truth at the end of the test
+        split; of a panel, the last forecast of a sample of its series."""
         plot = self._plot_panel if dataset.info.id_column else self._plot_series
         plot(dataset, forward, folder / "forecasts.png")
 
@@ -453,7 +453,16 @@ class Forecasting(Task):
             path,
             self.levels,
             self.point,
+            self._naive(dataset, np.array(starts)),
         )
+
+    def _naive(self, dataset: Any, windows_B: np.ndarray) -> dict[str, np.ndarray]:
+        """The naive forecast [B, N, C] of these test windows, by its name."""
+        info = dataset.info
+        rules = naive_forecasts(len(info.targets), info.lookback, info.horizon, info.season)
+        name = "seasonal_naive" if "seasonal_naive" in rules else "last_value"
+        scaled = np.asarray(rules[name](dataset.batch("test", windows_B)))
+        return {name: dataset.unscale(scaled, dataset.series("test")[windows_B])}
 
     def _plot_panel(self, dataset: Any, forward: Forward, path: Path) -> None:
         info, series_W = dataset.info, dataset.series("test")
@@ -465,7 +474,8 @@ class Forecasting(Task):
         truth = dataset.around("test", windows_B, past)[..., 0]
         forecasts = self.original(dataset, "test", windows_B, forward)[:, :, 0]
         ids = [str(name) for name in dataset.buffer.ids[chosen]]
-        plot_panel(ids, truth, forecasts, path, self.levels, self.point)
+        naive = {name: x[..., 0] for name, x in self._naive(dataset, windows_B).items()}
+        plot_panel(ids, truth, forecasts, path, self.levels, self.point, naive)
 
 
 PANELS = 12  # series drawn of a panel

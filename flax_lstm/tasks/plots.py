@@ -52,13 +52,14 @@ def plot_forecasts(
     path: Path,
     levels: Sequence[float] = (),
     point: int = 0,
+    beside: Mapping[str, Any] | None = None,
 ) -> Path:
     """Forecasts against truth, one panel a channel.
 
     times: [L] time stamps. truth_LC: [L, C] in the units of the data. windows: the row where each
     forecast begins.
     forecasts: one [N, C, Q] for each window; `levels` names the Q quantiles, `point` is the point
-    forecast.
+    forecast. beside: further forecasts by name, one [N, C] for each window.
     """
     figure = Figure(figsize=(11, 1 + 2.6 * len(names)), layout="constrained")
     for channel, name in enumerate(names):
@@ -73,6 +74,16 @@ def plot_forecasts(
                 marker="." if len(when) == 1 else None,
                 label="forecast" if n == 0 else None,
             )
+            for label, others in (beside or {}).items():
+                axes.plot(
+                    when,
+                    others[n][:, channel],
+                    color="C0",
+                    linewidth=1,
+                    linestyle="--",
+                    marker="." if len(when) == 1 else None,
+                    label=label if n == 0 else None,
+                )
             if len(levels) > 1:
                 low, high = forecast[:, channel, 0], forecast[:, channel, -1]
                 band = f"{levels[0]:g} to {levels[-1]:g}" if n == 0 else None
