@@ -565,7 +565,7 @@ def test_a_country_that_is_none_is_said(tmp_path):
     with pytest.raises(UserError, match=r"data\.holidays XX: no such country; known: .*DE"):
         SeriesTable(path=str(tmp_path / "t.csv"), holidays="XX").load(tmp_path / "assets")
     with pytest.raises(UserError, match=r"data\.holidays DE-XX: no such part of DE; known: .*BY"):
-        SeriesTable(path=str(tmp_path / "t.csv"), holidays="DE-XX").load(tmp_path / "assets")
+        SeriesTable(path=str(tmp_path / "t.csv"), holidays="DE-XX").load(tmp_path / "other")
 
 
 def test_a_season_is_what_changes_repeat_by_the_autocorrelation_of_pandas(monkeypatch):
