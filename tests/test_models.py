@@ -331,6 +331,14 @@ def test_what_was_not_observed_does_not_move_the_window():
         expected = window_level(kind, kept, jnp.ones_like(kept))
         for one, other in zip(found, expected, strict=True):
             close(np.asarray(one), np.asarray(other), atol=1e-6)
+    # Of nothing, or next to nothing, no window is as narrow as one that is constant.
+    for seen in (0, 1):
+        few = np.zeros_like(x)
+        few[:, :seen] = 1
+        for kind in ("standard", "robust", "seasonal"):
+            _, unknown = window_level(kind, jnp.asarray(x), jnp.asarray(few), 2)
+            _, constant = window_level(kind, jnp.ones_like(x), jnp.ones_like(x), 2)
+            assert (unknown == 1).all() and (constant < 1e-3).all()
     settings = SegmentModel(hidden_size=4, segment=2, window="standard")
     variables, _ = segment_forecast(settings, x, known_from([0] * 4, observed), SeriesForm(8, 3))
     assert "observed" in variables["params"]

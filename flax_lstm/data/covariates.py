@@ -140,7 +140,6 @@ def _holiday(times: pd.DatetimeIndex, country: str) -> Array:
         not part or part in parts[name],
         f"data.holidays {country}: no such part of {name}; known: {listing(parts[name], 100)}",
     )
-    years = sorted(set(times.year))
-    days = holidays.country_holidays(name, subdiv=part or None, years=years)
+    days = holidays.country_holidays(name, subdiv=part or None, years=sorted(set(times.year)))
     dates = times.normalize().tz_localize(None)
     return dates.isin(pd.DatetimeIndex(sorted(days))).astype(np.float64)

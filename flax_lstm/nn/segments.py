@@ -37,7 +37,7 @@ def window_level(
     """Location and scale [B, 1, C] by which a window is normalised, from its observed values alone:
     mean and standard deviation; median and mean absolute deviation from it; 0 and the error of the
     seasonal naive within the window; 0 and 1 for the other kinds. A constant window has a scale of
-    `SMALLEST`."""
+    `SMALLEST`; one of which too little was observed to tell, 1."""
     zero_B1C = jnp.zeros_like(x_BTC[:, :1])
     if kind in ("last", "none"):
         return zero_B1C, zero_B1C + 1
@@ -45,16 +45,19 @@ def window_level(
     if kind == "seasonal":
         both_BTC = observed_BTC[:, season:] * observed_BTC[:, :-season]
         change_BTC = jnp.abs(x_BTC[:, season:] - x_BTC[:, :-season]) * both_BTC
-        count_B1C = jnp.maximum(both_BTC.sum(axis=1, keepdims=True), 1)
-        return zero_B1C, change_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST
+        pairs_B1C = both_BTC.sum(axis=1, keepdims=True)
+        count_B1C = jnp.maximum(pairs_B1C, 1)
+        scale_B1C = change_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST
+        return zero_B1C, jnp.where(pairs_B1C > 0, scale_B1C, 1)
     if kind == "standard":
         location_B1C = (x_BTC * observed_BTC).sum(axis=1, keepdims=True) / count_B1C
         square_BTC = jnp.square(x_BTC - location_B1C) * observed_BTC
         scale_B1C = jnp.sqrt(square_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST**2)
-        return location_B1C, scale_B1C
+        return location_B1C, jnp.where(count_B1C > 1, scale_B1C, 1)
     location_B1C = _median(x_BTC, observed_BTC, count_B1C)
     distance_BTC = jnp.abs(x_BTC - location_B1C) * observed_BTC
-    return location_B1C, distance_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST
+    scale_B1C = distance_BTC.sum(axis=1, keepdims=True) / count_B1C + SMALLEST
+    return location_B1C, jnp.where(count_B1C > 1, scale_B1C, 1)
 
 
 def _median(x_BTC: Array, observed_BTC: Array, count_B1C: Array) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -124,6 +125,7 @@ def plot_panel(
             low, high = forecasts[n, :, 0], forecasts[n, :, -1]
             band = f"{levels[0]:g} to {levels[-1]:g}"
             axes.fill_between(ahead, low, high, color="C1", alpha=0.2, linewidth=0, label=band)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7)
