@@ -271,7 +271,10 @@ void run_table() {
   Threads pool;
   const Adam adam{0.5f, 0.1f, 0.01f, 0.9f, 0.999f, 10.0f, 1000.0f, 1e-6f};
   update_table(pool, 3, adam, found.data(), sums.data(), N, V, F, p.data(), m.data(), v.data());
-  std::printf("table reverse=0 %.6g %.6g %.6g %.6g\n", sum(sums), sum(p), sum(m), sum(v));
+  std::vector<float> taken(N * F);
+  take(pool, 3, p.data(), ids.data(), N, V, F, taken.data());
+  for (float& x : taken) x = x == x ? x : 3;  // of words that are none
+  std::printf("table reverse=0 %.6g %.6g %.6g %.6g %.6g\n", sum(sums), sum(p), sum(m), sum(v), sum(taken));
 }
 
 template <class Cell>

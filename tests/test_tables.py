@@ -25,7 +25,7 @@ from flax_lstm.nn.recurrence import native
 from flax_lstm.training.assembly import table_of
 from flax_lstm.training.optim import learning_rate, make_optimizer
 from flax_lstm.training.steps import make_steps
-from flax_lstm.training.tables import Table, by_rows
+from flax_lstm.training.tables import Table, by_rows, take
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("quick_compile")]
 
@@ -150,6 +150,16 @@ def test_a_word_that_is_none_counts_for_nothing() -> None:
     found, sums = jax.ffi.ffi_call("flax_lstm_add_up", shapes)(ids, values, rows=3)
     np.testing.assert_array_equal(found, [0, 2, 3, 3, 3])
     np.testing.assert_array_equal(sums, [[4, 5], [6, 8], [0, 0], [0, 0], [0, 0]])
+
+
+def test_what_is_looked_up_is_what_jax_takes() -> None:
+    """Of words that are none, too, and of many words, which several threads look up."""
+    assert native.unavailable() is None
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(9, 130)), jnp.float32)
+    for words in (np.array([[8, -1, 0], [9, -10, -9]]), rng.integers(0, 9, (20, 30))):
+        found = take(table, jnp.asarray(words))
+        np.testing.assert_array_equal(found, jnp.take(table, words, axis=0))
 
 
 def test_only_adamw_alone_and_an_embedding_of_its_own_are_updated_by_rows() -> None:

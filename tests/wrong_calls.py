@@ -86,6 +86,7 @@ ARGUMENTS = {  # of the kernel's calls, each with its shape
     "words": "words table recurrent recurrent_bias c0 h0 lengths",
     "bytes": "words table panels scales recurrent_bias c0 h0 lengths",
     "add_up": "rows_found sums",
+    "take": "embedding words",
     "update_table": "embedding embedding embedding rows_found sums numbers",
 }
 RESULTS = {
@@ -94,6 +95,7 @@ RESULTS = {
     "words": "y c h",
     "bytes": "y c h",
     "add_up": "rows_found sums",
+    "take": "looked_up",
     "update_table": "embedding embedding embedding",
 }
 
@@ -125,6 +127,7 @@ def shapes(
         "panels": int8.panels_shape(g, h),
         "scales": (g, h),
         "embedding": (b, d),
+        "looked_up": (*over, d),
         "rows_found": (t,),
         "sums": (t, d),
         "numbers": (8,),
@@ -149,10 +152,11 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
         part, n = (given, place) if place < len(given) else (found, place - len(given))
         right = part[n]
         part[n] = other_shape(rng, right)
-        one_of_more_words = right == known["table"] and part[n][1:] == right[1:]
+        tables = [known["table"], *([known["embedding"]] if which == "take" else [])]
+        one_of_more_words = right in tables and part[n][1:] == right[1:]
         while one_of_more_words or (right == known["mask"] and part[n] == others["mask"]):
             part[n] = other_shape(rng, right)
-            one_of_more_words = right == known["table"] and part[n][1:] == right[1:]
+            one_of_more_words = right in tables and part[n][1:] == right[1:]
     dtypes = {"lengths": np.int32, "reset": bool, "words": np.int32, "panels": np.int8}
     dtypes["rows_found"] = np.int32
     arrays = [
@@ -167,7 +171,7 @@ def call_kernel(rng: np.random.Generator, wrong: bool) -> str:
     try:
         settings: dict[str, Any] = {"reverse": bool(rng.integers(2))}
         settings |= {} if which == "bytes" else {"half": bool(rng.integers(2))}
-        if which in ("add_up", "update_table"):
+        if which in ("add_up", "take", "update_table"):
             settings = {"rows": np.int64(b)} if which == "add_up" else {}
         settings |= {"time_major": time_major} if which in ("forward", "backward") else {}
         jax.block_until_ready(call(*arrays, **settings))

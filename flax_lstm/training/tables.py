@@ -50,7 +50,7 @@ class Table(NamedTuple):
                 whole = put(others, table_VF)
                 return total(whole, carry, batch, *rest, x_BTF)
 
-            x_BTF = jnp.take(table_VF, batch.inputs, axis=0)
+            x_BTF = take(table_VF, batch.inputs)
             both = jax.grad(of_looked_up, argnums=(0, 1), has_aux=True)
             (others, values_BTF), found = both(put(params, None), x_BTF)
             values_NF = values_BTF.reshape(-1, table_VF.shape[1])
@@ -92,6 +92,13 @@ class Table(NamedTuple):
         call = jax.ffi.ffi_call("flax_lstm_update_table", shapes, input_output_aliases=in_place)
         table_VF, *moments = call(table_VF, *moments, found_N, sums_NF, numbers)
         return put(others, table_VF), put_back(others_state, moments), norm
+
+
+def take(table_VF: Array, words_BT: Array) -> Array:
+    """`jnp.take(table_VF, words_BT, axis=0)`, by all threads."""
+    shape = jax.ShapeDtypeStruct((*words_BT.shape, table_VF.shape[1]), jnp.float32)
+    x_BTF: Array = jax.ffi.ffi_call("flax_lstm_take", shape)(table_VF, words_BT.astype(jnp.int32))
+    return x_BTF
 
 
 def add_up(looked: Looked, rows: int) -> tuple[Array, Array]:

@@ -161,7 +161,7 @@ def unavailable() -> str | None:
     except (Unavailable, OSError) as error:
         log.info("The fused recurrence is used in place of the native one: %s", error)
         return str(error)
-    for kind in ("forward", "backward", "words", "bytes", "add_up", "update_table"):
+    for kind in ("forward", "backward", "words", "bytes", "add_up", "take", "update_table"):
         name = f"flax_lstm_{kind}"
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None

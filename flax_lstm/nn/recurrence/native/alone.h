@@ -127,11 +127,9 @@ void forward_alone(Pool& pool, const Forward& f, Duration patience) {
   const long H = z.units;
   const auto shared = std::make_shared<Alone<Cell>>(z, patience);
   Alone<Cell>& a = *shared;
-  pack<Single>(f.recurrent, H, G, z, 0, a.depth, a.recurrent);
-  if constexpr (Cell::HAS_Q) {
-    std::vector<float> all(G * H);
-    std::copy(f.recurrent_bias, f.recurrent_bias + H, all.end() - H);
-    pack_bias<Single>(all, G, z, H, a.recurrent);
+  for (long p = 0; p < a.blocks * G; ++p) {
+    pack<Single>(f.recurrent, p, H, G, z, 0, a.depth, a.recurrent);
+    if (Cell::HAS_Q) pack_bias<Single>(of_candidate(f.recurrent_bias, G, H), p, G, z, H, a.recurrent);
   }
   Memory memory;  // where the helper writes nothing
   State apart;

@@ -311,6 +311,19 @@ ffi::Error run_add_up(ffi::ThreadPool pool, Ints ids, Floats values, ffi::Result
   return ffi::Error::Success();
 }
 
+ffi::Error run_take(ffi::ThreadPool pool, Floats table, Ints ids, Result rows) {
+  Shapes shapes;
+  shapes.rank("table", table.dimensions(), 2);
+  shapes.rank("ids", ids.dimensions(), 2);
+  if (!shapes.fine()) return shapes.error();
+  const int64_t V = table.dimensions()[0], F = table.dimensions()[1];
+  if (V == 0) return ffi::Error::InvalidArgument("flax_lstm: the table has no rows");
+  shapes.expect("rows", rows->dimensions(), {ids.dimensions()[0], ids.dimensions()[1], F});
+  if (!shapes.fine()) return shapes.error();
+  take(pool, pool.num_threads(), table.typed_data(), ids.typed_data(), ids.element_count(), V, F, rows->typed_data());
+  return ffi::Error::Success();
+}
+
 // `found` must be in increasing order, which is not checked: whatever it is, nothing beyond an array is touched.
 ffi::Error run_update_table(ffi::ThreadPool pool, Floats table, Floats first, Floats second, Ints found, Floats sums,
                             Floats settings, Result table_out, Result first_out, Result second_out) {
@@ -431,6 +444,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_add_up, run_add_up,
                                   .Ret<Ints>()         // rows found
                                   .Ret<Floats>()       // sums
                                   .Attr<int64_t>("rows"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_take, run_take,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()   // table
+                                  .Arg<Ints>()     // ids
+                                  .Ret<Floats>()); // rows
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flax_lstm_update_table, run_update_table,
                               ffi::Ffi::Bind()

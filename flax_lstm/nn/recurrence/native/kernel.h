@@ -444,59 +444,71 @@ struct Sizes {
   long width(long block) const { return std::min(COLS, units - block * COLS); }
 };
 
-// Rows [depth][G][H] as panels [block][gate][depth_all][COLS], zeros beyond H; `at` is where the rows begin. The last row of an odd
-// depth is followed by one of zeros.
+// Rows [depth][G][H] as panels [block][gate][depth_all][COLS], zeros beyond H: the panel p. `at` is where the rows begin. The last
+// row of an odd depth is followed by one of zeros.
 template <class Number>
-void pack(const float* rows, long depth, long gates, const Sizes& z, long at, long depth_all, typename Number::Element* out) {
-  for (long block = 0; block < z.blocks(); ++block)
-    for (long gate = 0; gate < gates; ++gate) {
-      auto* panel = out + (block * gates + gate) * even<Number>(depth_all) * COLS;
-      const float* from = rows + gate * z.units + block * COLS;
-      const long width = z.width(block);
-      for (long k = at; k < at + depth; ++k, from += gates * z.units) {
-        for (long i = 0; i < width; ++i) panel[slot<Number>(k, i, COLS)] = Number::of(from[i]);
-        for (long i = width; i < COLS; ++i) panel[slot<Number>(k, i, COLS)] = Number::of(0);
-      }
-      if (at + depth == depth_all && even<Number>(depth_all) > depth_all)
-        for (long i = 0; i < COLS; ++i) panel[slot<Number>(depth_all, i, COLS)] = Number::of(0);
-    }
+void pack(const float* rows, long p, long depth, long gates, const Sizes& z, long at, long depth_all,
+          typename Number::Element* out) {
+  auto* panel = out + p * even<Number>(depth_all) * COLS;
+  const float* from = rows + p % gates * z.units + p / gates * COLS;
+  const long width = z.width(p / gates);
+  for (long k = at; k < at + depth; ++k, from += gates * z.units) {
+    for (long i = 0; i < width; ++i) panel[slot<Number>(k, i, COLS)] = Number::of(from[i]);
+    for (long i = width; i < COLS; ++i) panel[slot<Number>(k, i, COLS)] = Number::of(0);
+  }
+  if (at + depth == depth_all && even<Number>(depth_all) > depth_all)
+    for (long i = 0; i < COLS; ++i) panel[slot<Number>(depth_all, i, COLS)] = Number::of(0);
 }
 
 // A bias [G][H] as the last rows of panels that begin at row `at`: what is lost in rounding one is in the next.
 template <class Number>
-void pack_bias(std::vector<float> bias, long gates, const Sizes& z, long at, typename Number::Element* out) {
+void pack_bias(std::vector<float> bias, long p, long gates, const Sizes& z, long at, typename Number::Element* out) {
   for (long k = 0; k < Number::PAIR; ++k) {
-    pack<Number>(bias.data(), 1, gates, z, at + k, at + Number::PAIR, out);
+    pack<Number>(bias.data(), p, 1, gates, z, at + k, at + Number::PAIR, out);
     for (float& v : bias) v -= Number::value(Number::of(v));
   }
 }
 
-// Rows [count][G][H] transposed, as panels [block][G * even(H)][COLS], zeros beyond `count` and behind a gate of an odd size.
-template <class Number>
-void pack_transposed(const float* rows, long count, long gates, long hidden, typename Number::Element* out) {
-  const long each = even<Number>(hidden), all = gates * each;
-  for (long begin = 0; begin < count; begin += COLS, out += all * COLS) {
-    const long width = std::min(COLS, count - begin);
-    if (width < COLS || each > hidden) std::fill(out, out + all * COLS, Number::of(0));
-    for (long i = 0; i < width; ++i)
-      for (long g = 0; g < gates; ++g, rows += hidden)
-        for (long k = 0; k < hidden; ++k) out[g * each * COLS + slot<Number>(k, i, COLS)] = Number::of(rows[k]);
-  }
+// The recurrent bias of the GRU's candidate, as one of all gates: the others have none.
+inline std::vector<float> of_candidate(const float* bias, long gates, long hidden) {
+  std::vector<float> all(gates * hidden);
+  std::copy(bias, bias + hidden, all.end() - hidden);
+  return all;
 }
 
-// The sum over tasks of panels as `pack` makes them, back in rows [depth][G][H].
-inline void unpack_sum(const std::vector<const float*>& parts, long depth, long gates, const Sizes& z, long at,
+// Rows [count][G][H] transposed, as panels [block][G * even(H)][COLS], zeros beyond `count` and behind a gate of an odd size: the
+// panel p.
+template <class Number>
+void pack_transposed(const float* rows, long p, long count, long gates, long hidden, typename Number::Element* out) {
+  const long each = even<Number>(hidden), all = gates * each, width = std::min(COLS, count - p * COLS);
+  rows += p * COLS * gates * hidden, out += p * all * COLS;
+  if (width < COLS || each > hidden) std::fill(out, out + all * COLS, Number::of(0));
+  for (long i = 0; i < width; ++i)
+    for (long g = 0; g < gates; ++g, rows += hidden)
+      for (long k = 0; k < hidden; ++k) out[g * each * COLS + slot<Number>(k, i, COLS)] = Number::of(rows[k]);
+}
+
+// Weights as panels, which all tasks read.
+template <class Number>
+struct Packed {
+  Memory memory;
+  typename Number::Element *input, *recurrent;
+  Packed(long inputs, long recurrents) {
+    memory.want(input, inputs);
+    memory.want(recurrent, recurrents);
+    memory.get();
+  }
+};
+
+// The sum over tasks of a panel as `pack` makes them, back in rows [depth][G][H].
+inline void unpack_sum(const std::vector<const float*>& parts, long p, long depth, long gates, const Sizes& z, long at,
                        long depth_all, float* rows) {
-  for (long block = 0; block < z.blocks(); ++block)
-    for (long gate = 0; gate < gates; ++gate) {
-      const long offset = ((block * gates + gate) * depth_all + at) * COLS, width = z.width(block);
-      float* to = rows + gate * z.units + block * COLS;
-      for (long k = 0; k < depth; ++k, to += gates * z.units)
-        for (long i = 0; i < width; ++i) {
-          float sum = 0;
-          for (const float* part : parts) sum += part[offset + k * COLS + i];
-          to[i] = sum;
-        }
+  const long offset = (p * depth_all + at) * COLS, unit = p / gates * COLS, width = z.width(p / gates);
+  for (long k = 0; k < depth; ++k)
+    for (long i = 0; i < width; i += LANES) {
+      Vec sum{};
+      for (const float* part : parts) sum += load(part + offset + k * COLS + i);
+      store(rows + (k * gates + p % gates) * z.units + unit + i, sum, width - i);
     }
 }
 
@@ -573,6 +585,16 @@ void parallel(Pool& pool, long count, const Task& task) {
   work();
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->changed.wait(lock, [&] { return shared->done.load() == count; });
+}
+
+// one(n) for all n below `count`, which handle so many numbers altogether: by several threads where these are many.
+template <class Pool, class One>
+void share_out(Pool& pool, long threads, long count, long numbers, const One& one) {
+  constexpr long ENOUGH = 1 << 15;  // numbers: copied in the time that another thread takes to begin
+  const long parts = std::clamp<long>(numbers / ENOUGH, 1, threads);
+  parallel(pool, parts, [&](long part) {
+    for (long n = count * part / parts; n < count * (part + 1) / parts; ++n) one(n);
+  });
 }
 
 struct Chunk {  // steps [begin, end) of a task, their active rows put together: row r of step s is at offset[s - begin] + r
@@ -660,7 +682,7 @@ __attribute__((noinline)) void mask_gates(const float* mask, long masks, const R
 }
 
 template <class Cell, class Number>
-void forward_task(const Forward& f, const Rows& mine) {
+void forward_task(const Forward& f, const Rows& mine, const Packed<Number>& weights) {
   constexpr long G = Cell::GATES;
   using Element = typename Number::Element;
   const Sizes& z = f.size;
@@ -669,11 +691,10 @@ void forward_task(const Forward& f, const Rows& mine) {
   const long input_depth = even<Number>(inputs), depth = even<Number>(hidden), ldh = stride + 3;
   const long masks = f.mask_per_gate ? G : 1, masked = rows * ldh;  // h under each mask, and from one to the next
   const float* tied = masks > 1 ? nullptr : f.mask;
-  Element *input, *recurrent, *x, *h_in, *h_next;
+  const Element *input = weights.input, *recurrent = weights.recurrent;
+  Element *x, *h_in, *h_next;
   float *panels, *carry, *h_last, *q;
   Memory memory;
-  memory.want(input, blocks * G * input_depth * COLS);
-  memory.want(recurrent, blocks * G * depth * COLS);
   memory.want(panels, blocks * G * m * COLS);
   memory.want(x, m * input_depth);
   memory.want(h_in, masks * masked);
@@ -682,17 +703,6 @@ void forward_task(const Forward& f, const Rows& mine) {
   memory.want(h_last, rows * stride);
   memory.want(q, rows * COLS);
   memory.get();
-
-  if (!f.projected) {
-    pack<Number>(f.input, z.inputs, G, z, 0, inputs, input);
-    pack_bias<Number>({f.bias, f.bias + G * H}, G, z, z.inputs, input);
-  }
-  pack<Number>(f.recurrent, H, G, z, 0, hidden, recurrent);
-  if constexpr (Cell::HAS_Q) {  // the recurrent bias of the candidate, and of the other gates none
-    std::vector<float> all(G * H);
-    std::copy(f.recurrent_bias, f.recurrent_bias + H, all.end() - H);
-    pack_bias<Number>(all, G, z, H, recurrent);
-  }
 
   if (H % COLS) {  // of the last panels not all columns are written, but read
     std::fill(panels, panels + blocks * G * m * COLS, 0.0f);
@@ -743,16 +753,16 @@ void forward_task(const Forward& f, const Rows& mine) {
         const long width = z.width(block);
         float* gate_panel[G];
         for (long g = 0; g < G; ++g) gate_panel[g] = panels + ((block * G + g) * m + at) * COLS;
-        const Element* weights = recurrent + block * G * depth * COLS;
+        const Element* of_block = recurrent + block * G * depth * COLS;
         constexpr long ADDED = G - Cell::HAS_Q;  // the recurrent part of the GRU's candidate is apart
         const auto of_gate = [&](long g) { return h_in + std::min(g, masks - 1) * masked; };
         if (n == 1 && masks == 1)
-          row_product<Number, ADDED>(h_in, weights, depth * COLS, depth, true, gate_panel[0], m * COLS);
+          row_product<Number, ADDED>(h_in, of_block, depth * COLS, depth, true, gate_panel[0], m * COLS);
         else
           for (long g = 0; g < ADDED; ++g)
-            product<Number, false>(n, width, of_gate(g), ldh, weights + g * depth * COLS, depth, true, gate_panel[g]);
+            product<Number, false>(n, width, of_gate(g), ldh, of_block + g * depth * COLS, depth, true, gate_panel[g]);
         if (Cell::HAS_Q)
-          product<Number, false>(n, width, of_gate(ADDED), ldh, weights + ADDED * depth * COLS, depth, false, q);
+          product<Number, false>(n, width, of_gate(ADDED), ldh, of_block + ADDED * depth * COLS, depth, false, q);
         for (long r = 0; r < n; ++r) {
           const long b = mine.row[r], at_y = place[r] * H;
           for (long i = 0; i < width; i += LANES) {
@@ -792,8 +802,22 @@ void forward_task(const Forward& f, const Rows& mine) {
 
 template <class Cell, class Number, class Pool>
 void forward(Pool& pool, long threads, const Forward& f) {
-  const auto dealt = deal(f.lengths, f.size, threads);
-  parallel(pool, dealt.size(), [&](long i) { forward_task<Cell, Number>(f, dealt[i]); });
+  constexpr long G = Cell::GATES;
+  const Sizes& z = f.size;
+  const auto dealt = deal(f.lengths, z, threads);
+  const long inputs = z.inputs + Number::PAIR, hidden = z.units + Cell::HAS_Q * Number::PAIR, panels = z.blocks() * G;
+  const long input_size = f.projected ? 0 : panels * even<Number>(inputs) * COLS, size = panels * even<Number>(hidden) * COLS;
+  Packed<Number> weights(input_size, size);
+  share_out(pool, dealt.size(), panels, input_size + size, [&](long p) {
+    if (!f.projected) {
+      pack<Number>(f.input, p, z.inputs, G, z, 0, inputs, weights.input);
+      pack_bias<Number>({f.bias, f.bias + G * z.units}, p, G, z, z.inputs, weights.input);
+    }
+    pack<Number>(f.recurrent, p, z.units, G, z, 0, hidden, weights.recurrent);
+    if (Cell::HAS_Q)
+      pack_bias<Number>(of_candidate(f.recurrent_bias, G, z.units), p, G, z, z.units, weights.recurrent);
+  });
+  parallel(pool, dealt.size(), [&](long i) { forward_task<Cell, Number>(f, dealt[i], weights); });
 }
 
 // --------------------------------------------------------------------------------------------------------- backward
@@ -851,7 +875,7 @@ __attribute__((noinline)) inline void fold_gates(const float* mask, long masks, 
 }
 
 template <class Cell, class Number>
-void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
+void backward_task(const Backward& f, const Rows& mine, const Packed<Number>& weights, Gradients<Cell>& sums) {
   constexpr long G = Cell::GATES, P = G + Cell::HAS_Q;  // the GRU has one more panel: the gradients of q
   using Element = typename Number::Element;
   const Sizes& z = f.size;
@@ -861,11 +885,10 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   const long ldh = depth + (depth % LINE ? 0 : LINE);  // of a power of two, a cache has too few places for a column
   const long masks = f.mask_per_gate ? G : 1, masked = m * ldh, returned = blocks * rows * COLS;  // from one mask to the next
   const float* tied = masks > 1 ? nullptr : f.mask;
-  Element *input, *recurrent, *da;
+  const Element *input = weights.input, *recurrent = weights.recurrent;
+  Element* da;
   float *x, *h_before, *panels, *dx, *direct, *dcell, *through, *zeros;
   Memory memory;
-  memory.want(input, z.input_blocks() * gates_depth * COLS);
-  memory.want(recurrent, blocks * gates_depth * COLS);
   memory.want(x, m * input_depth);
   memory.want(h_before, masks * masked);
   memory.want(panels, blocks * P * m * COLS);
@@ -877,8 +900,6 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
   memory.want(zeros, stride);
   memory.get();
 
-  if (!f.projected) pack_transposed<Number>(f.input, D, G, H, input);
-  pack_transposed<Number>(f.recurrent, H, G, H, recurrent);
   if constexpr (Number::PAIR == 1) da = panels;
   // What the inputs' gradients are made of, and what comes back through the recurrent weights: in place of the candidate of the GRU
   // its q, the last panel.
@@ -958,17 +979,17 @@ void backward_task(const Backward& f, const Rows& mine, Gradients<Cell>& sums) {
       }
       constexpr long TOGETHER = 4;
       for (long block = 0; block < blocks;) {
-        const Element* weights = recurrent + block * gates_depth * COLS;
+        const Element* of_block = recurrent + block * gates_depth * COLS;
         float* to = through + block * rows * COLS;
         if (n == 1 && masks == 1 && block + TOGETHER <= blocks) {
-          gates_tile<Number, 1, Vec, TOGETHER>(for_h, at, weights, gates_depth * COLS, to, rows * COLS);
+          gates_tile<Number, 1, Vec, TOGETHER>(for_h, at, of_block, gates_depth * COLS, to, rows * COLS);
           block += TOGETHER;
           continue;
         }
-        if (masks == 1) gates_product<Number>(n, z.width(block), for_h, at, weights, to);
+        if (masks == 1) gates_product<Number>(n, z.width(block), for_h, at, of_block, to);
         for (long k = 0; masks > 1 && k < masks; ++k)
           gates_product<Number>(n, z.width(block), {1, {for_h.gate[k]}, for_h.next, gate_depth}, at,
-                                weights + k * gate_depth * COLS, to + k * returned);
+                                of_block + k * gate_depth * COLS, to + k * returned);
         block += 1;
       }
       if (masks > 1)
@@ -1019,24 +1040,31 @@ void backward(Pool& pool, long threads, const Backward& f) {
   constexpr long G = Cell::GATES;
   const Sizes& z = f.size;
   const auto dealt = deal(f.lengths, z, threads);
+  const long depth_all = G * even<Number>(z.units), input_panels = f.projected ? 0 : z.input_blocks();
+  const long input_size = input_panels * depth_all * COLS, size = z.blocks() * depth_all * COLS;
+  Packed<Number> weights(input_size, size);
+  share_out(pool, dealt.size(), input_panels + z.blocks(), input_size + size, [&](long p) {
+    if (p < input_panels) pack_transposed<Number>(f.input, p, z.inputs, G, z.units, weights.input);
+    else pack_transposed<Number>(f.recurrent, p - input_panels, z.units, G, z.units, weights.recurrent);
+  });
   std::vector<std::unique_ptr<Gradients<Cell>>> sums(dealt.size());
   parallel(pool, dealt.size(), [&](long i) {
     sums[i] = std::make_unique<Gradients<Cell>>(z);
-    backward_task<Cell, Number>(f, dealt[i], *sums[i]);
+    backward_task<Cell, Number>(f, dealt[i], weights, *sums[i]);
   });
   std::vector<const float*> inputs, recurrents;
   for (const auto& part : sums) inputs.push_back(part->input), recurrents.push_back(part->recurrent);
   const long input_depth = sums[0]->input_depth, depth = sums[0]->depth;
-  if (!f.projected) {
-    unpack_sum(inputs, z.inputs, G, z, 0, input_depth, f.dinput);
-    unpack_sum(inputs, 1, G, z, z.inputs, input_depth, f.dbias);
-  }
-  unpack_sum(recurrents, z.units, G, z, 0, depth, f.drecurrent);
-  if constexpr (Cell::HAS_Q) {
-    std::vector<float> all(G * z.units);
-    unpack_sum(recurrents, 1, G, z, z.units, depth, all.data());
-    std::copy(all.end() - z.units, all.end(), f.drecurrent_bias);
-  }
+  std::vector<float> own_bias(G * z.units);  // of the recurrent weights: the GRU's candidate has one
+  share_out(pool, dealt.size(), z.blocks() * G, input_size + size, [&](long p) {
+    if (!f.projected) {
+      unpack_sum(inputs, p, z.inputs, G, z, 0, input_depth, f.dinput);
+      unpack_sum(inputs, p, 1, G, z, z.inputs, input_depth, f.dbias);
+    }
+    unpack_sum(recurrents, p, z.units, G, z, 0, depth, f.drecurrent);
+    if (Cell::HAS_Q) unpack_sum(recurrents, p, 1, G, z, z.units, depth, own_bias.data());
+  });
+  if (Cell::HAS_Q) std::copy(own_bias.end() - z.units, own_bias.end(), f.drecurrent_bias);
 }
 
 }  // namespace flax_lstm

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "kernel.h"
 
@@ -30,16 +31,37 @@ void add_up(Pool& pool, long threads, const int* ids, const float* values, long 
   for (long id = 0; id < V; ++id)
     if (first[id + 1] > first[id]) found[count++] = id;
   std::fill(found + count, found + N, V);
+  // Each thread adds up as many values as the others. Where the next ones lie, the processor cannot foresee.
+  constexpr int AHEAD = 2;
+  const auto until = [&](long part) {  // rows found whose values begin before that part of all
+    const auto begins = [&](int id, long at) { return first[id] < at; };
+    return std::lower_bound(found, found + count, first[V] * part / threads, begins) - found;
+  };
   parallel(pool, threads, [&](long part) {
-    for (long n = N * part / threads; n < N * (part + 1) / threads; ++n) {
+    for (long n = until(part), end = until(part + 1); n < end; ++n) {
       float* sum = sums + n * F;
       std::fill(sum, sum + F, 0.0f);
-      if (n >= count) continue;
       for (int at = first[found[n]]; at < first[found[n] + 1]; ++at) {
-        const float* value = values + order[at] * F;
+        const float *value = values + order[at] * F, *next = values + order[std::min<long>(at + AHEAD, N - 1)] * F;
+        for (long i = 0; i < F; i += LINE) __builtin_prefetch(next + i);
         for (long i = 0; i < F; ++i) sum[i] += value[i];
       }
     }
+    std::fill(sums + (count + (N - count) * part / threads) * F, sums + (count + (N - count) * (part + 1) / threads) * F, 0.0f);
+  });
+}
+
+// The rows of a table that ids name, counted from its end if negative; not a number where they name none, as `jax.numpy.take` has it.
+template <class Pool>
+void take(Pool& pool, long threads, const float* table, const int* ids, long N, long V, long F, float* out) {
+  constexpr long AHEAD = 4;
+  const auto row = [&](long n) { return ids[n] < 0 ? ids[n] + V : ids[n]; };
+  share_out(pool, threads, N, N * F, [&](long n) {
+    const long next = std::clamp<long>(row(std::min(n + AHEAD, N - 1)), 0, V - 1);
+    for (long i = 0; i < F; i += LINE) __builtin_prefetch(table + next * F + i);
+    const bool known = row(n) >= 0 && row(n) < V;
+    if (known) std::copy(table + row(n) * F, table + (row(n) + 1) * F, out + n * F);
+    else std::fill(out + n * F, out + (n + 1) * F, std::numeric_limits<float>::quiet_NaN());
   });
 }
 
