@@ -93,7 +93,7 @@ void run_one(const char* name, bool reverse, bool masked, bool reset_and_time_ma
                    .y = y.data(),
                    .gates = gates.data(),
                    .kept = kept.data(),
-                   .dy = dy.data(),
+                   .dy = per_gate && reverse ? nullptr : dy.data(),
                    .dc = dc.data(),
                    .dh = dh.data(),
                    .dkept = dkept.empty() ? nullptr : dkept.data(),

@@ -31,8 +31,9 @@ LENGTHS, RESETS = np.array([T, 1]), np.zeros((B, T), bool)
 RESETS[0, 1] = True
 
 
-def layer(name: str, backend: str) -> tuple[Function, Any]:
-    """A number (weights, x) -> loss, and random weights and inputs."""
+def layer(name: str, backend: str, outputs: float = 1.0) -> tuple[Function, Any]:
+    """A number (weights, x) -> loss, and random weights and inputs. outputs: what those of all
+    steps count; the final state counts in any case."""
     rnn = RNN(CELLS[name](H), backend=backend)
     rng = np.random.default_rng(0)
     x_BTD = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
@@ -42,7 +43,7 @@ def layer(name: str, backend: str) -> tuple[Function, Any]:
     def loss(variables: Any, x_BTD: Any) -> Any:
         state, y_BTH = rnn.apply(variables, x_BTD, LENGTHS, reset_BT=RESETS)
         ends = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(state))
-        return jnp.sum(jnp.sin(y_BTH)) + ends
+        return outputs * jnp.sum(jnp.sin(y_BTH)) + ends if outputs else ends
 
     return loss, (variables, x_BTD)
 
@@ -149,9 +150,31 @@ NOT_JITTED = ("pmap", "checkify")
 @pytest.mark.parametrize("backend", ["cpu", "fused"])
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 def test_equals_that_of_the_scan(transformation: str, backend: str) -> None:
+    compare(transformation, backend, outputs=1.0)
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    ["jvp of grad (hvp)", "grad of grad", "grad of vmap", "vmap of grad", "shard_map, check_vma"],
+)
+def test_equals_it_where_the_final_state_alone_counts(transformation: str) -> None:
+    """The gradient of the outputs is then an array without elements."""
+    compare(transformation, "cpu", outputs=0.0)
+
+
+def test_no_gradient_of_zeros_is_made_of_outputs_that_do_not_count() -> None:
+    for outputs, shape in ((0.0, (0,)), (1.0, (B, T, H))):
+        loss, arguments = layer("gru", "cpu", outputs)
+        program = jax.make_jaxpr(jax.grad(loss))(*arguments)
+        (call,) = [e for e in program.eqns if e.primitive is primitives.backward_p]
+        assert call.invars[-2].aval.shape == shape  # and then the final state's
+
+
+def compare(transformation: str, backend: str, outputs: float) -> None:
+    """What a backend gives, and the scan."""
     found = {}
     for one in (backend, "scan"):
-        loss, arguments = layer("lstm", one)
+        loss, arguments = layer("lstm", one, outputs)
         whole = partial(TRANSFORMATIONS[transformation], loss)
         found[one] = (whole if transformation in NOT_JITTED else jax.jit(whole))(*arguments)
     jax.tree.map(

@@ -30,6 +30,24 @@ class Breakage(NamedTuple):
 
 
 BREAKAGES = {
+    "arrays of zeros are made for outputs that do not count": Breakage(
+        "flax_lstm/nn/recurrence/primitives.py",
+        "spares = to is backward_p and call.of.spares and not levels",
+        "spares = False",
+        "tests/test_transformations.py::test_no_gradient_of_zeros_is_made_of_outputs_that_do_not_count",
+    ),
+    "a second derivative takes a gradient without elements for one": Breakage(
+        "flax_lstm/nn/recurrence/primitives.py",
+        "jnp.zeros_like(result) if gradient.shape == NOTHING else gradient",
+        "gradient",
+        "tests/test_transformations.py::test_equals_it_where_the_final_state_alone_counts",
+    ),
+    "a word that is none is looked up as the last one": Breakage(
+        "flax_lstm/nn/recurrence/native/table.h",
+        "const bool known = row(n) >= 0 && row(n) < V;",
+        "const bool known = row(n) < V;",
+        "tests/test_tables.py::test_what_is_looked_up_is_what_jax_takes",
+    ),
     "memory is given back after the first step alone": Breakage(
         "flax_lstm/training/loop.py",
         "(shape := jax.tree.map(jnp.shape, batch)) not in shapes",

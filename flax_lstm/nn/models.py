@@ -196,9 +196,9 @@ class SequenceModel(nn.Module):
         before = state
         state, y = self.recurrent(x_BTD, lengths_B, before, deterministic=deterministic)
         if self.pool is not None:
-            y = self.pool(y, lengths_B)
+            y = self.pooled(y, state, lengths_B)
         if before is not None:
-            y = self.streamed(y, state, lengths_B)
+            y = self.streamed(y, state)
         if context_BK is not None:
             y = jnp.concatenate([y, context_BK.astype(y.dtype)], axis=-1)
         if self.dense:
@@ -240,7 +240,18 @@ class SequenceModel(nn.Module):
         deviation_D = jnp.sqrt(jnp.sum(from_mean_BTD**2, axis=(0, 1)) / count)
         return deviation_D[None, None].astype(dtype) * self.get_variable("moves", "inputs")
 
-    def streamed(self, y: Array, state: Any, lengths_B: Array) -> Array:
+    def pooled(self, y_BTH: Array, state: Any, lengths_B: Array) -> Array:
+        """What the outputs of all steps become. The last of them are in the state, where gradients
+        cost no array over time."""
+        assert self.pool is not None
+        reads = self.recurrent
+        ends = (self.pool is last_pool and streams(reads)) or (
+            self.pool is ends_pool and both_ways(reads)
+        )
+        end = last_output(reads, state) if ends else None
+        return self.pool(y_BTH, lengths_B) if end is None else end.astype(y_BTH.dtype)
+
+    def streamed(self, y: Array, state: Any) -> Array:
         """The pooled outputs of a call that goes on from another."""
         streamed = streams(self.recurrent) and self.pool in (None, last_pool)
         if not streamed or self.ngrams or self.backwards:
@@ -251,13 +262,12 @@ class SequenceModel(nn.Module):
             )
         if self.pool is None:
             return y
-        last_BH = last_output(self.recurrent, state)
-        if last_BH is None:
+        if last_output(self.recurrent, state) is None:
             raise ArgumentError(
                 "state: the last output of a row without steps is not in the state of this model "
                 "(its uppermost layer is residual, or of others); None begins anew"
             )
-        return jnp.where((lengths_B > 0)[:, None], y, last_BH.astype(y.dtype))
+        return y
 
 
 def streams(layer: Any) -> bool:
@@ -268,10 +278,19 @@ def streams(layer: Any) -> bool:
     return not isinstance(layer, Bidirectional)
 
 
+def both_ways(layer: Any) -> bool:
+    """Whether the uppermost layer reads in both directions."""
+    return isinstance(layer.layers[-1] if isinstance(layer, Stack) else layer, Bidirectional)
+
+
 def last_output(layer: Any, state: Any) -> Array | None:
-    """The last output of each row, where it is in the state of a layer."""
+    """The last output of each row, of each direction in its own order, where it is in the state of
+    a layer."""
     if isinstance(layer, Stack):
         return None if layer.residual else last_output(layer.layers[-1], state[-1])
+    if isinstance(layer, Bidirectional):
+        first, second = map(last_output, layer.directions(), state)
+        return None if first is None or second is None else jnp.concatenate([first, second], -1)
     return layer.cell.output(state) if hasattr(getattr(layer, "cell", None), "output") else None
 
 

@@ -35,7 +35,7 @@ from flax_lstm.nn.cells import (
 )
 from flax_lstm.nn.recurrence import native, rows
 from flax_lstm.nn.recurrence.int8 import Bytes
-from flax_lstm.nn.recurrence.primitives import Derivable
+from flax_lstm.nn.recurrence.primitives import NOTHING, Derivable, written_out
 
 Array = jax.Array
 TIME_MAJOR = True  # `run` takes `time_major`
@@ -289,7 +289,7 @@ def define(how: How, inputs: Inputs, marks: Marks) -> Results:
 
 # --- the kernel
 
-NONE = (0,)  # the shape of an array that is not there
+NONE = NOTHING  # the shape of an array that is not there
 
 
 def placed(array: Array | None, dtype: Any = jnp.float32) -> Array:
@@ -386,7 +386,9 @@ def backward(
 ) -> tuple[Inputs, Marks]:
     inputs, marks = arrays
     (input_DGH, recurrent_JGH, _, _), others = operands(inputs, marks)
-    y_BTH, dy, dc, dh = results.y_BTH, gradients.y_BTH, gradients.c_BH, gradients.h_BH
+    y_BTH, dy = results.y_BTH, gradients.y_BTH
+    ends = (gradients.c_BH, gradients.h_BH), (results.c_BH, results.h_BH)
+    dc, dh = jax.tree.map(written_out, *ends)
     first = (inputs.x_BTD, input_DGH, recurrent_JGH, *others)
     saves = (y_BTH, saved.gates_BTGH, placed(saved.kept_BTH))
     given = (dy, placed(dc), dh, placed(gradients.c_BTH))
@@ -406,4 +408,4 @@ def axes(how: How) -> Any:
     return (inputs, marks), Results(time, 0, 0, time), Saved(time, time)  # type: ignore[arg-type]
 
 
-recur = Derivable(define, forward, backward, statics=1, plain=plain, rows=axes)
+recur = Derivable(define, forward, backward, statics=1, plain=plain, rows=axes, spares=True)

@@ -80,6 +80,9 @@ class Derivable:
     rows(*static) -> (arrays, results, saved) with the axis over the rows of a batch in place of
     each array, -1 where an array has none; None: no two examples are put into one batch.
 
+    spares: `backward` takes `NOTHING` in the place of gradients that are zero as is known, so that
+    arrays of zeros are not made.
+
     The first `statics` arguments are hashable; arrays are trees. A definition that is the fast way
     itself, but for its derivative, is given for both.
     """
@@ -92,10 +95,11 @@ class Derivable:
         statics: int,
         plain: Callable[..., Any] | None = None,
         rows: Callable[..., Any] | None = None,
+        spares: bool = False,
     ) -> None:
         self.definition, self.forward, self.backward = definition, forward, backward
         self.plain = plain or (lambda *arguments: forward(*arguments)[0])
-        self.statics, self.rows = statics, rows
+        self.statics, self.rows, self.spares = statics, rows, spares
 
     def __call__(self, *arguments: Any) -> Any:
         static, arrays = arguments[: self.statics], arguments[self.statics :]
@@ -126,6 +130,14 @@ def varying(x: Any) -> frozenset[Any]:
     kind = jax.typeof(x)
     kind = getattr(kind, "mat", kind)
     return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
+
+
+NOTHING = (0,)  # the shape of a gradient that is zero, see `Derivable`
+
+
+def written_out(gradient: Array, result: Array) -> Array:
+    """The gradient of a result, of its shape."""
+    return jnp.zeros_like(result) if gradient.shape == NOTHING else gradient
 
 
 def is_float(x: Any) -> bool:
@@ -178,9 +190,9 @@ class Call(NamedTuple):
 
     def pull(self, *operands: Array) -> Leaves:
         """Gradients of the arrays, by the definition."""
-        leaves, _, gradients = self.split(operands, self.results.num_leaves)
+        leaves, everything, gradients = self.split(operands, self.results.num_leaves)
         define, chosen = self.of_floats(leaves)
-        return jax.vjp(define, *chosen)[1](tuple(gradients))
+        return jax.vjp(define, *chosen)[1](tuple(map(written_out, gradients, everything)))
 
     def of_floats(self, leaves: Any) -> tuple[Callable[..., Leaves], list[Array]]:
         """The definition as a function of the floating arrays alone, and those."""
@@ -366,7 +378,15 @@ def transpose(to: Primitive) -> Callable[..., Any]:
         )
         constant = operands[: len(operands) - count]
         turned = tuple(level.transposed(count) for level in levels)
-        given = alike([*constant, *map(ad.instantiate_zeros, cotangents)])
+        spares = to is backward_p and call.of.spares and not levels
+
+        def instantiate(cotangent: Any) -> Any:
+            if spares and type(cotangent) is ad.Zero:
+                aval: Any = cotangent.aval
+                return jnp.zeros(NOTHING, aval.dtype)
+            return ad.instantiate_zeros(cotangent)
+
+        given = alike([*constant, *map(instantiate, cotangents)])
         found = bind(to, *given, call=call, levels=turned)
         every = [*[None] * len(constant), *found]
         return [x if wanted else None for x, wanted in zip(every, linear, strict=True)]

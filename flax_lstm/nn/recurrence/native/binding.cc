@@ -248,7 +248,7 @@ ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats rec
   shapes.expect("outputs", y.dimensions(), over_time);
   shapes.expect("gates", gates.dimensions(), e.over_time({e.G, e.H}));
   shapes.expect("kept", kept.dimensions(), e.G > 1 ? over_time : Expected::Shape{0});
-  shapes.expect("gradient of outputs", dy.dimensions(), over_time);
+  shapes.expect("gradient of outputs", dy.dimensions(), over_time, true);
   shapes.expect("gradient of final c", dc.dimensions(), e.cell());
   shapes.expect("gradient of final h", dh.dimensions(), e.state());
   shapes.expect("gradient of every c", dkept.dimensions(), over_time, true);
@@ -278,7 +278,7 @@ ffi::Error run_backward(ffi::ThreadPool pool, Floats x, Floats input, Floats rec
       .y = y.typed_data(),
       .gates = gates.typed_data(),
       .kept = some(kept),
-      .dy = dy.typed_data(),
+      .dy = some(dy),
       .dc = some(dc),
       .dh = dh.typed_data(),
       .dkept = some(dkept),

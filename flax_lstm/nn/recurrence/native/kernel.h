@@ -831,7 +831,7 @@ struct Backward {
   const int* lengths;
   const bool* reset;
   const float *y, *gates, *kept;          // of the forward pass
-  const float *dy, *dc, *dh, *dkept;      // gradients of its outputs; dc: LSTM only, dkept (of all its c): or null
+  const float *dy, *dc, *dh, *dkept;      // gradients of its outputs; dy: or null; dc: LSTM only; dkept (of all its c): or null
   float *dx, *dinput, *drecurrent, *dbias, *drecurrent_bias, *dc0, *dh0, *dmask;
 };
 
@@ -956,7 +956,7 @@ void backward_task(const Backward& f, const Rows& mine, const Packed<Number>& we
           const Vec kept = Cell::HAS_CELL || Cell::HAS_Q ? load(f.kept + place * H + unit, left) : Vec{};
           const Vec cell = Cell::HAS_CELL ? load(c_old + unit, left) : Vec{};
           if (Cell::HAS_CELL && f.dkept) dc += load(f.dkept + place * H + unit, left);
-          const Vec dh = incoming(r, f.y + place * H, unit) + load(f.dy + place * H + unit, left);
+          const Vec dh = incoming(r, f.y + place * H, unit) + (f.dy ? load(f.dy + place * H + unit, left) : Vec{});
           store(direct + r * stride + unit, Cell::backward(gates, kept, cell, h, dh, dc, dq));
           store(dcell + r * stride + unit, dc);
           store(before + unit, tied ? h * load(tied + b * H + unit, left) : h, left);
@@ -970,7 +970,7 @@ void backward_task(const Backward& f, const Rows& mine, const Packed<Number>& we
           // What the step that is handled next, and the one before it, will read.
           const long next = place_before * H + unit, after = next + (place_before - place) * H;
           for (long g = 0; g < G; ++g) __builtin_prefetch(f.gates + (place_before * G + g) * H + unit);
-          __builtin_prefetch(f.dy + next);
+          if (f.dy) __builtin_prefetch(f.dy + next);
           __builtin_prefetch(f.y + after);
           if (Cell::HAS_CELL || Cell::HAS_Q) __builtin_prefetch(f.kept + (Cell::HAS_CELL ? after : next));
           if (f.projected)
