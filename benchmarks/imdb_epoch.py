@@ -119,10 +119,12 @@ def ours(job: Job) -> Epochs:
 
     from flax_lstm import Classification, TextModel
     from flax_lstm.data.buckets import BucketedBatches, Rows, choose_boundaries, pad
+    from flax_lstm.machine.malloc import trim_malloc
     from flax_lstm.machine.sharding import make_mesh, put_batch
     from flax_lstm.training.loop import batches
     from flax_lstm.training.optim import learning_rate, make_optimizer
     from flax_lstm.training.steps import make_steps
+    from flax_lstm.training.tables import Table, by_rows
 
     rows, mesh, task = Rows(*job.train), make_mesh(1), Classification()
     boundaries = choose_boundaries([len(ids) for ids in rows.tokens], LENGTH)
@@ -130,8 +132,10 @@ def ours(job: Job) -> Epochs:
     info = SimpleNamespace(labels=("neg", "pos"), vocabulary_size=VOCABULARY)
     model = TextModel(hidden_size=HIDDEN, embed_size=FEATURES, dense=DENSE, head_dropout=DROPOUT)
     schedule = learning_rate("constant", 1e-3, 0, 1)
+    module = task.build(model, info)
+    table = Table(weight_decay=0.0, epsilon=1e-8, clip=0.0) if by_rows(module, mesh) else None
     steps = make_steps(
-        task.build(model, info),
+        module,
         task.loss,
         lambda outputs, batch: task.measure(outputs, batch, info),
         make_optimizer("adamw", schedule, weight_decay=0.0, clip=0.0),
@@ -139,6 +143,7 @@ def ours(job: Job) -> Epochs:
         mesh,
         source[0],
         seed=job.seed,
+        table=table,
     )
     weights = job.weights
     dense, head = (
@@ -150,6 +155,7 @@ def ours(job: Job) -> Epochs:
     state = state._replace(
         params=jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, state.params)
     )
+    lengths = set()
     for epoch in range(job.epochs):
         began = time.perf_counter()
         metrics: Any = {"loss": 0.0}
@@ -157,6 +163,9 @@ def ours(job: Job) -> Epochs:
             before = metrics
             state, metrics = steps.train(state, put_batch(batch, mesh))
             float(before["loss"])  # of the step before, as the training loop reads it
+            if (length := batch.inputs.shape[1]) not in lengths:  # as the training loop does
+                lengths.add(length)
+                trim_malloc()
         jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         parts = [job.validation[n : n + BATCH] for n in range(0, len(job.validation), BATCH)]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from workloads import Work
+from workloads import Unsupported, Work
 
 from flax_lstm import RNN, Classification, GRUCell, RecurrentModel, SequenceRegression, TextModel
 from flax_lstm.data.base import Batch
@@ -43,8 +43,10 @@ def make_agent(work: Work, backend: str) -> Callable[[int], Any]:
     return make_step(work, params, lambda params, *inputs: agent.apply({"params": params}, *inputs))
 
 
-def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
+def make(work: Work, backend: str, dtype: str = "float32") -> Callable[[int], float | np.ndarray]:
     if work.workload.resets:
+        if dtype != "float32":
+            raise Unsupported("the agent's layer is timed in float32")
         return make_agent(work, backend)
     w, weights, mesh = work.workload, work.weights, make_mesh(1)
     settings: Any = {
@@ -52,6 +54,7 @@ def make(work: Work, backend: str) -> Callable[[int], float | np.ndarray]:
         "hidden_size": w.hidden,
         "bidirectional": w.bidirectional,
         "backend": backend,
+        "dtype": dtype,
     }
     task: Any
     if w.vocabulary:
