@@ -66,6 +66,11 @@ REFUSED = {
         {},
         "no time in ISO 8601; whole numbers are no times: .* unit='s'",
     ),
+    "a time that is none, before what could be years": (
+        hourly(1900 + np.arange(ROWS) % 50, HOURS.astype(str).where(HOURS[3] != HOURS, "soon")),
+        {},
+        "column 't' holds 'soon' in row 4, no time in ISO 8601; write times as",
+    ),
     "times of long ago": (hourly(times=1000 + np.arange(ROWS)), {}, "column 't' has a time before"),
     "the hour that clocks skip": (
         hourly(times=SPRING.tz_localize(None)),

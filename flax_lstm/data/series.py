@@ -242,12 +242,13 @@ class SeriesInfo(Layout):
                 f"{self.horizon} more rows, with the targets left empty and a value in every "
                 f"column known in advance: {listing(dict.fromkeys(names))}",
             )
-            for time, known_K in zip(future, known, strict=False):
-                absent = dict.fromkeys(np.array(names, object)[np.isnan(known_K)])
-                require(
-                    not absent,
-                    f"{where} has no value at {time} in columns known in advance: "
-                    f"{listing(absent)}; a forecast needs one at each of its {self.horizon} steps",
+            absent_NK = np.isnan(known[: self.horizon])
+            if absent_NK.any():
+                step = int(np.argmax(absent_NK.any(axis=1)))
+                absent = dict.fromkeys(np.array(names, object)[absent_NK[step]])
+                raise UserError(
+                    f"{where} has no value at {future[step]} in columns known in advance: "
+                    f"{listing(absent)}; a forecast needs one at each of its {self.horizon} steps"
                 )
         values = np.full((self.horizon, len(self.channels)), np.nan)
         return track._replace(

@@ -104,7 +104,7 @@ def require_one_series(frame: pd.DataFrame, time_column: str, where: str) -> Non
     if time_column or len(names) < 2:
         return
     first, second = frame.iloc[:, 0], frame.iloc[:, 1]
-    if _times_of(first[:100]) is not None:
+    if _times_of(first[:100]) is not None or not np.isnan(parse(second)[0]).all():
         return
     times = _times_of(second)
     if times is None or not times.has_duplicates:

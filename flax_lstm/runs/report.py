@@ -73,7 +73,8 @@ def report(result: dict[str, Any], folder: Workdir, console: Console) -> None:
         # A rule has no interval.
         known = ("model",) if name in OF_INTERVALS else columns
         values = [figures.get(name) if n in known else None for n, figures in columns.items()]
-        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
+        digits = ",.0f" if name == "observed" else ".4g"
+        table.add_row(name, *("-" if value is None else f"{value:{digits}}" for value in values))
     console.print(table)
     paths = (folder.result, folder.metrics, folder.config, folder.checkpoints, folder.tensorboard)
     shown = [path.name for path in paths]
