@@ -82,7 +82,7 @@ def test_other_losses_are_not_timed(monkeypatch):
     right = reference_loss(work)
 
     class Entrant:
-        is_floor = False
+        is_floor, peer = False, run.Peer("ours")
 
         def __init__(self, *losses):
             self.report, self.trouble = {"losses": losses}, {}
