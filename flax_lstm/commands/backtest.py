@@ -3,7 +3,9 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,12 @@ ABOUT = """Forecasts of a run from rolling origins over its test period, beside 
 and of a linear regression: figures over all of them, MASE for each series and step, and whether the
 model is better than the best rule (Diebold & Mariano 1995). Draws DIR/plots/backtest.png.
 
-Of several folders, or one that --seeds filled, the mean of the models is judged."""
+Of several folders, or one that --seeds filled, the mean of the models is judged.
+
+With --config it trains first, in DIR (runs/NAME by default), or resumes what is there: DIR comes
+first then, and flags with a dot, --seed and --seeds are those of train."""
+
+OF_TRAINING = ("config", "seed", "seeds")
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,21 @@ class Options:
 
 def main(arguments: Sequence[str], prog: str = "flax-lstm backtest") -> int:
     """Prints the figures; returns the exit status."""
+    training, arguments = apart(arguments)
     options = parse(Options, arguments, prog, ABOUT)
     require(options.windows >= 0, f"--windows {options.windows}: must be at least 1, or 0 for all")
     require(options.step >= 0, f"--step {options.step}: must be at least 1, or 0 for one horizon")
     if options.output is not None:
         check_output(options.output, options.overwrite)
+    folders = options.workdir
+    if training:
+        folders, status = trained(training, folders)
+        if status:
+            return status
     from flax_lstm.backtest import backtest
     from flax_lstm.inference import load
 
-    run = load(*named(options.workdir))
+    run = load(*named(folders))
     result = backtest(run, options.windows, options.step, options.refit, options.statistical)
     result.shown(options.draw)  # a time from which there is no forecast is told before all else
     report = report_of(result)
@@ -60,6 +73,37 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm backtest") -> int:
         write_table(rows, options.output)
         print(f"{len(rows)} rows in {options.output}", file=sys.stderr)
     return 0
+
+
+def apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are flags of `train` with their values, and all others."""
+    training: list[str] = []
+    others: list[str] = []
+    chosen = others
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].split("=")[0]
+            chosen = training if "." in name or name in OF_TRAINING else others
+        chosen.append(argument)
+    return training, others
+
+
+def trained(arguments: list[str], folders: tuple[Path, ...]) -> tuple[tuple[Path, ...], int]:
+    """Where a config was trained, and the exit status of that; its words go to standard error."""
+    from flax_lstm.commands import train
+    from flax_lstm.config import load_config
+
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(arguments)[0].config
+    require(
+        config is not None, f"{arguments[0]} is a flag of training: give the --config to train, too"
+    )
+    require(len(folders) < 2, "--config trains in one folder: name one DIR, or none")
+    folder = folders[0] if folders else Path("runs") / load_config(config).name
+    with redirect_stdout(sys.stderr):
+        status = train.main([*arguments, "--workdir", str(folder), "--no-test"])
+    return (folder,), status
 
 
 def report_of(result: "Backtest") -> dict[str, Any]:
