@@ -166,6 +166,24 @@ def test_the_command_prints_and_writes(panel_run, tmp_path, capsys):
     assert refused.code == 2 and "--overwrite" in refused.err
 
 
+def test_a_config_is_trained_first_or_resumed(panel_run, tmp_path, capsys):
+    same = f"backtest {tmp_path}/run --json --config {panel_run}/config.py --train.steps"
+    first = call(capsys, f"{same} 2 --windows 1 --train.eval-every 2")
+    assert first.code == 0, first.err
+    assert json.loads(first.out)["windows"] == 3  # of three series; nothing else is on stdout
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 2
+    again = call(capsys, f"{same} 4 --windows 1 --train.eval-every 2")
+    assert again.code == 0, again.err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
+    for flags, said in (
+        ("--seed 1", "--seed is a flag of training: give the --config"),
+        (f"{tmp_path} --config quickstart", "name one DIR, or none"),
+        ("--config none-such", "none-such"),
+    ):
+        refused = call(capsys, f"backtest {tmp_path}/run {flags}")
+        assert refused.code == 2 and said in refused.err
+
+
 def test_what_could_not_be_judged_is_null(panel_run, capsys):
     result = backtest(panel_run)
     counted = result.truth.counted_WNC.copy()
