@@ -5,7 +5,6 @@ import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +88,7 @@ def apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def trained(arguments: list[str], folders: tuple[Path, ...]) -> tuple[tuple[Path, ...], int]:
-    """Where a config was trained, and the exit status of that; its words go to standard error."""
+    """Where a config was trained, and the exit status of that."""
     from flax_lstm.commands import train
     from flax_lstm.config import load_config
 
@@ -101,9 +100,7 @@ def trained(arguments: list[str], folders: tuple[Path, ...]) -> tuple[tuple[Path
     )
     require(len(folders) < 2, "--config trains in one folder: name one DIR, or none")
     folder = folders[0] if folders else Path("runs") / load_config(config).name
-    with redirect_stdout(sys.stderr):
-        status = train.main([*arguments, "--workdir", str(folder), "--no-test"])
-    return (folder,), status
+    return (folder,), train.main([*arguments, "--workdir", str(folder), "--no-test"])
 
 
 def report_of(result: "Backtest") -> dict[str, Any]:
