@@ -113,6 +113,14 @@ def first_weights(seed: int) -> dict[str, Any]:
     }
 
 
+def our_params(weights: dict[str, Any]) -> dict[str, Any]:
+    dense, head = (
+        {"kernel": kernel, "bias": bias} for kernel, bias in (weights["dense"], weights["head"])
+    )
+    embed = {"embedding": weights["embedding"]}
+    return {"embed": embed, "recurrent": weights["stack"]["ours"], "dense": dense, "head": head}
+
+
 def ours(job: Job) -> Epochs:
     load_malloc().tune_malloc()
     import jax
@@ -145,12 +153,7 @@ def ours(job: Job) -> Epochs:
         seed=job.seed,
         table=table,
     )
-    weights = job.weights
-    dense, head = (
-        {"kernel": kernel, "bias": bias} for kernel, bias in (weights["dense"], weights["head"])
-    )
-    embed = {"embedding": weights["embedding"]}
-    params = {"embed": embed, "recurrent": weights["stack"]["ours"], "dense": dense, "head": head}
+    params = our_params(job.weights)
     state = steps.init()
     state = state._replace(
         params=jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, state.params)

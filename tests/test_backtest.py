@@ -176,6 +176,7 @@ def test_a_config_is_trained_first(panel_run, tmp_path, capsys):
         ("--seed 1", "--seed is a flag of training: give the --config"),
         (f"{tmp_path} --config quickstart", "name one DIR, or none"),
         ("--config none-such", "none-such"),
+        ("--config imdb_lstm", "for configs that forecast series"),
     ):
         refused = call(capsys, f"backtest {tmp_path}/run {flags}")
         assert refused.code == 2 and said in refused.err

@@ -34,7 +34,8 @@ BREAKAGES = {
         "flax_lstm/nn/recurrence/primitives.py",
         "spares = to is backward_p and call.of.spares and not levels",
         "spares = False",
-        "tests/test_transformations.py::test_no_gradient_of_zeros_is_made_of_outputs_that_do_not_count",
+        "tests/test_transformations.py::test_no_gradient_of_zeros_is_made_of_outputs_that_do_not_"
+        "count",
     ),
     "a second derivative takes a gradient without elements for one": Breakage(
         "flax_lstm/nn/recurrence/primitives.py",
@@ -58,13 +59,15 @@ BREAKAGES = {
         "flax_lstm/machine/malloc.py",
         "        malloc_trim(0)\n        make_room()\n",
         "        malloc_trim(0)\n",
-        "tests/test_malloc.py::test_the_heap_is_made_of_huge_pages_and_has_room_also_after_memory_was_given_back",
+        "tests/test_malloc.py::test_the_heap_is_made_of_huge_pages_and_has_room_also_after_memory_"
+        "was_given_back",
     ),
     "a run that needs no compiler has its embedding updated by it": Breakage(
         "flax_lstm/training/assembly.py",
         ' or config.backend not in ("auto", "cpu")',
         "",
-        "tests/test_tables.py::test_only_adamw_alone_and_an_embedding_of_its_own_are_updated_by_rows",
+        "tests/test_tables.py::test_only_adamw_alone_and_an_embedding_of_its_own_are_updated_by_"
+        "rows",
     ),
     "a loss sees what was looked up": Breakage(
         "flax_lstm/training/steps.py",
@@ -118,8 +121,8 @@ BREAKAGES = {
         "flax_lstm/training/optim.py",
         "last = max(steps // 5, 1)",
         "last = max(steps // 3, 1)",
-        "tests/test_steps.py::test_a_cooldown_is_the_last_fifth_and_what_comes_before_does_not_know_"
-        "the_length",
+        "tests/test_steps.py::test_a_cooldown_is_the_last_fifth_and_what_comes_before_does_not_"
+        "know_the_length",
     ),
     "parts of a model learn from their mean": Breakage(
         "flax_lstm/nn/models.py",
@@ -245,7 +248,8 @@ BREAKAGES = {
         "flax_lstm/data/prepared.py",
         "return self._stream.read(start, stop)[self._cut]",
         "return self._stream.read(start, stop)[: self._most]",
-        "tests/test_prepared.py::test_texts_with_labels_give_the_batches_that_they_give_from_memory",
+        "tests/test_prepared.py::test_texts_with_labels_give_the_batches_that_they_give_from_"
+        "memory",
     ),
     "files of tokens are trained from unseen": Breakage(
         "flax_lstm/data/corpus.py",
@@ -257,7 +261,8 @@ BREAKAGES = {
         "flax_lstm/data/preparing.py",
         "places = {name: place for place, name in enumerate(names)}",
         "places = {name: place for place, name in enumerate(reversed(names))}",
-        "tests/test_prepared.py::test_texts_with_labels_give_the_batches_that_they_give_from_memory",
+        "tests/test_prepared.py::test_texts_with_labels_give_the_batches_that_they_give_from_"
+        "memory",
     ),
     "a cell knows one batch axis": Breakage(
         "flax_lstm/nn/cells.py",
@@ -456,7 +461,8 @@ BREAKAGES = {
         "flax_lstm/data/windows.py",
         "        if buffer.held is not None:",
         "        if False:",
-        "tests/test_panel_data.py::test_a_look_back_that_ends_in_a_hole_knows_nothing_of_what_follows",
+        "tests/test_panel_data.py::test_a_look_back_that_ends_in_a_hole_knows_nothing_of_what_"
+        "follows",
     ),
     "a refit takes every series to end where another one does": Breakage(
         "flax_lstm/backtest.py",
@@ -606,7 +612,8 @@ BREAKAGES = {
         "flax_lstm/machine/distributed.py",
         "                if meant or not loopback:\n",
         "                if not loopback:\n",
-        "tests/test_distributed.py::test_process_0_listens_where_the_coordinator_is_named_and_nowhere_else",
+        "tests/test_distributed.py::test_process_0_listens_where_the_coordinator_is_named_and_"
+        "nowhere_else",
     ),
     "who was killed is not named": Breakage(
         "flax_lstm/machine/distributed.py",
@@ -724,7 +731,8 @@ BREAKAGES = {
         "flax_lstm/nn/recurrence/fused.py",
         'jax.lax.psum_scatter(h_BJ, "model", scatter_dimension=1, tiled=True)',
         'jax.lax.dynamic_slice_in_dim(h_BJ, jax.lax.axis_index("model") * units, units, 1)',
-        "tests/test_sharding.py::test_the_first_step_of_a_language_model_on_a_mesh_of_all_three_axes",
+        "tests/test_sharding.py::test_the_first_step_of_a_language_model_on_a_mesh_of_all_three_"
+        "axes",
     ),
     "hidden units gathered twice a step": Breakage(
         "flax_lstm/nn/recurrence/fused.py",
@@ -1211,7 +1219,8 @@ BREAKAGES = {
         "flax_lstm/nn/segments.py",
         "self.highway or not self.highway_sparse",
         "True",
-        "tests/test_models.py::test_a_sparse_highway_is_refused_without_a_highway_or_a_season_to_read",
+        "tests/test_models.py::test_a_sparse_highway_is_refused_without_a_highway_or_a_season_to_"
+        "read",
     ),
     "few series are validated on one origin": Breakage(
         "flax_lstm/data/panel.py",
@@ -1289,7 +1298,8 @@ BREAKAGES = {
         "flax_lstm/data/measures.py",
         "far_RD = np.abs(scaled_RD) > FARTHEST",
         "far_RD = np.abs(scaled_RD) > np.inf",
-        "tests/test_bad_values.py::test_a_number_that_no_figure_could_hold_is_told_by_column_and_row",
+        "tests/test_bad_values.py::test_a_number_that_no_figure_could_hold_is_told_by_column_and_"
+        "row",
     ),
     "a spread whose square is 0 divides": Breakage(
         "flax_lstm/data/measures.py",
@@ -1307,7 +1317,8 @@ BREAKAGES = {
         "flax_lstm/data/tables.py",
         "require(size < BOMB * packed,",
         "require(True,",
-        "tests/test_bad_values.py::test_what_inflates_without_end_is_refused_before_it_fills_the_memory",
+        "tests/test_bad_values.py::test_what_inflates_without_end_is_refused_before_it_fills_the_"
+        "memory",
     ),
     "half a character reaches a label": Breakage(
         "flax_lstm/data/tables.py",
@@ -1349,7 +1360,8 @@ BREAKAGES = {
         "flax_lstm/training/room.py",
         "        stored + kept <= free,",
         "        True,",
-        "tests/test_bad_values.py::test_what_does_not_fit_into_memory_is_refused_before_it_is_allocated",
+        "tests/test_bad_values.py::test_what_does_not_fit_into_memory_is_refused_before_it_is_"
+        "allocated",
     ),
     "the limit of a container does not count": Breakage(
         "flax_lstm/machine/memory.py",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from workloads import Unsupported, Work
+from workloads import Unsupported, Work, Workload
 
 from flax_lstm import RNN, Classification, GRUCell, RecurrentModel, SequenceRegression, TextModel
 from flax_lstm.data.base import Batch
@@ -43,6 +43,14 @@ def make_agent(work: Work, backend: str) -> Callable[[int], Any]:
     return make_step(work, params, lambda params, *inputs: agent.apply({"params": params}, *inputs))
 
 
+def parts(w: Workload, settings: Any) -> tuple[Any, Any, Any]:
+    """The model of these settings, the task, and what they need to know of the data."""
+    if w.vocabulary:
+        info = SimpleNamespace(labels=range(w.outputs), vocabulary_size=w.vocabulary)
+        return TextModel(**settings, embed_size=w.features), Classification(), info
+    return RecurrentModel(**settings), SequenceRegression(), SimpleNamespace(outputs=w.outputs)
+
+
 def make(work: Work, backend: str, dtype: str = "float32") -> Callable[[int], float | np.ndarray]:
     if work.workload.resets:
         if dtype != "float32":
@@ -56,13 +64,7 @@ def make(work: Work, backend: str, dtype: str = "float32") -> Callable[[int], fl
         "backend": backend,
         "dtype": dtype,
     }
-    task: Any
-    if w.vocabulary:
-        info = SimpleNamespace(labels=range(w.outputs), vocabulary_size=w.vocabulary)
-        model, task = TextModel(**settings, embed_size=w.features), Classification()
-    else:
-        info = SimpleNamespace(outputs=w.outputs)
-        model, task = RecurrentModel(**settings), SequenceRegression()
+    model, task, info = parts(w, settings)
     ones = np.ones(w.batch, np.float32)
     batches = [Batch(b.inputs, b.targets, b.lengths, ones) for b in work.batches]
     schedule = learning_rate("constant", 1e-3, 0, 1)

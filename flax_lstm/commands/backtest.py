@@ -91,6 +91,7 @@ def trained(arguments: list[str], folders: tuple[Path, ...]) -> tuple[tuple[Path
     """Where a config was trained, and the exit status of that."""
     from flax_lstm.commands import train
     from flax_lstm.config import load_config
+    from flax_lstm.tasks.forecasting import Forecasting
 
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -99,7 +100,12 @@ def trained(arguments: list[str], folders: tuple[Path, ...]) -> tuple[tuple[Path
         config is not None, f"{arguments[0]} is a flag of training: give the --config to train, too"
     )
     require(len(folders) < 2, "--config trains in one folder: name one DIR, or none")
-    folder = folders[0] if folders else Path("runs") / load_config(config).name
+    shipped = load_config(config)
+    require(
+        isinstance(shipped.task, Forecasting),
+        f"--config {config}: a backtest is for configs that forecast series, such as series_table",
+    )
+    folder = folders[0] if folders else Path("runs") / shipped.name
     return (folder,), train.main([*arguments, "--workdir", str(folder), "--no-test"])
 
 
