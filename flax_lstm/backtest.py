@@ -4,7 +4,9 @@
 Axes: W windows (a series and an origin each), N horizon, C target channels, Q quantiles.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,19 @@ import pandas as pd
 from flax_lstm.errors import listing, require
 from flax_lstm.inference import Ensemble, Run, load
 from flax_lstm.tasks.forecasting import Forecasting, naive_forecasts
-from flax_lstm.tasks.judging import Comparison, Truth, better, compare, figures, linear_of, table
+from flax_lstm.tasks.judging import Comparison, Truth, better, compare, figures, linear_of
 from flax_lstm.tasks.plots import plot_panel
 from flax_lstm.tasks.statistical import statistical_forecasts
 from flax_lstm.training.loop import fit
 
 Array = np.ndarray
+log = logging.getLogger(__name__)
 MODEL = "model"
 DRAWN = 9  # windows
+# Names of other columns.
+TAKEN = {"origin", "time", "channel", "horizon", "actual", "forecast", "ets", "arima"} | {
+    *("last_value", "seasonal_naive", "drift", "mean", "linear")
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,10 @@ class Backtest:
     windows_W: Array  # of the test split
     step: int  # steps between origins
     truth: Truth
-    forecasts: dict[str, Array]  # (W, N, C) by name, `model` first
-    quantiles: dict[str, Array]  # (W, N, C, Q), of the model where it has them
+    forecasts: dict[str, Array]  # (W, N, C) by name: the models first, then the rules
+    quantiles: dict[str, Array]  # (W, N, C, Q), of the models that have them
+    levels: dict[str, tuple[float, ...]]  # of these
+    models: tuple[str, ...] = (MODEL,)  # names; the first is the one whose data these are
 
     @property
     def series_W(self) -> Array:
@@ -49,7 +58,14 @@ class Backtest:
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Of each forecast, over all windows."""
-        return table(self.truth, self.forecasts, self.quantiles, self.task.levels)
+        return {
+            name: figures(self.truth, x, self.quantiles.get(name), self.levels.get(name, ()))
+            for name, x in self.forecasts.items()
+        }
+
+    def nominal(self) -> dict[str, float]:
+        """What the coverage of each model that has one should be."""
+        return {name: q[-1] - q[0] for name, q in self.levels.items() if len(q) > 1}
 
     def by_horizon(self) -> dict[str, list[float]]:
         """The mean absolute error of each forecast at each step, in units of MASE."""
@@ -86,41 +102,57 @@ class Backtest:
 
     def best_rule(self) -> str:
         """Which of the rules has the lowest MASE."""
-        found = self.figures()
-        return min((name for name in found if name != MODEL), key=lambda n: found[n]["mase"])
+        return self.ranked([name for name in self.forecasts if name not in self.models])[0]
 
-    def comparison(self) -> Comparison | None:
-        """The model against the best rule."""
+    def ranked(self, names: Sequence[str]) -> list[str]:
+        """These forecasts, that with the lowest MASE first."""
+        found = self.figures()
+        return sorted(names, key=lambda name: found[name]["mase"])
+
+    def comparison(self, model: str = "", other: str = "") -> Comparison | None:
+        """A model (the first, if none is named) against another forecast (the best rule)."""
         lags = -(-self.dataset.info.horizon // self.step) - 1
         stamps = self.dataset.stamps("test", self.windows_W)
         origin_W = stamps[:: self.dataset.info.horizon].asi8
-        other = self.forecasts[self.best_rule()]
-        return compare(
-            self.truth, self.forecasts[MODEL], other, self.series_W, origin_W, max(lags, 0)
-        )
+        one, two = (self.forecasts[x] for x in (model or self.models[0], other or self.best_rule()))
+        return compare(self.truth, one, two, self.series_W, origin_W, max(lags, 0))
 
     def verdict(self) -> str:
-        """A sentence on whether the model is worth its training."""
-        found, rule = self.figures(), self.best_rule()
-        ours, theirs = found[MODEL]["mase"], found[rule]["mase"]
-        outcome = self.comparison()
-        tested = "too few origins to test" if outcome is None else f"p = {outcome.p_value:.2g}"
-        if ours < theirs:
-            shown = "" if better(outcome) == "yes" else ", which may be chance"
-            return (
-                f"The model is better than {rule}: MASE {ours:.4g} against {theirs:.4g}, "
-                f"{tested}{shown}."
-            )
+        """A sentence for each model on whether it is worth its training; of several, also on
+        whether the best is better than the next."""
+        rule = self.best_rule()
+        said = [self._verdict(name, rule) for name in self.models]
+        if len(self.models) > 1:
+            best, second = self.ranked(self.models)[:2]
+            said.append(self._better(best, second, best))
+        return "\n".join(said)
+
+    def _verdict(self, model: str, rule: str) -> str:
+        found = self.figures()
+        called = "The model" if self.models == (MODEL,) else model
+        if found[model]["mase"] < found[rule]["mase"]:
+            return self._better(model, rule, called)
+        than = f"MASE {found[rule]['mase']:.4g} against {found[model]['mase']:.4g}"
+        than += "" if called != model else f" of {model}"
         return (
-            f"{rule} is as good or better: MASE {theirs:.4g} against {ours:.4g}, {tested}. Try a "
+            f"{rule} is as good or better: {than}, {_chance(self.comparison(model, rule))}. Try a "
             "longer --data.lookback (several seasons), --model.window seasonal, --model.cycle "
             "True, or columns known in advance (--data.future); or use the rule."
+        )
+
+    def _better(self, one: str, other: str, called: str) -> str:
+        found, outcome = self.figures(), self.comparison(one, other)
+        shown = "" if better(outcome) == "yes" else ", which may be chance"
+        return (
+            f"{called} is better than {other}: MASE {found[one]['mase']:.4g} against "
+            f"{found[other]['mase']:.4g}, {_chance(outcome)}{shown}."
         )
 
     def rows(self) -> pd.DataFrame:
         """Every forecast: series, origin (the first time that is forecast), time, channel, step,
         what came (empty where it was not measured), the model's forecast and quantiles, and a
-        column for each rule."""
+        column for each rule. Of several models each has columns of its own name: `NAME`, and
+        `NAME q0.1` and so on."""
         info, (windows, horizon, channels) = self.dataset.info, self.truth.actual_WNC.shape
         names = self.dataset.buffer.ids[self.series_W]
         stamps = self.dataset.stamps("test", self.windows_W)
@@ -132,14 +164,13 @@ class Backtest:
             "channel": np.tile(np.asarray(info.targets, object), windows * horizon),
             "horizon": np.tile(np.repeat(np.arange(1, horizon + 1), channels), windows),
             "actual": actual.ravel(),
-            "forecast": self.forecasts[MODEL].ravel(),
         }
-        if MODEL in self.quantiles:
-            columns |= {
-                f"q{q}": self.quantiles[MODEL][..., n].ravel()
-                for n, q in enumerate(self.task.levels)
-            }
-        columns |= {name: x.ravel() for name, x in self.forecasts.items() if name != MODEL}
+        alone = self.models == (MODEL,)
+        for name, forecast in self.forecasts.items():
+            columns["forecast" if alone and name == MODEL else name] = forecast.ravel()
+            for n, q in enumerate(self.levels.get(name, ())):
+                column = f"q{q}" if alone else f"{name} q{q}"
+                columns[column] = self.quantiles[name][..., n].ravel()
         return pd.DataFrame({name: column for name, column in columns.items() if name})
 
     def shown(self, times: Sequence[str] = ()) -> Array:
@@ -155,19 +186,24 @@ class Backtest:
         return within[np.unique(np.linspace(0, len(within) - 1, DRAWN).astype(int))]
 
     def draw(self, path: Path, times: Sequence[str] = ()) -> Path:
-        """The windows `shown`, with the best rule beside."""
+        """The windows `shown`, with the best rule beside, and other models."""
         chosen = self.shown(times)
         info, dataset = self.dataset.info, self.dataset
         past = min(info.lookback, max(2 * info.horizon, info.season))
         truth = dataset.around("test", self.windows_W[chosen], past)[..., 0]
-        shown = self.quantiles.get(MODEL, self.forecasts[MODEL][..., None])[chosen][:, :, 0]
+        first = self.models[0]
+        shown = self.quantiles.get(first, self.forecasts[first][..., None])[chosen][:, :, 0]
         titles = [
             f"{dataset.buffer.ids[s] or info.targets[0]}, from {str(t)[:16]}"
             for s, t in zip(self.series_W[chosen], self.times_WN[chosen, 0], strict=True)
         ]
-        rule = self.best_rule()
-        beside = {rule: self.forecasts[rule][chosen][..., 0]}
+        names = (*self.models[1:], self.best_rule())
+        beside = {name: self.forecasts[name][chosen][..., 0] for name in names}
         return plot_panel(titles, truth, shown, path, self.task.levels, self.task.point, beside)
+
+
+def _chance(outcome: Comparison | None) -> str:
+    return "too few origins to test" if outcome is None else f"p = {outcome.p_value:.2g}"
 
 
 def _means(sums: Array, counts: Array) -> list[float]:
@@ -192,6 +228,7 @@ def backtest(
     refit: bool = False,
     statistical: bool = False,
     data: Any = None,
+    beside: Sequence[str | Path | Run] = (),
 ) -> Backtest:
     """Forecasts of the run in `workdir`, or of what `load` gave, from origins `step` steps apart
     (0: one horizon).
@@ -201,35 +238,90 @@ def backtest(
     several runs, or a folder that `--seeds` filled, each, and the mean of what they say.
     statistical: also ETS and AutoARIMA, see `flax_lstm.tasks.statistical`.
     data: what `fit` was given as `data`, if it was.
+    beside: further runs to judge on the same windows, each by itself, under the name of its folder.
+    They may differ in all but the data, targets and horizon: rules and the scale of MASE are those
+    of the first, by its look-back and season.
     Raises UserError for a run that forecasts no series.
     """
-    run = workdir if isinstance(workdir, Run) else load(workdir)
+    runs = [x if isinstance(x, Run) else load(x) for x in (workdir, *beside)]
+    settings = [_settings(run, data) for run in runs]
+    datasets: list[Any] = [s.load(run.assets) for s, run in zip(settings, runs, strict=True)]
+    dataset = datasets[0]
+    step = step or dataset.info.horizon
+    windows_W = origins(dataset, windows, step)
+    names = _names(runs) if beside else (MODEL,)
+    forecasts, quantiles, levels = {}, {}, {}
+    for name, run, own, data_of in zip(names, runs, settings, datasets, strict=True):
+        own_W = windows_W if run is runs[0] else _same(dataset, windows_W, data_of, runs[0], run)
+        outputs, task = _forecasts(run, own, data_of, own_W, refit), config_task(run)
+        forecasts[name] = outputs[..., task.point]
+        if task.levels:
+            quantiles[name], levels[name] = outputs, task.levels
+    forecasts |= _rules(dataset, windows_W)
+    if statistical:
+        forecasts |= statistical_forecasts(dataset, windows_W)
+    task, truth = config_task(runs[0]), _truth(dataset, windows_W)
+    return Backtest(
+        task, dataset, windows_W, step, truth, forecasts, quantiles, levels, tuple(names)
+    )
+
+
+def _settings(run: Run, data: Any) -> Any:
+    """Where the data of a run are."""
     require(
         isinstance(run.config.task, Forecasting),
         f"{run.workdir}: a backtest is for runs that forecast series",
     )
-    task = config_task(run)
-    settings: Any = run.config.data if data is None else run.config.data.holding(data)
-    dataset: Any = settings.load(run.assets)
-    step = step or dataset.info.horizon
-    windows_W = origins(dataset, windows, step)
+    return run.config.data if data is None else run.config.data.holding(data)
+
+
+def _names(runs: Sequence[Run]) -> tuple[str, ...]:
+    """What the models are called: after their folders, or the paths of these where that would be
+    two of a name, or that of another column."""
+    names = [run.workdir.name for run in runs]
+    if len(set(names)) < len(names) or not TAKEN.isdisjoint(names):
+        names = [str(run.workdir.absolute()) for run in runs]
+    require(
+        len(set(names)) == len(names), f"{listing(names)}: a folder is named twice; name others"
+    )
+    return tuple(names)
+
+
+def _same(dataset: Any, windows_W: Array, other: Any, first: Run, run: Run) -> Array:
+    """The windows of another run's test split that forecast what these do. Raises UserError where
+    the two are not to be compared."""
+    pair = f"{first.workdir} and {run.workdir}"
+    for name in ("horizon", "targets"):
+        ours, theirs = (getattr(x.info, name) for x in (dataset, other))
+        require(
+            ours == theirs,
+            f"{pair} differ in data.{name}, {ours} and {theirs}: only runs that forecast the same "
+            "are compared",
+        )
+    places = {origin: n for n, origin in enumerate(_origins(other))}
+    chosen_W = np.array([places.get(origin, -1) for origin in _origins(dataset, windows_W)])
+    ours, theirs = (_truth(x, w) for x, w in ((dataset, windows_W), (other, chosen_W)))
+    known_WNC = ours.counted_WNC
+    same = (chosen_W >= 0).all() and (known_WNC == theirs.counted_WNC).all()
+    # They were scaled in float32, each by its own settings.
+    far_WNC = np.abs(ours.actual_WNC - theirs.actual_WNC) > 1e-3 * ours.scale_WC[:, None]
+    require(
+        bool(same) and not far_WNC[known_WNC].any(),
+        f"{pair} were trained on different data, or test on other times: only runs that forecast "
+        "the same are compared",
+    )
+    return chosen_W
+
+
+def _forecasts(run: Run, settings: Any, dataset: Any, windows_W: Array, refit: bool) -> Array:
+    """(W, N, C, Q) of a run, in the units of the data."""
     if refit:
         members = run.members if isinstance(run, Ensemble) else (run,)
         found = [_refitted(member, settings, dataset, windows_W) for member in members]
-        outputs = np.mean(found, axis=0)
-    else:
-        forward, size = run.forward(), min(run.config.train.batch_size, 256)
-        outputs = np.concatenate(
-            [task.original(dataset, "test", w, forward) for w in _parts(windows_W, size)]
-        )
-    rules = _rules(dataset, windows_W)
-    if statistical:
-        rules |= statistical_forecasts(dataset, windows_W)
-    forecasts = {MODEL: outputs[..., task.point], **rules}
-    quantiles = {MODEL: outputs} if task.levels else {}
-    return Backtest(
-        task, dataset, windows_W, step, _truth(dataset, windows_W), forecasts, quantiles
-    )
+        return np.asarray(np.mean(found, axis=0))
+    task, forward, size = config_task(run), run.forward(), min(run.config.train.batch_size, 256)
+    parts = _parts(windows_W, size)
+    return np.concatenate([task.original(dataset, "test", w, forward) for w in parts])
 
 
 def _parts(windows_W: Array, size: int) -> list[Array]:
@@ -265,9 +357,12 @@ def _refitted(run: Run, settings: Any, dataset: Any, windows_W: Array) -> Array:
     """The forecasts (W, N, C, Q) of runs trained anew up to each origin."""
     found: dict[int, Array] = {}
     for folder, numbers, config in _configs(run, settings, dataset, windows_W):
-        fit(config, folder, test=False, plots=False)
-        again = load(folder)
-        data: Any = config.data.load(again.assets)
+        log.info("%d of %d forecasts made; training %s", len(found), len(windows_W), folder)
+        # What is to be said of the data has been said of the first origin's.
+        with hushed() if found else nullcontext():
+            fit(config, folder, test=False, plots=False, quiet=True)
+            again = load(folder)
+            data: Any = config.data.load(again.assets)
         places = {origin: n for n, origin in enumerate(_origins(data))}
         for n, origin in zip(numbers, _origins(dataset, windows_W[numbers]), strict=True):
             require(
@@ -278,6 +373,18 @@ def _refitted(run: Run, settings: Any, dataset: Any, windows_W: Array) -> Array:
             where = np.array([places[origin]])
             found[int(n)] = config_task(again).original(data, "test", where, again.forward())[0]
     return np.stack([found[n] for n in range(len(windows_W))])
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """The package says nothing but errors meanwhile."""
+    package = logging.getLogger("flax_lstm")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def _origins(dataset: Any, windows: Any = slice(None)) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 """Rolling origins over the test period of a run."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -191,8 +192,69 @@ def test_what_could_not_be_judged_is_null(panel_run, capsys):
     steps = report["by_horizon"]["model"]
     assert steps[1] is None and all(steps[n] > 0 for n in (0, 2, 3))
     assert report["by_series"]["s0"]["model"] is None and report["by_series"]["s1"]["model"] > 0
-    show(report, "", ())
+    show(report, "")
     assert "-" in capsys.readouterr().out
+
+
+def test_models_are_compared_on_the_same_windows_under_their_own_names(
+    series_run, panel_run, tmp_path, capsys
+):
+    """Another look-back, season and objective: each forecasts as it does alone."""
+    config = load(series_run).config
+    data = replace(config.data, lookback=24, season=1)
+    other = replace(config, data=data, task=Forecasting(objective="mae"))
+    fit(other, tmp_path / "long", plots=False)
+    alone = [backtest(folder, windows=3) for folder in (series_run, tmp_path / "long")]
+    both = backtest(series_run, windows=3, beside=[tmp_path / "long"])
+    assert both.models == ("run", "long") and both.nominal().keys() == {"run"}
+    for name, single in zip(both.models, alone, strict=True):
+        np.testing.assert_array_equal(both.forecasts[name], single.forecasts["model"])
+    rows = both.rows()
+    np.testing.assert_array_equal(rows["run q0.9"], alone[0].rows()["q0.9"])
+    np.testing.assert_array_equal(rows["long"], alone[1].rows()["forecast"])
+    said = both.verdict().splitlines()
+    ours, theirs = (both.figures()[name]["mase"] for name in both.models)
+    best, second = ("run", "long") if ours < theirs else ("long", "run")
+    assert len(said) == 3 and said[2].startswith(f"{best} is better than {second}: MASE")
+
+    outcome = call(capsys, f"backtest {series_run} {tmp_path}/long --compare --json --windows 3")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["models"] == [*both.models] == [*report["diebold_mariano"]]
+    assert report["figures"]["long"]["mase"] == pytest.approx(theirs)
+    shown = call(capsys, f"backtest {series_run} {tmp_path}/long --compare --windows 3")
+    assert shown.code == 0 and "coverage of run" in shown.out and "long" in shown.out
+    for folders, said in (
+        (f"{series_run}", "two folders or more"),
+        (f"{series_run} {series_run}", "named twice"),
+        (f"{series_run} {panel_run}", "differ in data.targets"),
+    ):
+        refused = call(capsys, f"backtest {folders} --compare")
+        assert refused.code == 2 and said in refused.err
+
+
+def test_models_of_other_data_or_times_are_not_compared(series_run, tmp_path):
+    config = load(series_run).config
+    frame = config.data.read(config.data.path)
+    frame.assign(b=[1.01 * float(x) for x in frame["b"]]).to_csv(tmp_path / "b.csv", index=False)
+    other, longer = replace(config.data, path=str(tmp_path / "b.csv")), (0.6, 0.1, 0.3)
+    for name, data in (("other", other), ("longer", replace(config.data, split=longer))):
+        fit(replace(config, data=data), tmp_path / name, plots=False)
+    for one, two in ((series_run, tmp_path / "other"), (tmp_path / "longer", series_run)):
+        with pytest.raises(UserError, match="different data, or test on other times"):
+            backtest(one, beside=[two])
+    assert len(backtest(series_run, windows=2, beside=[tmp_path / "longer"]).windows_W) == 2
+
+
+def test_a_refit_says_a_line_for_each_origin(series_run, tmp_path, capsys):
+    run = shutil.copytree(series_run, tmp_path / "run")
+    outcome = call(capsys, f"backtest {run} --refit --windows 2 --json")
+    assert outcome.code == 0 and json.loads(outcome.out)["windows"] == 2
+    said = outcome.err.splitlines()
+    lines = [line.split("; ")[0] for line in said if "; training" in line]
+    assert lines == [f"{n} of 2 forecasts made" for n in (0, 1)]
+    assert not [line for line in said if line.startswith("step ") or "last_value" in line]
+    assert sum("frequency h" in line for line in said) == 1  # of the first origin's alone
 
 
 @pytest.mark.slow

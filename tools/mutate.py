@@ -488,6 +488,24 @@ BREAKAGES = {
         "variance = covariances[0] / count",
         "tests/test_judging.py::test_diebold_and_mariano_by_hand",
     ),
+    "models of a comparison are taken to forecast window by window alike": Breakage(
+        "flax_lstm/backtest.py",
+        "_same(dataset, windows_W, data_of, runs[0], run)",
+        "windows_W",
+        "tests/test_backtest.py::test_models_of_other_data_or_times_are_not_compared",
+    ),
+    "a comparison reads the data of all models as the first does": Breakage(
+        "flax_lstm/backtest.py",
+        "zip(names, runs, settings, datasets, strict=True)",
+        "zip(names, runs, settings, [dataset] * len(runs), strict=True)",
+        "tests/test_backtest.py::test_models_are_compared_on_the_same_windows_under_their_own_names",
+    ),
+    "a refit prints the progress of every training": Breakage(
+        "flax_lstm/backtest.py",
+        "plots=False, quiet=True)",
+        "plots=False)",
+        "tests/test_backtest.py::test_a_refit_says_a_line_for_each_origin",
+    ),
     "a backtest judges what was filled in": Breakage(
         "flax_lstm/tasks/judging.py",
         "(values_WNC * self.counted_WNC).sum() / count",

@@ -4,7 +4,7 @@
 import json
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ ABOUT = """Forecasts of a run from rolling origins over its test period, beside 
 and of a linear regression: figures over all of them, MASE for each series and step, and whether the
 model is better than the best rule (Diebold & Mariano 1995). Draws DIR/plots/backtest.png.
 
-Of several folders, or one that --seeds filled, the mean of the models is judged.
+Of several folders, or one that --seeds filled, the mean of the models is judged; with --compare
+each folder by itself, beside the others.
 
 With --config it trains first, in DIR (runs/NAME by default), or resumes what is there: DIR comes
 first then, and flags with a dot, --seed and --seeds are those of train."""
@@ -30,7 +31,8 @@ OF_TRAINING = ("config", "seed", "seeds")
 
 @dataclass(frozen=True)
 class Options:
-    workdir: Folders  # the folder of a run; of several the mean is judged
+    workdir: Folders  # the folder of a run; of several the mean is judged, or see --compare
+    compare: bool = False  # of several folders judge each by itself, in a column of its name
     windows: int = 0  # origins of each series, the latest; 0: all
     step: int = 0  # steps between origins; 0: one horizon
     refit: bool = False  # train anew for every origin, on what was known by then
@@ -57,14 +59,19 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm backtest") -> int:
     from flax_lstm.backtest import backtest
     from flax_lstm.inference import load
 
-    run = load(*named(folders))
-    result = backtest(run, options.windows, options.step, options.refit, options.statistical)
+    if options.compare:
+        require(len(folders) > 1, "--compare: name two folders or more; of one, leave it out")
+        run, *others = [load(folder) for folder in folders]
+    else:
+        run, others = load(*named(folders)), []
+    asked = (options.windows, options.step, options.refit, options.statistical)
+    result = backtest(run, *asked, beside=others)
     result.shown(options.draw)  # a time from which there is no forecast is told before all else
     report = report_of(result)
     if options.json:
         print(json.dumps(report))
     else:
-        show(report, result.verdict(), result.task.levels)
+        show(report, result.verdict())
     path = result.draw(run.workdir / "plots" / "backtest.png", options.draw)
     print(f"picture: {path}", file=sys.stderr)
     if options.output is not None:
@@ -113,7 +120,8 @@ def report_of(result: "Backtest") -> dict[str, Any]:
     """What is printed, ready for JSON: what could not be judged is null."""
     from flax_lstm.runs.journal import finite
 
-    outcome = result.comparison()
+    outcomes = {name: result.comparison(name) for name in result.models}
+    shown = {name: outcome and outcome._asdict() for name, outcome in outcomes.items()}
     steps = {
         name: finite({str(n): v for n, v in enumerate(x)})
         for name, x in result.by_horizon().items()
@@ -122,49 +130,53 @@ def report_of(result: "Backtest") -> dict[str, Any]:
         "windows": len(result.windows_W),
         "step": result.step,
         "observed": int(result.truth.counted_WNC.sum()),
+        "models": list(result.models),
         "figures": {name: finite(found) for name, found in result.figures().items()},
+        "nominal": result.nominal(),
         "by_series": {name: finite(found) for name, found in result.by_series().items()},
         "by_horizon": {name: list(found.values()) for name, found in steps.items()},
         "best_rule": result.best_rule(),
-        "diebold_mariano": outcome and outcome._asdict(),
+        "diebold_mariano": shown[result.models[0]] if len(shown) == 1 else shown,
     }
 
 
-def show(report: dict, verdict: str, levels: Sequence[float]) -> None:  # type: ignore[type-arg]
+def show(report: dict, verdict: str) -> None:  # type: ignore[type-arg]
     """Prints the tables and the verdict."""
     from rich.console import Console
-    from rich.table import Table
 
     console, figures = Console(), report["figures"]
-    table = Table(
-        title=f"{report['windows']} windows, {report['step']} steps apart; {report['observed']:,} "
-        "targets"
+    whole = (
+        f"{report['windows']} windows, {report['step']} steps apart; {report['observed']:,} targets"
     )
-    for heading in ("", *figures):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name in figures["model"]:
-        values = [found.get(name) for found in figures.values()]
-        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
-    console.print(table)
-    steps = Table(title="MASE by step of the horizon")
-    for heading in ("", *figures):
-        steps.add_column(heading, justify="right" if heading else "left")
-    horizon = len(report["by_horizon"]["model"])
-    for n in sorted({0, horizon // 4, horizon // 2, 3 * horizon // 4, horizon - 1}):
-        values = [found[n] for found in report["by_horizon"].values()]
-        steps.add_row(str(n + 1), *("-" if v is None else f"{v:.4g}" for v in values))
-    console.print(steps)
+    names = dict.fromkeys(name for found in figures.values() for name in found)
+    console.print(
+        _table(whole, figures, {name: [x.get(name) for x in figures.values()] for name in names})
+    )
+    by_horizon, first = report["by_horizon"], report["models"][0]
+    horizon = len(by_horizon[first])
+    steps = sorted({0, horizon // 4, horizon // 2, 3 * horizon // 4, horizon - 1})
+    rows = {str(n + 1): [found[n] for found in by_horizon.values()] for n in steps}
+    console.print(_table("MASE by step of the horizon", figures, rows))
     by_series = report["by_series"]
     if len(by_series) > 1:
-        worst = sorted(by_series, key=lambda name: -(by_series[name]["model"] or 0))
-        series = Table(title=f"MASE by series: the {min(len(worst), 10)} worst of {len(worst)}")
-        for heading in ("", *figures):
-            series.add_column(heading, justify="right" if heading else "left")
-        for name in worst[:10]:
-            values = by_series[name].values()
-            series.add_row(name, *("-" if v is None else f"{v:.4g}" for v in values))
-        console.print(series)
-    if "coverage" in figures["model"]:
-        nominal = levels[-1] - levels[0]
-        console.print(f"coverage {figures['model']['coverage']:.3f}, nominal {nominal:.3g}")
+        worst = sorted(by_series, key=lambda name: -(by_series[name][first] or 0))
+        rows = {name: [*by_series[name].values()] for name in worst[:10]}
+        title = f"MASE by series: the {len(rows)} worst of {len(worst)}"
+        console.print(_table(title, figures, rows))
+    for name, nominal in report["nominal"].items():
+        of = "" if len(report["models"]) == 1 else f" of {name}"
+        console.print(f"coverage{of} {figures[name]['coverage']:.3f}, nominal {nominal:.3g}")
     console.print(verdict, soft_wrap=True, highlight=False)
+
+
+def _table(title: str, columns: Iterable[str], rows: Mapping[str, Sequence[float | None]]) -> Any:
+    """Numbers under headings; "-" for those that are not known."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
+    return table

@@ -6,7 +6,7 @@ Axes: W windows (a series and an origin each), N horizon, C target channels, Q q
 look-back, E examples of a regression.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -193,16 +193,3 @@ def _examples(batches: Sequence[Any], channels: int) -> tuple[Array, Array]:
         inputs.append((x_BCT - last_BC1)[whole_BC])
         targets.append((y_BCN - last_BC1)[whole_BC])
     return np.concatenate(inputs), np.concatenate(targets)
-
-
-def table(
-    truth: Truth,
-    forecasts: Mapping[str, Array],
-    quantiles: Mapping[str, Array],
-    levels: Sequence[float],
-) -> dict[str, dict[str, float]]:
-    """The figures of each of the forecasts."""
-    return {
-        name: figures(truth, forecast, quantiles.get(name), levels)
-        for name, forecast in forecasts.items()
-    }

@@ -75,6 +75,7 @@ def fit(
     init_from: Origin | None = None,
     resume_with: Sequence[str] = (),
     around: Surroundings | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Trains, or resumes what `workdir` (default `runs/NAME`) holds, and returns the content of
     `result.json`.
@@ -93,12 +94,13 @@ def fit(
     same data.
     resume_with: settings that may differ from the run's, of `learning-rate`, `clip`, `seed` (of the
     order of examples and of dropout from there on) and `schedule-steps`.
+    quiet: print neither progress nor figures, which the folder and the result have.
 
     Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything
     saved.
     """
     folder = Workdir(workdir or Path("runs") / config.name)
-    console = Console(stderr=True, quiet=not is_first())
+    console = Console(stderr=True, quiet=quiet or not is_first())
     settings = config.data.absolute()
     wanted = replace(config, data=settings if data is None else settings.holding(data))
     check_parts(wanted)
