@@ -155,7 +155,7 @@ class Backtest:
         `NAME q0.1` and so on."""
         info, (windows, horizon, channels) = self.dataset.info, self.truth.actual_WNC.shape
         names = self.dataset.buffer.ids[self.series_W]
-        stamps = self.dataset.stamps("test", self.windows_W)
+        stamps = info.grid.written(self.dataset.stamps("test", self.windows_W))
         actual = np.where(self.truth.counted_WNC, self.truth.actual_WNC, np.nan)
         columns: dict[str, Any] = {
             info.id_column: np.repeat(names, horizon * channels),
@@ -191,11 +191,12 @@ class Backtest:
         info, dataset = self.dataset.info, self.dataset
         past = min(info.lookback, max(2 * info.horizon, info.season))
         truth = dataset.around("test", self.windows_W[chosen], past)[..., 0]
-        first = self.models[0]
+        first, begins = self.models[0], self.times_WN[:, 0]
+        origins = info.grid.written(pd.DatetimeIndex(begins)) if info.counted else begins
         shown = self.quantiles.get(first, self.forecasts[first][..., None])[chosen][:, :, 0]
         titles = [
             f"{dataset.buffer.ids[s] or info.targets[0]}, from {str(t)[:16]}"
-            for s, t in zip(self.series_W[chosen], self.times_WN[chosen, 0], strict=True)
+            for s, t in zip(self.series_W[chosen], origins[chosen], strict=True)
         ]
         names = (*self.models[1:], self.best_rule())
         beside = {name: self.forecasts[name][chosen][..., 0] for name in names}

@@ -64,7 +64,7 @@ REFUSED = {
     "numbers for times": (
         hourly(times=1_700_000_000 + np.arange(ROWS)),
         {},
-        "no time in ISO 8601; whole numbers are no times: .* unit='s'",
+        "no time in ISO 8601; whole numbers are no times. Where they count steps .* unit='s'",
     ),
     "a time that is none, before what could be years": (
         hourly(1900 + np.arange(ROWS) % 50, HOURS.astype(str).where(HOURS[3] != HOURS, "soon")),

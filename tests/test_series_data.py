@@ -3,6 +3,7 @@
 
 import ast
 import gzip
+import itertools
 import logging
 import math
 import threading
@@ -15,9 +16,11 @@ import pytest
 
 import flax_lstm.data.series as series_module
 from flax_lstm.data.order import EpochOrder, in_order
+from flax_lstm.data.panel import PanelTable
 from flax_lstm.data.series import SeriesDataset, SeriesTable
 from flax_lstm.data.timetable import EMBEDDED, embedded
 from flax_lstm.errors import UserError
+from flax_lstm.tasks.forecasting import Forecasting
 
 
 def hourly(rows: int, **columns: object) -> pd.DataFrame:
@@ -415,7 +418,7 @@ START = "time,a\n2024-01-01 00:00,1\n2024-01-01 01:00,2\n"
             r"'02.01.2024' in row 3, no time in ISO 8601; write times as .*--data.time-column",
         ),
         (START + ",3\n", "'' in row 3, no time in ISO 8601"),
-        ("n,a\n0,1\n1,2\n", "column 'n' holds '0' in row 1, no time"),
+        ("n,a\n0,1\n2,2\n", "column 'n' holds '0' in row 1, no time"),
         ("n,a\n1717200000,1\n1717203600,2\n", "column 'n' holds '1717200000' in row 1, no time"),
         (
             "time,a\n2024-03-31T00:00+01:00,1\n2024-03-31T03:00+02:00,2\n",
@@ -468,7 +471,7 @@ def test_errors_of_the_path(tmp_path):
         ({"time_column": "date"}, "has no column 'date'"),
         ({"targets": ("a", "a")}, "named twice"),
         ({"targets": ("a",), "inputs": ("time",)}, "named twice"),
-        ({"time_column": "a"}, "column 'a' holds"),
+        ({"time_column": "c"}, "column 'c' holds"),
         (
             {"lookback": 58},
             r"training split .* has 60 rows, too few for data.lookback 58 \+ "
@@ -595,3 +598,69 @@ def test_the_season_of_a_frequency_is_taken_only_where_it_repeats(tmp_path, stre
 @pytest.mark.parametrize("values", [[3.0] * 50, [np.nan] * 50, [1.0], []])
 def test_where_no_change_is_known_the_natural_season_stays(values):
     assert series_module.repeats([np.array(values)[:, None]], 7)
+
+
+STEPS = np.arange(1, 161)
+
+
+@pytest.mark.parametrize("panel", [False, True])
+def test_steps_that_are_counted_are_as_good_as_times(tmp_path, panel):
+    """Whole numbers and the season give the windows that hours do, without a calendar; what is
+    forecast is told in whole numbers."""
+    values = np.sin(STEPS * np.pi / 6) + 0.01 * STEPS
+    hours = pd.date_range("2024-01-01", periods=len(STEPS), freq="h")
+    found = []
+    for name, times in (("counts", STEPS), ("hours", hours)):
+        frame = pd.DataFrame({"ds": times, "y": values})
+        common = {"season": 12, "lookback": 24, "horizon": 6, "calendar": name == "counts"}
+        settings = SeriesTable(**common)
+        if panel:
+            frame, settings = frame.assign(unique_id="a"), PanelTable(**common)
+        settings = settings.holding(frame)
+        dataset = settings.load(tmp_path / name)
+        assert settings.restore(tmp_path / name) == dataset.info
+        found.append((dataset, frame))
+    (counted, frame), (timed, _) = found
+    for split in ("train", "validation", "test"):
+        assert counted.size(split) == timed.size(split)
+        ends = np.array([0, counted.size(split) - 1])
+        one, other = (x.batch(split, ends) for x in (counted, timed))
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+        phase = one.covariates.phase - other.covariates.phase
+        assert len(set(phase % 12)) == 1 and one.covariates.future is None
+    task = Forecasting()
+    forward = lambda batch: batch.targets[..., None] + 1.0  # noqa: E731
+    predicted = task.forecast(frame, counted.info, forward, 8)
+    assert predicted["time"].tolist() == [161, 162, 163, 164, 165, 166]
+    earlier = task.forecast(frame, counted.info, forward, 8, cutoffs=["100"])
+    assert earlier["cutoff"].tolist() == [100] * 6 and earlier["time"].tolist()[0] == 101
+    with pytest.raises(UserError, match="--cutoffs 0: the input begins at 1;"):
+        task.forecast(frame, counted.info, forward, 8, cutoffs=["0"])
+    with pytest.raises(UserError, match="'ds' counts steps, and holds 'soon' in row 1"):
+        task.forecast(frame, counted.info, forward, 8, cutoffs=["soon"])
+
+
+def test_which_whole_numbers_count_steps(tmp_path):
+    number = itertools.count()
+
+    def load(times, **settings):
+        frame = pd.DataFrame({"ds": times, "y": np.sin(np.arange(len(times)))})
+        return SeriesTable(**settings).holding(frame).load(tmp_path / f"{next(number)}")
+
+    info = load(STEPS, season=1).info
+    assert (info.counted, info.frequency, info.lookback, info.horizon) == (True, "step", 48, 16)
+    assert load([str(n) for n in STEPS], season=7).info.season == 7
+    years = load(1850 + STEPS, season=1).info  # as ever
+    assert not years.counted and years.frequency.startswith("Y")
+    holes = np.delete(STEPS, [40, 41])
+    with pytest.raises(UserError, match=r"2 time stamps .* every step .*2 long after 40 "):
+        load(holes, season=1)
+    assert load(holes, season=1, missing="mask").buffer.times.size == len(STEPS)
+    for times, settings, said in (
+        (STEPS, {}, "count steps .* --data.season 24, or 1 for none"),
+        (STEPS**2, {"season": 1}, "no time in ISO 8601"),
+        (STEPS, {"season": 1, "holidays": "DE"}, "data.holidays says nothing: it needs dates"),
+        (STEPS, {"season": 1, "time_zone": "UTC"}, "data.time-zone says nothing"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(times, **settings)

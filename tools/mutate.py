@@ -506,6 +506,18 @@ BREAKAGES = {
         "plots=False)",
         "tests/test_backtest.py::test_a_refit_says_a_line_for_each_origin",
     ),
+    "steps that are counted have a calendar": Breakage(
+        "flax_lstm/data/series.py",
+        "    if frequency.counted:\n        return ()\n",
+        "",
+        "tests/test_series_data.py::test_steps_that_are_counted_are_as_good_as_times",
+    ),
+    "years are taken for steps that are counted": Breakage(
+        "flax_lstm/data/timetable.py",
+        "np.median(steps) == 1 and bool(dates.isna().any())",
+        "np.median(steps) == 1",
+        "tests/test_series_data.py::test_which_whole_numbers_count_steps",
+    ),
     "a backtest judges what was filled in": Breakage(
         "flax_lstm/tasks/judging.py",
         "(values_WNC * self.counted_WNC).sum() / count",

@@ -52,7 +52,7 @@ class Frequency:
 
     @property
     def defaults(self) -> Defaults:
-        """Season, look-back and horizon where nothing else is asked for."""
+        """Season, look-back and horizon where nothing else is asked for; see also `with_season`."""
         known = {
             "W": Defaults(52, 104, 13),
             "B": Defaults(5, 60, 5),
@@ -68,6 +68,21 @@ class Frequency:
         steps = 365.25 * DAY / self.seconds  # a year
         season = round(steps) if 2 <= steps <= 53 and self.seconds > 8 * DAY else 1
         return Defaults(season, max(3 * season, 12), season if season > 1 else 4)
+
+    def with_season(self, season: int) -> Defaults:
+        """The same where the season is said: it is all that is known of steps that are counted."""
+        if self.counted and season:
+            return Defaults(season, max(4 * season, 48), season if season > 1 else 24)
+        return self.defaults
+
+    @property
+    def counted(self) -> bool:
+        """Whether times are whole numbers that count steps, kept as seconds from 1970 on."""
+        return self.name == STEP.name
+
+    def written(self, times: pd.DatetimeIndex) -> pd.Index:
+        """The times as the table has them."""
+        return pd.Index(times.as_unit("s").asi8) if self.counted else times
 
     def positions(self, times: pd.DatetimeIndex) -> Array:
         """The number of each time on the grid, counted from a fixed origin: differences are
@@ -90,9 +105,14 @@ class Frequency:
     def through(self, time: pd.Timestamp) -> str:
         """The name of the grid that a time lies on: weeks of another day than those of the name
         count from their own."""
+        if self.counted:
+            return "s"
         if self.unit == "W" and time.normalize().day_name()[:3].upper() != self.name[-3:]:
             return f"{round(self.seconds / DAY)}D"
         return self.name
+
+
+STEP = Frequency("step", 1.0)  # of whole numbers in the place of times
 
 
 def infer(times: pd.DatetimeIndex) -> Frequency:
@@ -190,7 +210,7 @@ def regular(
     report = (
         f"{int(gaps.sum())} time stamps of the grid of one row every {_plain(frequency)} are "
         f"missing, in {np.count_nonzero(gaps)} hole(s), the longest {int(gaps[longest])} long "
-        f"after {times[longest]} (row {longest + 1})"
+        f"after {frequency.written(times)[longest]} (row {longest + 1})"
     )
     rows = np.cumsum(kept) - 1
     values_GD = np.full((int(kept.sum()), values_RD.shape[1]), np.nan)

@@ -20,6 +20,7 @@ from flax_lstm.data.series import (
     SeriesDataset,
     SeriesInfo,
     absolute,
+    counts,
     cycles,
     first_rows,
     fit_columns,
@@ -168,6 +169,7 @@ class PanelTable(InMemory):
             future=fit_columns(frame, self.future, self.path),
             static=fit_columns(frame, self.static, self.path),
             time_zone=self.time_zone,
+            counted=counts(self, frame, self.time_column),
         )
 
     def _settle(self, layout: Layout, tracks: Sequence[Track], frequency: Frequency) -> SeriesInfo:

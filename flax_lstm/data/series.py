@@ -23,6 +23,8 @@ from flax_lstm.data.grid import Frequency, Missing
 from flax_lstm.data.measures import deviation, scaled
 from flax_lstm.data.memory import InMemory, absolute_path
 from flax_lstm.data.timetable import (
+    counted_times,
+    counts_steps,
     embedded,
     numeric_columns,
     read_series,
@@ -206,11 +208,12 @@ class SeriesInfo(Layout):
         later are left out. Raises UserError for what is no time, and where nothing is left."""
         require_columns(frame, (self.time_column,), "the input")
         times = self.times(frame, "the input")
-        stamp = time_like(cutoff, times, f"--cutoffs {cutoff}")
+        stamp = self.moment(cutoff, times, f"--cutoffs {cutoff}")
         known = np.asarray(times <= stamp)
         require(
             bool(known.any()),
-            f"--cutoffs {cutoff}: the input begins at {times.min()}; choose a later time",
+            f"--cutoffs {cutoff}: the input begins at {self.grid.written(times).min()}; choose a "
+            "later time",
         )
         if not self.future:
             return stamp, frame[known]
@@ -220,6 +223,12 @@ class SeriesInfo(Layout):
             begun = frame.loc[known, self.id_column].unique()
             emptied = emptied[emptied[self.id_column].isin(begun)]
         return stamp, emptied
+
+    def moment(self, written: str, times: pd.DatetimeIndex, where: str) -> pd.Timestamp:
+        """A time as a user writes it. Raises UserError for what is none."""
+        if not self.counted:
+            return time_like(written, times, where)
+        return counted_times(pd.Series([written], name=self.time_column), where)[0]
 
     def _require_fit(self, track: Track) -> None:
         where = f"series {track.id!r} of the input" if self.id_column else "the input"
@@ -305,10 +314,11 @@ class SeriesDataset(WindowDataset):
         """The windows of a split that forecast from a time on, as it is written. Raises UserError
         for what is no time, and where there is none."""
         stamps = self.stamps(split)[:: self.info.horizon]
-        found = np.flatnonzero(stamps == time_like(written, stamps, where))
+        found = np.flatnonzero(stamps == self.info.moment(written, stamps, where))
+        shown = self.info.grid.written(stamps)
         require(
             len(found) > 0,
-            f"{where}: no forecast begins then; they begin from {stamps.min()} to {stamps.max()}",
+            f"{where}: no forecast begins then; they begin from {shown.min()} to {shown.max()}",
         )
         return found
 
@@ -459,6 +469,7 @@ class SeriesTable(InMemory):
     def _layout(self, frame: pd.DataFrame) -> Layout:
         require_one_series(frame, self.time_column, self.path)
         time_column = self.time_column or str(frame.columns[0])
+        counted = counts(self, frame, time_column)
         others = self.inputs + self.future
         share = self.split[0] if max(self.split) <= 1 else self.split[0] / max(len(frame), 1)
         return Layout(
@@ -468,6 +479,7 @@ class SeriesTable(InMemory):
             missing=self.missing,
             future=fit_columns(frame[: max(int(share * len(frame)), 1)], self.future, self.path),
             time_zone=self.time_zone,
+            counted=counted,
         )
 
     def _borders(self, rows: int, lookback: int, horizon: int, season: int) -> tuple[int, ...]:
@@ -534,6 +546,19 @@ def require_sizes(table: Any) -> None:
         )
 
 
+def counts(table: Any, frame: pd.DataFrame, time_column: str) -> bool:
+    """Whether whole numbers take the place of times: where the season is said, for nothing else
+    tells it. Raises UserError for settings that need dates."""
+    counted = table.season > 0 and time_column in frame and counts_steps(frame[time_column])
+    for name in ("holidays", "time_zone"):
+        require(
+            not (counted and getattr(table, name)),
+            f"{table.path}: column {time_column!r} counts steps, of which data."
+            f"{name.replace('_', '-')} says nothing: it needs dates",
+        )
+    return counted
+
+
 def absolute(table: Any) -> Any:
     """A table's settings with an absolute path; the name of an embedded series stays."""
     return table if table.path in embedded() else replace(table, path=absolute_path(table.path))
@@ -547,6 +572,8 @@ def fit_columns(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> tupl
 
 def cycles(frequency: Frequency) -> tuple[str, ...]:
     """The cycles of the calendar that such steps can show."""
+    if frequency.counted:
+        return ()
     return tuple(name for name, length in CYCLES.items() if frequency.seconds <= length / 2)
 
 
@@ -555,7 +582,7 @@ def settle(
 ) -> tuple[int, int, int]:
     """Season, look-back and horizon: as given, or natural for the frequency, but no more than the
     rows of training and of the other splits allow, and a season only where it `repeats`."""
-    natural = frequency.defaults
+    natural = frequency.with_season(table.season)
     horizon = table.horizon or max(min(natural.horizon, others, max(train // 4, 1)), 1)
     room = max((train - horizon) // 2, 1)
     two_seasons = 2 * (table.season or natural.season)
@@ -596,7 +623,7 @@ def say(
     log.info(
         "%s: frequency %s, from %s to %s; season %d, look-back %d, horizon %d (steps; set them "
         "with --data.season, --data.lookback, --data.horizon)",
-        *(where, frequency.name, times[0], times[-1], season, lookback, horizon),
+        *(where, frequency.name, *frequency.written(times)[[0, -1]], season, lookback, horizon),
     )
 
 

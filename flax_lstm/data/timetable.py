@@ -169,9 +169,9 @@ def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeInde
             )
             if text.str.fullmatch(r"\d+").all():
                 hint = (
-                    "whole numbers are no times: make them such before, as pandas.to_datetime(t, "
-                    "unit='s') does for seconds since 1970, or, where they count steps, "
-                    "pandas.Timestamp('2000-01-01') + pandas.to_timedelta(t, unit='D')"
+                    "whole numbers are no times. Where they count steps (1, 2, 3 ...), say how "
+                    "many make a season: --data.season 24, or 1 for none; where they are seconds "
+                    "since 1970, make times of them before: pandas.to_datetime(t, unit='s')"
                 )
             raise UserError(
                 f"{where}: column {column.name!r} holds {value}, no time in ISO 8601; {hint}"
@@ -201,6 +201,32 @@ def read_times(column: pd.Series, where: str, zone: str = "") -> pd.DatetimeInde
         f"in row {listing(outside, 5)}",
     )
     return times if times.tz is not None or not zone else _localised(times, zone, where)
+
+
+def counts_steps(column: pd.Series) -> bool:
+    """Whether these are whole numbers that grow by 1 (but for holes), and neither years nor dates
+    such as 20240131."""
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return False
+    text = pd.Series(words_of(column), dtype=object)
+    if not len(text) or not text.str.fullmatch(r"-?\d{1,10}").all():
+        return False
+    steps = np.diff(np.unique(text.astype(np.int64)))
+    dates = pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True)
+    return len(steps) > 0 and np.median(steps) == 1 and bool(dates.isna().any())
+
+
+def counted_times(column: pd.Series, where: str) -> pd.DatetimeIndex:
+    """Whole numbers that count steps as times, a second each from 1970 on. Raises UserError."""
+    text = pd.Series(words_of(column), dtype=object)
+    bad = np.flatnonzero(~text.str.fullmatch(r"-?\d{1,10}").to_numpy(bool))
+    require(
+        len(bad) == 0,
+        f"{where}: column {column.name!r} counts steps, and holds "
+        f"{shown(text.iloc[bad[0]]) if len(bad) else ''} in row {listing(bad[:1] + 1)}; whole "
+        "numbers are needed, of at most ten digits",
+    )
+    return pd.DatetimeIndex(pd.to_datetime(text.astype(np.int64), unit="s"))
 
 
 def time_like(written: str, times: pd.DatetimeIndex, where: str) -> pd.Timestamp:

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from flax_lstm.data.covariates import Column
-from flax_lstm.data.grid import CHOICES, Frequency, Missing, absent, fill, infer, regular
+from flax_lstm.data.grid import CHOICES, STEP, Frequency, Missing, absent, fill, infer, regular
 from flax_lstm.data.measures import numbers
-from flax_lstm.data.timetable import read_times, require_columns, require_order
+from flax_lstm.data.timetable import counted_times, read_times, require_columns, require_order
 from flax_lstm.errors import UserError, listing, require
 
 Array = np.ndarray
@@ -57,6 +57,7 @@ class Layout:
     future: tuple[Column, ...] = ()  # known in advance
     static: tuple[Column, ...] = ()  # the same in all rows of a series
     time_zone: str = ""  # of times that are written without one
+    counted: bool = False  # the times are whole numbers that count steps
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -65,7 +66,10 @@ class Layout:
 
     def times(self, frame: pd.DataFrame, where: str) -> pd.DatetimeIndex:
         """The times of the rows. Raises UserError for what is none."""
-        return read_times(frame[self.time_column], where, self.time_zone)
+        column = frame[self.time_column]
+        if self.counted:
+            return counted_times(column, where)
+        return read_times(column, where, self.time_zone)
 
     def tracks(
         self, frame: pd.DataFrame, where: str, frequency: Frequency | None = None
@@ -90,7 +94,7 @@ class Layout:
         found = frequency is None
         if frequency is None:
             longest = max(pieces, key=lambda piece: len(piece[1]))
-            frequency = infer(times[longest[1]])
+            frequency = STEP if self.counted else infer(times[longest[1]])
         tracks, reports = [], []
         for name, rows in pieces:
             place = f"{where}, series {name!r}" if self.id_column else where

@@ -357,7 +357,8 @@ class Forecasting(Task):
             return self.forecasts(dataset, "test", windows, forward, batch_size, paths)
         parts = []
         for cutoff in cutoffs:
-            stamp, known = info.until(table, cutoff)
+            moment, known = info.until(table, cutoff)
+            stamp = info.grid.written(pd.DatetimeIndex([moment]))[0]
             part = self.forecast(known, info, forward, batch_size, paths=paths)
             early = part.loc[(part["horizon"] == 1) & (part["time"] <= stamp)]
             if len(early):
@@ -398,7 +399,7 @@ class Forecasting(Task):
         stamps = dataset.stamps(split, windows_W)
         ids = dataset.buffer.ids[dataset.series(split)[windows_W]]
         columns: dict[str, Any] = {
-            "time": stamps.repeat(channels),
+            "time": info.grid.written(stamps).repeat(channels),
             "channel": np.tile(np.asarray(info.targets, object), windows * horizon),
             "horizon": np.tile(np.repeat(np.arange(1, horizon + 1), channels), windows),
             "forecast": values[..., self.point].ravel(),
@@ -444,8 +445,9 @@ class Forecasting(Task):
         truth = np.concatenate([batch.targets[:, 0], batch.targets[-1, 1:]]).astype(np.float64)
         known = np.concatenate([batch.weights[:, 0], batch.weights[-1, 1:]]) > 0
         times = dataset.times("test", everything)
+        line = pd.DatetimeIndex(np.concatenate([times[:, 0], times[-1, 1:]]))
         plot_forecasts(
-            np.concatenate([times[:, 0], times[-1, 1:]]),
+            info.grid.written(line).to_numpy(),
             [start - windows + shown for start in starts],
             dataset.unscale(np.where(known, truth, np.nan)),
             list(self.original(dataset, "test", np.array(starts), forward)),
