@@ -90,14 +90,12 @@ def fit(
     init_from: another run, `load("runs/imdb_lm")`, to take these from, and its vocabulary as well,
     so that embeddings stay with their words.
     data: in the place of the file `config.data.path`: a DataFrame, or arrays (x, y) for
-    `Sequences`. The saved config names them by a hash of their content: a run is resumed with the
-    same data.
+    `Sequences`. The saved config names them by a hash of their content: resume with the same.
     resume_with: settings that may differ from the run's, of `learning-rate`, `clip`, `seed` (of the
     order of examples and of dropout from there on) and `schedule-steps`.
     quiet: print neither progress nor figures, which the folder and the result have.
 
-    Raises UserError for what the user can mend, Stopped after SIGTERM or Ctrl-C with everything
-    saved.
+    Raises UserError for what the user can mend, Stopped (all is saved) after SIGTERM or Ctrl-C.
     """
     folder = Workdir(workdir or Path("runs") / config.name)
     console = Console(stderr=True, quiet=quiet or not is_first())
