@@ -305,3 +305,21 @@ def test_the_curve_of_pretraining_is_that_of_the_document():
     found = made["curve"](ROOT / "results")
     assert {n: f"{x:.4f}"[1:] for n, x in found.items()} == {int(n): x for n, x in told}
     assert len(found) == 5 and made["linear"](ROOT / "results") < min(found.values())
+
+
+def test_tables_of_other_packages_are_read_with_flags_that_exist(tmp_path, monkeypatch):
+    module = runpy.run_path(str(ROOT / "benchmarks" / "held_back.py"))
+    for kind in module["KINDS"].values():
+        config = "panel_table" if kind.series else "series_table"
+        assert override(load_config(config), kind.flags.split()) is not None  # or it exits
+    kind = module["KINDS"]["sales per week, 7"]._replace(package="ships_tables")
+    folder = tmp_path / "ships_tables" / "datasets"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / kind.file).write_text("id,Date,Weekly_Sales\n1_1,2010-02-05,7\n1_3,2010-02-12,8\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    frame = module["table"](kind)
+    assert frame["unique_id"].tolist() == ["1_1", "1_3"] and frame["y"].tolist() == [7, 8]
+    assert str(frame["ds"][1]) == "2010-02-12 00:00:00"
+    with pytest.raises(SystemExit, match="pip install --no-deps none_such"):
+        module["table"](kind._replace(package="none_such"))
