@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 import flax_lstm.data.series as series_module
+from flax_lstm.data.covariates import calendar
 from flax_lstm.data.order import EpochOrder, in_order
 from flax_lstm.data.panel import PanelTable
 from flax_lstm.data.series import SeriesDataset, SeriesTable
@@ -95,7 +96,7 @@ def test_counts_of_the_ett_protocol(tmp_path):
     assert [dataset.size(s) for s in ("train", "validation", "test")] == [8449, 2785, 2785]
     batch = next(dataset.evaluation("test", 4))
     assert batch.inputs.shape == (4, 96, 7) and batch.targets.shape == (4, 96, 7)
-    assert batch.covariates is not None and batch.covariates.future.shape == (4, 192, 6)
+    assert batch.covariates is not None and batch.covariates.future.shape == (4, 192, 4)
 
 
 def test_shares_cover_every_row(table, tmp_path):
@@ -183,12 +184,14 @@ def test_forecast_steps_are_not_in_the_inputs(table, tmp_path):
 
 def test_calendar_belongs_to_its_times(table, tmp_path):
     dataset = load(table, tmp_path)
-    assert dataset.info.cycles == ("day", "week", "year") and dataset.info.covariates == 6
+    assert dataset.info.cycles == ("day",) and dataset.info.covariates == 2
     batch = dataset.train(8, 0)[1]
+    whole = pd.date_range("2024-02-27", periods=100, freq="h")
+    all_RK = calendar(whole, ("day", "week", "year"))
     for row, values in zip(
         batch.covariates.future, original(dataset, batch.inputs)[:, 0, 0], strict=True
     ):
-        times = pd.date_range("2024-02-27", periods=100, freq="h")[values : values + 8]
+        times = whole[values : values + 8]
         hour, weekday, day = times.hour, times.day_of_week, times.day_of_year
         turns = [
             hour / 24,
@@ -196,7 +199,8 @@ def test_calendar_belongs_to_its_times(table, tmp_path):
             (day - 1 + hour / 24) / 366,
         ]  # 2024 is a leap year
         expected = [f(2 * np.pi * np.asarray(t)) for t in turns for f in (np.sin, np.cos)]
-        np.testing.assert_allclose(row, np.stack(expected, 1), atol=1e-6)
+        np.testing.assert_allclose(row, np.stack(expected[:2], 1), atol=1e-6)
+        np.testing.assert_allclose(all_RK[values : values + 8], np.stack(expected, 1), atol=1e-6)
     times = dataset.times("validation")
     assert times.shape == (13, 3) and times[0][0] == np.datetime64("2024-02-27") + np.timedelta64(
         60, "h"
@@ -205,18 +209,24 @@ def test_calendar_belongs_to_its_times(table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "name", "cycles"),
+    ("step", "rows", "name", "cycles"),
     [
-        ("15min", "15min", ("day", "week", "year")),
-        ("D", "D", ("week", "year")),
-        ("W", "W-SUN", ("year",)),
-        ("MS", "MS", ("year",)),
-        ("YS", "YS-JAN", ()),
+        ("15min", 270, "15min", ()),
+        ("15min", 280, "15min", ("day",)),  # 70 % of the rows are two days and more
+        ("h", 500, "h", ("day", "week")),
+        ("D", 40, "D", ("week",)),
+        ("D", 1050, "D", ("week", "year")),
+        ("B", 760, "B", ("week", "year")),
+        ("W", 140, "W-SUN", ()),
+        ("W", 160, "W-SUN", ("year",)),
+        ("MS", 40, "MS", ("year",)),
+        ("YS", 40, "YS-JAN", ()),
     ],
 )
-def test_frequencies(tmp_path, step, name, cycles):
+def test_frequencies(tmp_path, step, rows, name, cycles):
+    """Only what comes round twice in the training rows is told of the calendar."""
     frame = pd.DataFrame(
-        {"t": pd.date_range("2000-01-01", periods=40, freq=step), "x": np.arange(40.0)}
+        {"t": pd.date_range("2000-01-01", periods=rows, freq=step), "x": np.arange(float(rows))}
     )
     table = SeriesTable(path=write(tmp_path, frame), lookback=4, horizon=3, season=2)
     dataset = load(table, tmp_path)

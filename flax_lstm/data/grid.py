@@ -69,6 +69,11 @@ class Frequency:
         season = round(steps) if 2 <= steps <= 53 and self.seconds > 8 * DAY else 1
         return Defaults(season, max(3 * season, 12), season if season > 1 else 4)
 
+    def span(self, rows: int) -> float:
+        """Seconds from the first to the last of so many rows and a step on; of business days five
+        make a week."""
+        return rows * self.seconds * (7 / 5 if self.unit == "B" else 1)
+
     def with_season(self, season: int) -> Defaults:
         """The same where the season is said: it is all that is known of steps that are counted."""
         if self.counted and season:

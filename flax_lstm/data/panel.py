@@ -68,7 +68,7 @@ class PanelTable(InMemory):
     test: int = 0  # last steps of each series that test; 0: one horizon
     # Train on the steps that validate as well, for a last run once all settings are chosen
     train_on_validation: bool = False
-    calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
+    calendar: bool = True  # tell the model the time of day, week and year, as far as they repeat
     # tell the model the holidays of a country, such as DE, or a part of it, DE-BY; empty: none
     holidays: str = ""
     # absent values: error, mask (the model is told), interpolate (in time), forward_fill, drop (the
@@ -195,7 +195,7 @@ class PanelTable(InMemory):
             naive_scale=(),
             frequency=frequency.name,
             step_seconds=frequency.seconds,
-            cycles=cycles(frequency) if self.calendar else (),
+            cycles=cycles(frequency, longest.rows - held_out) if self.calendar else (),
             holidays=self.holidays,
             masked=short or self.missing == "mask",
         )

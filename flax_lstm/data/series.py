@@ -404,7 +404,7 @@ class SeriesTable(InMemory):
     season: int = 0  # steps of a season; 0: natural for the frequency, if it repeats; 1: none
     # training, validation, test: shares, or numbers of rows
     split: tuple[float, float, float] = (0.7, 0.1, 0.2)
-    calendar: bool = True  # tell the model the time of day, week and year, as far as they vary
+    calendar: bool = True  # tell the model the time of day, week and year, as far as they repeat
     # tell the model the holidays of a country, such as DE, or a part of it, DE-BY; empty: none
     holidays: str = ""
     # absent values: error, mask (the model is told), interpolate (in time), forward_fill, drop (the
@@ -530,7 +530,7 @@ class SeriesTable(InMemory):
             naive_scale=tuple(np.where(scaled_C > 1e-6, scaled_C, 1.0).tolist()),
             frequency=frequency.name,
             step_seconds=frequency.seconds,
-            cycles=cycles(frequency) if self.calendar else (),
+            cycles=cycles(frequency, borders[1]) if self.calendar else (),
             holidays=self.holidays,
             masked=self.missing == "mask",
         )
@@ -570,11 +570,13 @@ def fit_columns(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> tupl
     return tuple(Column.fit(frame[n], where) if n in frame.columns else Column(n) for n in names)
 
 
-def cycles(frequency: Frequency) -> tuple[str, ...]:
-    """The cycles of the calendar that such steps can show."""
+def cycles(frequency: Frequency, rows: int) -> tuple[str, ...]:
+    """The cycles of the calendar that such steps can show, and that come round twice in `rows` of
+    them: the year of two months of hours would be a trend, which ends somewhere else."""
     if frequency.counted:
         return ()
-    return tuple(name for name, length in CYCLES.items() if frequency.seconds <= length / 2)
+    step, whole = frequency.seconds, frequency.span(rows)
+    return tuple(name for name, x in CYCLES.items() if step <= x / 2 and 2 * x <= whole)
 
 
 def settle(
