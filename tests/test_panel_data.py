@@ -296,3 +296,21 @@ def test_few_series_are_validated_on_many_origins(tmp_path, rows, steps):
     dataset = load(tmp_path, panel(dict.fromkeys("abc", rows)), validation=0)
     assert dataset.size("validation") == 3 * (steps - 3 + 1)
     assert dataset.size("test") == 3
+
+
+def test_a_short_series_among_long_ones_trains_and_has_a_scale_of_its_own(tmp_path, caplog):
+    """Validation takes no more of it than an eighth. One that is too short for that has the scale
+    of all that was before its test."""
+    frame = panel({"a": 800, "b": 800, "c": 60, "d": 8})
+    dataset = load(tmp_path, frame, validation=0)
+    sizes = {
+        split: np.bincount(dataset.series(split), minlength=4).tolist()
+        for split in ("train", "validation", "test")
+    }
+    # 430 rows are the median, 7 an eighth of 60, 3 a horizon.
+    assert sizes["validation"] == [51, 51, 5, 1] and sizes["test"] == [1] * 4
+    assert sizes["train"][2] == 60 - 3 - 7 - 8 - 3 + 1 and sizes["train"][3] == 0
+    assert "1 series are too short to train on and only forecast: d" in caplog.text
+    # The seasonal error of squares over 50 rows; the deviation of the first five, none of a week.
+    assert dataset.scale.std_PD[2, 0] == pytest.approx(14 * 21 + 49)
+    assert dataset.scale.std_PD[3, 0] == pytest.approx(np.std(np.arange(5) ** 2))

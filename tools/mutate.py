@@ -512,6 +512,20 @@ BREAKAGES = {
         "step <= x / 2",
         "tests/test_series_data.py::test_frequencies",
     ),
+    "validation takes a short series' rows whole": Breakage(
+        "flax_lstm/data/panel.py",
+        "np.minimum(steps, own_P)",
+        "np.full(len(tracks), steps)",
+        "tests/test_panel_data.py::test_a_short_series_among_long_ones_trains_and_has_a_scale_of_its_"
+        "own",
+    ),
+    "a series that none trains on has the scale of one row": Breakage(
+        "flax_lstm/data/panel.py",
+        "np.where(train > info.horizon, learned, before_test)",
+        "learned",
+        "tests/test_panel_data.py::test_a_short_series_among_long_ones_trains_and_has_a_scale_of_its_"
+        "own",
+    ),
     "steps that are counted have a calendar": Breakage(
         "flax_lstm/data/series.py",
         "    if frequency.counted:\n        return ()\n",

@@ -106,15 +106,18 @@ class PanelTable(InMemory):
         info = fitted or self._settle(layout, tracks, frequency)
         validation, test = self._held_out(tracks, info.horizon)
         long = [t.rows > info.horizon for t in tracks]
-        self._say_left_out(tracks, long, validation + test, info)
+        validation_P = self._validation(tracks, validation, info.horizon)
+        self._say_left_out(tracks, long, validation_P + test, info)
         tracks = [t for t, kept in zip(tracks, long, strict=True) if kept]
         require(len(tracks) > 0, f"{self.path}: no series is longer than the horizon")
         static = static[long].reset_index(drop=True) if layout.static else static
         ends = np.array([track.rows for track in tracks])
         before_test = np.maximum(ends - test, 1)
-        train = np.maximum(before_test - validation, 1)
+        train = np.maximum(before_test - validation_P[long], 1)
         learned = before_test if self.train_on_validation else train
-        scale = info.scale_of(tracks, [int(n) for n in learned])
+        # Too few rows have no scale: a series that none trains on has that of all before its test.
+        seen = np.where(train > info.horizon, learned, before_test)
+        scale = info.scale_of(tracks, [int(n) for n in seen])
         if fitted is None:
             # The largest scale of any series is the unit of sums over all of them.
             info = replace(info, std=tuple(scale.std_PD.max(axis=0).tolist()))
@@ -151,6 +154,12 @@ class PanelTable(InMemory):
         rows = int(np.median([track.rows for track in tracks]))
         wanted = min(horizon - 1 + -(-VALIDATED // len(tracks)), rows // 8)
         return self.validation or max(wanted, horizon), self.test or horizon
+
+    def _validation(self, tracks: Sequence[Track], steps: int, horizon: int) -> Array:
+        """The steps of each series that validate: as many as of the others, but no more origins
+        than its own rows allow, for a short series shall train as well."""
+        own_P = np.array([max(track.rows // 8, horizon) for track in tracks])
+        return np.full(len(tracks), steps) if self.validation else np.minimum(steps, own_P)
 
     def _layout(self, frame: pd.DataFrame) -> Layout:
         require(
@@ -201,7 +210,7 @@ class PanelTable(InMemory):
         )
 
     def _say_left_out(
-        self, tracks: Sequence[Track], long: Sequence[bool], held_out: int, info: SeriesInfo
+        self, tracks: Sequence[Track], long: Sequence[bool], held_out_P: Array, info: SeriesInfo
     ) -> None:
         short = [t.id for t, kept in zip(tracks, long, strict=True) if not kept]
         if short:
@@ -209,8 +218,10 @@ class PanelTable(InMemory):
                 "%s: %d series with no more rows than the horizon of %d are left out: %s",
                 *(self.path, len(short), info.horizon, listing(short, 5)),
             )
-        least = held_out + info.horizon + 1
-        untrained = [t.id for t in tracks if info.horizon < t.rows < least]
+        least_P = held_out_P + info.horizon + 1
+        untrained = [
+            t.id for t, n in zip(tracks, least_P, strict=True) if info.horizon < t.rows < n
+        ]
         if untrained:
             log.warning(
                 "%s: %d series are too short to train on and only forecast: %s",
