@@ -213,6 +213,10 @@ def test_predict_keeps_the_users_columns(folder, capsys, caplog):
     np.testing.assert_allclose(shares.max(1), found["probability"])
     assert found["predicted"].tolist() == np.array(["bad", "good"])[shares.argmax(1)].tolist()
     assert "nothing to read in 1 row(s), 2" in caplog.text
+    holes = run.predict(table.assign(text=["a fine", None, "dull b"]))
+    assert holes["probability"].tolist() == found["probability"].tolist()
+    table.to_csv(folder / "asked.csv", index=False)  # the empty text is an empty field
+    assert run.config.data.read(folder / "asked.csv")["n"].tolist() == ["1", "2", "3"]
     again = run.predict(found)
     assert again["predicted_input"].tolist() == found["predicted"].tolist()
     assert main(["predict", str(folder / "run"), "--text", " "]) == 0

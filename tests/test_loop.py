@@ -399,4 +399,17 @@ def test_a_forecaster_that_loses_to_a_rule_is_told_what_to_try():
     assert "--model.window seasonal" in beaten(result)
     assert beaten({**result, "test": {"mase": 1.0}}) == ""
     assert beaten({**result, "test": None}) == ""  # validation it is
-    assert beaten({**result, "task": "Classification"}) == ""
+    assert beaten({**result, "task": "LanguageModeling"}) == ""
+
+
+def test_a_classifier_that_loses_to_the_linear_model_is_told_what_to_try():
+    rows = {"majority": {"accuracy": 0.5}, "linear": {"accuracy": 0.9}}
+    figures = {"accuracy": 0.88}
+    result = {"task": "Classification", "test": None, "validation": figures, "baselines": rows}
+    assert beaten(result).startswith("linear is as good or better: accuracy 0.9 against 0.88.")
+    assert "--model.ngrams 3" in beaten(result)
+    assert beaten({**result, "test": {"accuracy": 0.91}}) == ""
+    alone = beaten(
+        {**result, "test": {"accuracy": 0.4}, "baselines": {"majority": {"accuracy": 0.5}}}
+    )
+    assert alone.startswith("majority is as good") and "f1 and auc" in alone

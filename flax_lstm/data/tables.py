@@ -274,9 +274,12 @@ def column(frame: pd.DataFrame, name: str, path: str | Path, flag: str) -> list[
     return values
 
 
-def text_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:
+def text_values(frame: pd.DataFrame, name: str, path: str | Path, blank: bool = False) -> list[str]:
     """The texts of a column, or of several, `title+body`, joined by line ends, of which one may be
-    empty. Raises UserError if it is not there, has empty values, or holds anything but text."""
+    empty. Raises UserError if it is not there, has empty values, or holds anything but text.
+
+    blank: an empty value is an empty text, as in rows that only ask for an answer.
+    """
     parts = name.split("+")
     if name not in frame and all(part in frame for part in parts):
         filled = frame[parts].astype(object).where(frame[parts].notna(), "")
@@ -285,6 +288,8 @@ def text_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:
             check_text(filled[part].tolist(), part, path)
         joined = ["\n".join(value for value in row if value) or None for row in rows]
         frame = pd.DataFrame({name: pd.Series(joined, dtype=object)})
+    if blank and [*frame.columns].count(name) == 1:
+        frame = frame.assign(**{name: frame[name].astype(object).where(frame[name].notna(), "")})
     values = column(frame, name, path, "data.text-column")
     check_text(values, name, path)
     return values

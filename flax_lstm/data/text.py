@@ -70,7 +70,7 @@ class TextForm(VocabularyInfo):
 
     def inputs(self, table: pd.DataFrame) -> list[str]:
         """The texts in a table of new inputs."""
-        return text_values(table, self.text_column, "the input")
+        return text_values(table, self.text_column, "the input", blank=True)
 
     def cut(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
@@ -430,7 +430,7 @@ class TextData(Corpus):
             frame = pd.DataFrame({self.text_column: pd.Series(list(inputs), dtype=object)})
         require(len(frame) > 0, "predict was given no text")
         frame = with_names(frame, "the input")
-        text_values(frame, self.text_column, "the input")
+        text_values(frame, self.text_column, "the input", blank=True)
         return frame
 
     def labelled(self, path: Path, assets: Path) -> TextDataset:
@@ -444,7 +444,8 @@ class TextData(Corpus):
         """New texts for predictions: a table with the training table's text column, and any
         others."""
         frame = read_table(expanded(path))
-        text_values(frame, self.text_column, path)  # says what is wrong with it, if anything
+        # says what is wrong with it, if anything
+        text_values(frame, self.text_column, path, blank=True)
         return frame
 
 

@@ -52,6 +52,18 @@ def device_name() -> str:
     return f"{devices[0].device_kind} x {len(devices)}{cores}"
 
 
+# What to try where a rule has the better figure
+TO_TRY = {
+    ("mase", ""): "a longer --data.lookback (several seasons), --model.window seasonal, "
+    "--model.cycle True, or columns known in advance (--data.future); flax-lstm backtest DIR says "
+    "more. A series close to a random walk has nothing to learn: take the rule.",
+    ("accuracy", "linear"): "--model.ngrams 3, or a language model of your own texts before "
+    "(--config text_lm, then --init-from): docs/text.md. Else take the linear model.",
+    ("accuracy", ""): "more --train.steps or another --train.learning-rate; where the classes are "
+    "uneven, look at f1 and auc, which the majority does not have.",
+}
+
+
 def conditions() -> dict[str, Any]:
     """What the numbers of a run depend on to the last bit, beside its config, data and backend."""
     cores = len(os.sched_getaffinity(0))
@@ -109,18 +121,17 @@ def report_seeds(results: Sequence[dict[str, Any]], folder: Path, console: Conso
 
 
 def beaten(result: dict[str, Any]) -> str:
-    """What to say where a forecaster loses to a naive rule, and what to try; empty elsewhere."""
+    """What to say where a model loses to a rule or to the linear one, and what to try; else
+    empty."""
     figures = result["test"] or result["validation"]
-    if result.get("task") != "Forecasting" or figures.get("mase") is None:
-        return ""
-    rules = {name: found.get("mase") for name, found in result["baselines"].items()}
-    known = {name: value for name, value in rules.items() if value is not None}
-    name = min(known, key=lambda n: known[n], default="")
-    if not name or known[name] > figures["mase"]:
-        return ""
-    return (
-        f"{name} is as good or better: mase {known[name]:.4g} against {figures['mase']:.4g}. Try "
-        "a longer --data.lookback (several seasons), --model.window seasonal, --model.cycle True, "
-        "or columns known in advance (--data.future); flax-lstm backtest "
-        "DIR says more. A series close to a random walk has nothing to learn: take the rule."
+    judged, sign = {"Forecasting": ("mase", 1), "Classification": ("accuracy", -1)}.get(
+        result.get("task", ""), ("", 1)
     )
+    own = figures.get(judged)
+    rules = {name: found.get(judged) for name, found in result["baselines"].items()}
+    known = {name: value for name, value in rules.items() if value is not None}
+    name = min(known, key=lambda n: sign * known[n], default="")
+    if own is None or not name or sign * known[name] > sign * own:
+        return ""
+    said = f"{name} is as good or better: {judged} {known[name]:.4g} against {own:.4g}. Try "
+    return said + TO_TRY.get((judged, name), TO_TRY[judged, ""])
