@@ -2,6 +2,7 @@
 with (docs/text.md).
 
     python train.py --config text_lm --data.path unlabelled.csv --data.text-column text
+    python train.py --config text_lm --data.path corpus.txt  # a text in each line
     python train.py --config text_table --data.path labelled.csv --init-from runs/text_lm
     --model.bidirectional False --model.hidden-size 256 --model.pooling concat
 

@@ -399,7 +399,13 @@ def test_a_forecaster_that_loses_to_a_rule_is_told_what_to_try():
     assert "--model.window seasonal" in beaten(result)
     assert beaten({**result, "test": {"mase": 1.0}}) == ""
     assert beaten({**result, "test": None}) == ""  # validation it is
-    assert beaten({**result, "task": "LanguageModeling"}) == ""
+    assert beaten({**result, "task": "Classification"}) == ""  # its figures have no mase
+
+
+def test_a_language_model_that_loses_to_the_counts_of_words_is_told_what_to_try():
+    worse, words = {"perplexity": 92.0}, {"unigram": {"perplexity": 87.0}}
+    language = {"task": "LanguageModeling", "test": worse, "validation": worse, "baselines": words}
+    assert beaten(language).startswith("unigram is as good or better: perplexity 87 against 92.")
 
 
 def test_a_classifier_that_loses_to_the_linear_model_is_told_what_to_try():

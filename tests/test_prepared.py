@@ -72,6 +72,21 @@ def test_every_kind_of_file_gives_its_texts(corpus):
     assert numbers[:120] == [*range(120)] and sorted(numbers) == [*range(200)]
 
 
+def test_a_plain_text_has_a_document_in_each_line(tmp_path):
+    """As corpora of language models are; in a folder a file is one document."""
+    lines = [f"{n} words of a line" for n in range(40)]
+    plain, packed = tmp_path / "corpus.txt", tmp_path / "corpus.txt.gz"
+    plain.write_text("\n\n".join(lines) + "\n \n")
+    packed.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+    for path in (plain, packed):
+        assert [*stream_documents(path, "text")] == lines
+        shares = LanguageTable(path=str(path)).source.splits()
+        assert sorted(t for part in shares.values() for t in part.texts) == sorted(lines)
+    assert len([*stream_documents(tmp_path, "text")]) == 2
+    with pytest.raises(UserError, match="does not exist"):
+        stream_documents(tmp_path / "other.txt", "text")
+
+
 def test_tokens_counts_and_judged_documents_are_those_from_memory(corpus, tmp_path):
     folder, data = corpus
     whole = data.load(tmp_path / "memory")

@@ -20,12 +20,15 @@ ROWS = 4_096  # of a table that are read at once
 
 
 def stream_documents(path: Path, text_column: str) -> Iterator[str]:
-    """The texts of a table, or of all files below a folder in the order of their paths: `.txt`
-    (one text), `.jsonl` and `.ndjson` (one a line), each also as `.gz`, and Parquet. CSV and TSV
-    are read whole.
+    """The texts of a table, of the lines of a `.txt` file, or of all files below a folder in the
+    order of their paths: `.txt` (one text there), `.jsonl` and `.ndjson` (one a line), each also as
+    `.gz`, and Parquet. CSV and TSV are read whole.
 
     Raises UserError for what cannot be read, with the file and its line or row.
     """
+    if is_plain_text(path):
+        plain_file(path)
+        return (line.strip() for _, line in _lines(path))
     if not path.is_dir():
         return _texts(path, text_column)
     kinds = (".txt", *LINES, *PARQUET)
@@ -35,6 +38,11 @@ def stream_documents(path: Path, text_column: str) -> Iterator[str]:
             f"{path} holds no file of texts: {listing(('.txt', *LINES, *PARQUET))}, also as .gz"
         )
     return (text for file in files for text in _texts(file, text_column))
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a path is of one file that has a text in each line."""
+    return kind(path) == ".txt" and not path.is_dir()
 
 
 def kind(path: Path) -> str:
@@ -61,22 +69,27 @@ def _checked(frame: pd.DataFrame, column: str, path: Path, first: int) -> list[s
     return text_values(frame, column, f"{path}, rows from {first:,} on")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Some objects at a time, with the number of the first of them."""
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers from 1."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    rows: list[dict[str, Any]] = []
-    first = 1
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                rows.append(_object(line, path, number))
-                if len(rows) == ROWS:
-                    yield first, rows
-                    first, rows = first + ROWS, []
+                if line.strip():
+                    yield number, line
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Some objects at a time, with the number of the first of them."""
+    rows: list[dict[str, Any]] = []
+    first = 1
+    for number, line in _lines(path):
+        rows.append(_object(line, path, number))
+        if len(rows) == ROWS:
+            yield first, rows
+            first, rows = first + ROWS, []
     if rows:
         yield first, rows
 

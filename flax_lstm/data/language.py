@@ -14,7 +14,7 @@ import numpy as np
 
 from flax_lstm.data.base import Batch, BatchSource
 from flax_lstm.data.corpus import LONGEST, Corpus, VocabularyInfo, check_sizes
-from flax_lstm.data.documents import stream_documents
+from flax_lstm.data.documents import is_plain_text, stream_documents
 from flax_lstm.data.imdb import ImdbDocuments, ImdbSource
 from flax_lstm.data.memory import InMemory, in_memory
 from flax_lstm.data.order import permutation
@@ -263,13 +263,15 @@ class ImdbLanguage(LanguageData):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageTable(LanguageData, InMemory):
-    """Your own documents: the text column of a table, or all files of texts below a folder, which
-    are .txt, .jsonl and .ndjson, each also as .gz, and .parquet."""
+    """Your own documents: the text column of a table, the lines of a .txt file, or all files of
+    texts below a folder, which are .txt (one text there), .jsonl and .ndjson, each also as .gz, and
+    .parquet."""
 
     below: ClassVar[tuple[str, ...]] = ("**/*",)
     paths: ClassVar[tuple[str, ...]] = (*LanguageData.paths, "path", "test_path")
 
-    # table (.csv .tsv .jsonl .ndjson .parquet), folder of files, or folder of train/ and test/ such
+    # table (.csv .tsv .jsonl .ndjson .parquet), .txt with a text in each line, folder of files, or
+    # folder of train/ and test/ such
     path: str = ""
     # Column of the table with the texts; a name such as title+body joins two columns
     text_column: str = "text"
@@ -288,7 +290,7 @@ class LanguageTable(LanguageData, InMemory):
         return DocumentSource(*files, shares, self.split_seed, self._texts, self.text_column)
 
     def _texts(self, path: Path) -> Texts:
-        if path.is_dir():
+        if path.is_dir() or is_plain_text(path):
             return Texts.unlabelled([*stream_documents(path, self.text_column)])
         frame = self.held() if in_memory(path) else read_table(path)
         return Texts.unlabelled(text_values(frame, self.text_column, path))

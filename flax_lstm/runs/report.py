@@ -52,6 +52,13 @@ def device_name() -> str:
     return f"{devices[0].device_kind} x {len(devices)}{cores}"
 
 
+# The figure of a task that rules are compared by, and 1 where less is better, else -1
+JUDGED = {
+    "Forecasting": ("mase", 1),
+    "Classification": ("accuracy", -1),
+    "LanguageModeling": ("perplexity", 1),
+}
+
 # What to try where a rule has the better figure
 TO_TRY = {
     ("mase", ""): "a longer --data.lookback (several seasons), --model.window seasonal, "
@@ -61,6 +68,7 @@ TO_TRY = {
     "(--config text_lm, then --init-from): docs/text.md. Else take the linear model.",
     ("accuracy", ""): "more --train.steps or another --train.learning-rate; where the classes are "
     "uneven, look at f1 and auc, which the majority does not have.",
+    ("perplexity", ""): "more --train.steps, or more texts.",
 }
 
 
@@ -124,9 +132,7 @@ def beaten(result: dict[str, Any]) -> str:
     """What to say where a model loses to a rule or to the linear one, and what to try; else
     empty."""
     figures = result["test"] or result["validation"]
-    judged, sign = {"Forecasting": ("mase", 1), "Classification": ("accuracy", -1)}.get(
-        result.get("task", ""), ("", 1)
-    )
+    judged, sign = JUDGED.get(result.get("task", ""), ("", 1))
     own = figures.get(judged)
     rules = {name: found.get(judged) for name, found in result["baselines"].items()}
     known = {name: value for name, value in rules.items() if value is not None}
