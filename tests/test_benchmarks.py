@@ -101,6 +101,27 @@ def test_other_losses_are_not_timed(monkeypatch):
     ]
 
 
+def test_an_epoch_of_imdb_teaches_pytorch_what_it_teaches_ours(monkeypatch):
+    """Batches, their order, the update of the table by rows, clipping and padding are the same, so
+    that only dropout tells them apart."""
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import imdb_epoch
+
+    kept = types.SimpleNamespace(tune_malloc=lambda: True)
+    monkeypatch.setattr(imdb_epoch, "load_malloc", lambda: kept)
+    sizes = {"LENGTH": 24, "VOCABULARY": 40, "FEATURES": 8, "HIDDEN": 8, "DENSE": 8, "BATCH": 4}
+    for name, value in {**sizes, "DROPOUT": 0.0, "CLIP": 0.02}.items():
+        monkeypatch.setattr(imdb_epoch, name, value)
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(1, 40, n).astype(np.int32) for n in generator.integers(1, 25, 30)]
+    train = imdb_epoch.Reviews(rows, generator.integers(0, 2, 30).astype(np.int32))
+    job = imdb_epoch.Job(train, rows[:5], imdb_epoch.first_weights(0), 3, 0)
+    ours, theirs = ([y for _, y in learn(job)] for learn in (imdb_epoch.ours, imdb_epoch.torch_))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    assert np.abs(ours[2] - ours[0]).max() > 0.01
+
+
 def test_operations_are_those_of_the_products_written_out(monkeypatch):
     """Of the floor, which multiplies what every implementation has to: full rows in two layers,
     real inputs, both directions, and outputs alone."""
