@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import small_runs
 
@@ -76,3 +77,20 @@ def test_explain_from_the_command_line(run, tmp_path, capsys):
         (["--text", " "], "no words"),
     ):
         assert main([*command, *flags]) == 2 and said in capsys.readouterr().err
+
+
+def test_predict_says_which_words_its_answers_rest_on(run, tmp_path, capsys):
+    """What `explain` says of each; an empty text has none."""
+    found = run.explain(TEXT)
+    expected = [[w, round(c, 4)] for w, c in zip(found.words, found.contributions, strict=True)]
+    command = ["predict", str(run.workdir), "--explain"]
+    assert main([*command, "--text", TEXT]) == 0
+    assert json.loads(capsys.readouterr().out)["words"] == expected
+    asked, answered = tmp_path / "asked.csv", tmp_path / "answered.csv"
+    pd.DataFrame({"text": [TEXT, ""], "words": [4, 0]}).to_csv(asked, index=False)
+    assert main([*command, "--input", str(asked), "--output", str(answered)]) == 0
+    table = pd.read_csv(answered)
+    assert [json.loads(cell) for cell in table["words"]] == [expected, []]
+    assert table["words_input"].tolist() == [4, 0]
+    assert main([*command, "--prompt", "a"]) == 2
+    assert "--explain: of what a classifier answers" in capsys.readouterr().err

@@ -65,6 +65,16 @@ def test_a_run_with_another_vocabulary_is_refused(folder):
         data.inherit(folder / "language" / "assets", folder / "other" / "assets")
 
 
+def test_other_shapes_are_told_with_the_settings_that_fit(folder, capsys):
+    config = classifier(folder)
+    width = config.model.hidden_size
+    config = replace(config, model=replace(config.model, hidden_size=2 * width, embed_size=3))
+    with pytest.raises(UserError, match="none fits the model"):
+        fit(config, folder / "wider", plots=False, init_from=load(folder / "language"))
+    told = capsys.readouterr().err
+    assert f"language has weights of other shapes: --model.hidden-size {width} --model.emb" in told
+
+
 def test_from_the_command_line(folder, capsys):
     save_config(classifier(folder), folder / "settings.py")
     cli = ["train", "--config", str(folder / "settings.py"), "--workdir", str(folder / "cli")]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flax_lstm.commands.grammar import Folders, named, parse
 from flax_lstm.commands.tables import check_output, write_table
 from flax_lstm.errors import require
@@ -34,6 +36,8 @@ class Options:
     output: Path | None = None  # where to write: .csv, .tsv, .jsonl or .parquet
     cutoffs: tuple[str, ...] = ()  # forecast from these times, instead of the end of the table
     paths: bool = False  # write the sample paths as well, of a model that draws them
+    # say which words each answer rests on (flax-lstm explain: of one text, also in colours)
+    explain: bool = False
     prompt: str | None = None  # the beginning of a text
     tokens: int = 100  # words at most that follow the prompt
     temperature: float = 1.0  # below 1: likelier words more often; 0: always the likeliest
@@ -50,6 +54,10 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
     """Predicts; returns the exit status."""
     options = parse(Options, arguments, prog, ABOUT)
     ways = [way for way in (options.text, options.input, options.prompt) if way is not None]
+    require(
+        not options.explain or options.prompt is None,
+        "--explain: of what a classifier answers, --text or --input",
+    )
     require(
         len(ways) == 1 and (options.input is None) == (options.output is None),
         "give either --text TEXT, or --prompt TEXT, or --input FILE and --output FILE",
@@ -68,15 +76,52 @@ def main(arguments: Sequence[str], prog: str = "flax-lstm predict") -> int:
         drawn = (options.temperature, options.top_p, options.seed)
         print(run.generate(options.prompt, options.tokens, *drawn, options.checkpoint))
     elif options.text is not None:
-        print(json.dumps(classify(run, options.text, options.checkpoint)))
+        answer = classify(run, options.text, options.checkpoint)
+        if options.explain:
+            answer["words"] = contributions(run, [options.text], options.checkpoint)[0]
+        print(json.dumps(answer))
     else:
-        assert options.output is not None and options.input is not None
-        result = run.predict(
-            run.config.data.read(options.input), options.checkpoint, options.cutoffs, options.paths
-        )
-        write_table(result, options.output)
-        print(f"{len(result)} rows in {options.output}", file=sys.stderr)
+        answer_table(run, options)
     return 0
+
+
+def answer_table(run: "Run", options: Options) -> None:
+    """Writes the answers beside the rows of a table."""
+    from flax_lstm.tasks.base import beside
+
+    assert options.output is not None and options.input is not None
+    table = run.config.data.read(options.input)
+    if options.explain:
+        require_explicable(run)
+    result = run.predict(table, options.checkpoint, options.cutoffs, options.paths)
+    if options.explain:
+        found = contributions(run, run.info.inputs(table), options.checkpoint)
+        result = beside(result, {"words": [json.dumps(words) for words in found]})
+    write_table(result, options.output)
+    print(f"{len(result)} rows in {options.output}", file=sys.stderr)
+
+
+def require_explicable(run: "Run") -> None:
+    from flax_lstm.data.text import TextInfo
+
+    require(
+        isinstance(run.info, TextInfo),
+        f"--explain: {run.workdir} is no classifier of texts with one label each",
+    )
+
+
+def contributions(run: "Run", texts: Sequence[str], checkpoint: str) -> list[list[Any]]:
+    """Of each text its words, each with what it adds to the log-probability of the answer; of a
+    text without words nothing."""
+    require_explicable(run)
+    found = [
+        run.explain(t, checkpoint=checkpoint) if len(i) else None
+        for t, i in zip(texts, run.info.encode(texts), strict=True)
+    ]
+    return [
+        [] if f is None else [*zip(f.words, np.round(f.contributions, 4).tolist(), strict=True)]
+        for f in found
+    ]
 
 
 def classify(run: "Run", text: str, checkpoint: str) -> dict[str, Any]:

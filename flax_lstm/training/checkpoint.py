@@ -440,7 +440,7 @@ def initial_params(state: TrainState, params: Any) -> tuple[TrainState, str]:
     lines += [f"  {name} {np.shape(given[name])}: not used" for name in given if name not in taken]
     told = f"params: {len(taken)} of the model's {len(ours)} arrays begin as given"
     told += "".join(f"\n{line}" for line in lines[:20])
-    require(bool(taken), f"params: none fits the model by path and shape:\n{listing(lines)}")
+    require(bool(taken), "params: none fits the model by path and shape:\n" + "\n".join(lines[:8]))
 
     def begin(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

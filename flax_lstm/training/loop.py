@@ -112,7 +112,7 @@ def fit(
         else:
             # Ids before the data are encoded, weights once there are steps.
             first_then_all(partial(take_words, config, words, init_from, folder.assets))
-            params = params if init_from is None else init_from.params()
+            params = params if init_from is None else weights_of(init_from, config, console)
             session = Session(config, folder, own, console, around or Surroundings())
             with session.checkpoints, session.begin(params) as journal:
                 session.train(journal, signals, Profiler(own.profile) if profile else None)
@@ -150,6 +150,24 @@ def check_direction(config: Config, init_from: Origin) -> None:
         f"{init_from.workdir} reads texts {'backwards' if theirs else 'forwards'}: begin with a "
         f"run that reads as this one, or give --{part}.backwards {theirs}",
     )
+
+
+SHAPING = ("cell", "hidden_size", "embed_size", "num_layers", "bidirectional")
+
+
+def weights_of(init_from: Origin, config: Config, console: Console) -> Any:
+    """The weights of another run. Prints the settings that would let a model take all of the
+    recurrent ones, where it has others."""
+    theirs, ours = vars(init_from.config.model), vars(config.model)
+    differ = [name for name in SHAPING if name in theirs and theirs[name] != ours.get(name)]
+    if differ:
+        there = [f"--model.{name.replace('_', '-')} {theirs[name]}" for name in differ]
+        console.print(
+            f"{init_from.workdir} has weights of other shapes: {' '.join(there)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return init_from.params()
 
 
 def open_run(folder: Workdir, wanted: Config, resume_with: Sequence[str]) -> Config:
