@@ -15,6 +15,7 @@ from flax_lstm.commands.tables import check_output, write_table
 from flax_lstm.errors import require
 
 if TYPE_CHECKING:
+    from flax_lstm.data.text import TextInfo
     from flax_lstm.inference import Run
 
 ABOUT = """Predictions of a saved run.
@@ -91,32 +92,34 @@ def answer_table(run: "Run", options: Options) -> None:
 
     assert options.output is not None and options.input is not None
     table = run.config.data.read(options.input)
-    if options.explain:
-        require_explicable(run)
+    texts = explicable(run).inputs(table) if options.explain else []
     result = run.predict(table, options.checkpoint, options.cutoffs, options.paths)
     if options.explain:
-        found = contributions(run, run.info.inputs(table), options.checkpoint)
+        found = contributions(run, texts, options.checkpoint)
         result = beside(result, {"words": [json.dumps(words) for words in found]})
     write_table(result, options.output)
     print(f"{len(result)} rows in {options.output}", file=sys.stderr)
 
 
-def require_explicable(run: "Run") -> None:
+def explicable(run: "Run") -> "TextInfo":
+    """What a run knows of its texts. Raises UserError where it does not classify them."""
     from flax_lstm.data.text import TextInfo
 
     require(
         isinstance(run.info, TextInfo),
         f"--explain: {run.workdir} is no classifier of texts with one label each",
     )
+    assert isinstance(run.info, TextInfo)
+    return run.info
 
 
 def contributions(run: "Run", texts: Sequence[str], checkpoint: str) -> list[list[Any]]:
     """Of each text its words, each with what it adds to the log-probability of the answer; of a
     text without words nothing."""
-    require_explicable(run)
+    ids = explicable(run).encode(texts)
     found = [
         run.explain(t, checkpoint=checkpoint) if len(i) else None
-        for t, i in zip(texts, run.info.encode(texts), strict=True)
+        for t, i in zip(texts, ids, strict=True)
     ]
     return [
         [] if f is None else [*zip(f.words, np.round(f.contributions, 4).tolist(), strict=True)]
