@@ -267,7 +267,10 @@ class Run:
         "gradients" (integrated), see `flax_lstm.tasks.explanation`.
         """
         info, task = self.info, self.config.task
-        require(isinstance(info, TextInfo), f"{self.workdir} is no classifier of texts")
+        require(
+            isinstance(info, TextInfo),
+            f"{self.workdir} is no classifier of texts with one label each",
+        )
         assert isinstance(info, TextInfo)
         require(method in METHODS, f"--method {method}: choose one of {listing(METHODS)}")
         known = label is None or label in info.labels

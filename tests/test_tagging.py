@@ -35,7 +35,7 @@ def table(n: int = 90) -> pd.DataFrame:
 
 
 def test_every_kind_of_table_gives_the_same_targets(tmp_path):
-    """Lists, and text with a separator; a row without tags has none."""
+    """Lists, as values or written out, and text with a separator; a row without tags has none."""
     frame = table()
     frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
     frame.to_parquet(tmp_path / "t.parquet")
@@ -43,7 +43,12 @@ def test_every_kind_of_table_gives_the_same_targets(tmp_path):
         joined = frame.assign(tags=frame.tags.map(separator.join))
         joined.to_csv(tmp_path / name, index=False)
     found = []
-    for name in ("t.jsonl", "t.parquet", "t.csv", "semicolon.csv"):
+    # As pandas writes the lists of a JSON-lines file, and the arrays of a Parquet file
+    frame.to_csv(tmp_path / "lists.csv", index=False)
+    frame.assign(tags=frame.tags.map(json.dumps)).to_csv(tmp_path / "json.csv", index=False)
+    pd.read_parquet(tmp_path / "t.parquet").to_csv(tmp_path / "arrays.csv", index=False)
+    written = ("lists.csv", "json.csv", "arrays.csv")
+    for name in ("t.jsonl", "t.parquet", "t.csv", "semicolon.csv", *written):
         data = TagTable(str(tmp_path / name), tag_separator=";" if "semi" in name else "|")
         dataset = data.load(tmp_path / name.replace(".", "_"))
         assert dataset.info.tags == tuple(TAGS)
@@ -118,13 +123,14 @@ def test_figures_are_those_of_scikit_learn():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_learns_its_tags_and_answers(tmp_path, capsys):
+def test_a_run_learns_its_tags_and_answers(tmp_path, capsys, caplog):
     frame = table()
     frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
     base = small_runs.text_run(
         tmp_path, steps=60, learning_rate=0.05, eval_every=60, warmup_steps=0
     )
-    data = TagTable(str(tmp_path / "t.jsonl"), vocabulary_size=30, max_length=8)
+    path = str(tmp_path / "t.jsonl")
+    data = TagTable(path, vocabulary_size=30, max_length=8, tag_separator=";")
     model = replace(base.model, hidden_size=8, embed_size=8, pooling="max", head_dropout=0.0)
     train = replace(base.train, checkpoint_every=60, schedule_steps=60, warmup_steps=0, ema=0.0)
     config = replace(base, data=data, task=Tagging(), model=model, train=train)
@@ -137,7 +143,15 @@ def test_a_run_learns_its_tags_and_answers(tmp_path, capsys):
     ]
     for row in answer.itertuples():
         given = [tag for tag in TAGS if getattr(row, f"probability_{tag}") >= 0.5]
-        assert row.predicted == ", ".join(given)
+        assert row.predicted == ";".join(given)
+    # What it answers can be learnt from as it is, and a text without words is named.
+    new = answer[["text", "predicted"]].assign(text="new " + answer.text)
+    new.to_csv(tmp_path / "answered.csv", index=False)
+    more = replace(data, more_path=str(tmp_path / "answered.csv")).load(tmp_path / "more")
+    assert more.info.tags == tuple(TAGS) and more.size("train") > 90
+    with caplog.at_level("WARNING"):
+        run.predict(["a war film", ""])
+    assert "nothing to read in 1 row(s), 2" in caplog.text
     told = run.evaluate(file=tmp_path / "t.jsonl")
     assert told["examples"] == 90 and told["f1"] > 0.6
     again = run.predict(frame.assign(predicted="mine", predicted_input="theirs"))

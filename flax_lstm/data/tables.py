@@ -2,6 +2,7 @@
 """Tables of texts and labels from files, read strictly: whatever is wrong with a file is said with
 its row or line."""
 
+import ast
 import codecs
 import contextlib
 import csv
@@ -10,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -346,14 +348,16 @@ def label_values(frame: pd.DataFrame, name: str, path: str | Path) -> list[str]:
 def tag_values(
     frame: pd.DataFrame, name: str, path: str | Path, separator: str
 ) -> list[tuple[str, ...]]:
-    """The tags of each row: of a list, or of a text between separators; nothing: none. Raises
-    UserError for another kind of value."""
+    """The tags of each row: of a list, also one that is written out (`["a", "b"]`, as pandas writes
+    lists to CSV), or of a text between separators; nothing: none. Raises UserError for another
+    kind of value."""
     if name not in frame:
         column(frame, name, path, "data.label-column")
 
     def tags(row: int, value: Any) -> tuple[str, ...]:
         if isinstance(value, str):
-            value = value.split(separator)
+            written = _written_list(value)
+            value = value.split(separator) if written is None else written
         if value is None or (isinstance(value, float) and np.isnan(value)):
             return ()
         if not isinstance(value, list | tuple | np.ndarray):
@@ -364,6 +368,19 @@ def tag_values(
         return tuple(dict.fromkeys(found for tag in value if (found := label_name(tag))))
 
     return [tags(row, value) for row, value in enumerate(frame[name].tolist(), start=1)]
+
+
+def _written_list(text: str) -> list[Any] | None:
+    """The list that a text is in JSON, in Python or as NumPy prints it; None where it is none."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    # NumPy has no commas: Python would read 'a' 'b' as 'ab'.
+    parted = re.sub(r"""(['"])\s+(['"])""", r"\1, \2", text)
+    for read, form in ((json.loads, text), (ast.literal_eval, parted)):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return list(read(form))
+    return None
 
 
 def label_name(value: Any) -> str:

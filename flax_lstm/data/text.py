@@ -122,6 +122,7 @@ class TagInfo(TextForm):
 
     tags: tuple[str, ...]  # their names, in the order of the model's outputs
     tag_shares: tuple[float, ...]  # of the training rows that have each
+    separator: str = "|"  # between the tags of an answer, as between those of a table
 
     def sample(self, batch_size: int) -> Batch:
         batch = super().sample(batch_size)
@@ -519,6 +520,9 @@ class TagTable(TextTable):
             not self.balanced,
             "data.balanced: rows with several tags have no class that could weigh as others do",
         )
+
+    def _fit(self, assets: Path, train: Texts) -> Any:
+        return dataclasses.replace(super()._fit(assets, train), separator=self.tag_separator)
 
     def labels_of(self, frame: pd.DataFrame, path: Path) -> list[Any]:
         return tag_values(frame, self.label_column, path, self.tag_separator)

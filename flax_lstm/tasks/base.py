@@ -9,6 +9,7 @@ as a NumPy array.
 Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q quantiles.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
@@ -20,10 +21,12 @@ import pandas as pd
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, SeriesForm, Stepwise, Tokens
-from flax_lstm.errors import UserError
+from flax_lstm.errors import UserError, listing
 from flax_lstm.nn.models import Parts
 from flax_lstm.tasks.adversary import Adversary
 from flax_lstm.tasks.metrics import Mean
+
+logger = logging.getLogger(__name__)
 
 Array = jax.Array
 Sums = Any  # a tree of arrays that add over batches
@@ -197,6 +200,17 @@ def beside(table: pd.DataFrame, new: Mapping[str, Any]) -> pd.DataFrame:
         names[name] = own
         taken.add(own)
     return pd.concat([table.rename(columns=names), pd.DataFrame(new, index=table.index)], axis=1)
+
+
+def warn_of_empty(batches: Sequence[Batch], rows: int) -> None:
+    """Names the rows, of so many, without any step or word: what is answered to them is a guess."""
+    lengths = np.concatenate([batch.lengths for batch in batches])[:rows]
+    if len(empty := np.flatnonzero(lengths == 0)):
+        logger.warning(
+            "warning: nothing to read in %d row(s), %s: the answer is a guess",
+            len(empty),
+            listing((empty + 1).tolist()),
+        )
 
 
 def vocabulary_size(info: object) -> int:

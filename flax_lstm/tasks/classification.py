@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from flax_lstm.data.base import Batch, Labelled
 from flax_lstm.data.text import PreparedTexts, TextDataset
-from flax_lstm.errors import listing, require
+from flax_lstm.errors import require
 from flax_lstm.nn.models import Parts
 from flax_lstm.tasks.adversary import PROBE, Adversary, divergence
 from flax_lstm.tasks.base import (
@@ -38,6 +38,7 @@ from flax_lstm.tasks.base import (
     has_target_per_step,
     of_parts,
     vocabulary_size,
+    warn_of_empty,
     weighted,
 )
 from flax_lstm.tasks.examination import Answers, examine, fit_temperature
@@ -193,7 +194,6 @@ class Classification(Task):
         parts = [forward(batch) for batch in batches]
         if has_target_per_step(info):
             return self._predict_steps(table, info, batches, parts)
-        lengths = np.concatenate([batch.lengths for batch in batches])[: len(table)]
         logits = np.concatenate(parts)[: len(table)].astype(np.float64)
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
@@ -203,14 +203,8 @@ class Classification(Task):
             "probability": shares[np.arange(len(best)), best],
             **{f"probability_{label}": shares[:, k] for k, label in enumerate(info.labels)},
         }
-        result = beside(table, new)
-        if len(empty := np.flatnonzero(lengths == 0)):
-            logger.warning(
-                "warning: nothing to read in %d row(s), %s: the answer is a guess",
-                len(empty),
-                listing((empty + 1).tolist()),
-            )
-        return result
+        warn_of_empty(batches, len(table))
+        return beside(table, new)
 
     def answer(self, row: pd.Series, info: Labelled) -> dict[str, Any]:
         shares = {str(label): float(row[f"probability_{label}"]) for label in info.labels}

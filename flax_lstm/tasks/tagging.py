@@ -26,6 +26,7 @@ from flax_lstm.tasks.base import (
     beside,
     of_parts,
     vocabulary_size,
+    warn_of_empty,
     weighted,
 )
 from flax_lstm.tasks.metrics import Mean
@@ -92,14 +93,18 @@ class Tagging(Task):
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
     ) -> pd.DataFrame:
-        """The table with the column `predicted`, the tags of each row joined by a comma, and
-        `probability_TAG` for every tag; its own of these names become `predicted_input` and so
-        on."""
-        parts = [forward(batch) for batch in info.batches(info.inputs(table), batch_size)]
+        """The table with the column `predicted`, the tags of each row with the separator of
+        training between them, and `probability_TAG` for every tag; its own of these names become
+        `predicted_input` and so on. A warning names the rows without any word."""
+        batches = [*info.batches(info.inputs(table), batch_size)]
+        warn_of_empty(batches, len(table))
+        parts = [forward(batch) for batch in batches]
         logits_NK = np.concatenate(parts)[: len(table)].astype(np.float64)
         shares_NK = 0.5 + 0.5 * np.tanh(logits_NK / 2)
         new: dict[str, Any] = {
-            "predicted": [", ".join(np.array(info.tags)[row >= 0.5]) for row in shares_NK],
+            "predicted": [
+                info.separator.join(np.array(info.tags)[row >= 0.5]) for row in shares_NK
+            ],
             **{f"probability_{tag}": shares_NK[:, k] for k, tag in enumerate(info.tags)},
         }
         return beside(table, new)
