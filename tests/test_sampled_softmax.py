@@ -11,7 +11,9 @@ import pytest
 import small_runs
 
 from flax_lstm import LanguageModel, LanguageModeling, UserError
+from flax_lstm.data.base import Batch
 from flax_lstm.data.vocabulary import Vocabulary
+from flax_lstm.nn.models import Factored
 from flax_lstm.tasks.sampled_softmax import chances, draw, sampled_cross_entropy
 
 WORDS, FEATURES, ROWS = 50, 4, 6
@@ -52,6 +54,26 @@ def test_with_every_word_it_is_the_softmax_with_its_gradient(head):
     theirs = jax.grad(full, (0, 1, 2))(features, weights, bias)
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+def test_evaluation_scores_every_word_a_step_at_a_time():
+    """The same figures, and never the scores of all steps, by far the largest array there is."""
+    generator = np.random.default_rng(1)
+    features, weights, bias = (generator.normal(size=s) for s in ((3, 5, 4), (50, 4), 50))
+    outputs = Factored(*float32(features, weights, bias), jnp.zeros(()))
+    targets, counted = generator.integers(0, 50, (3, 5)), np.ones((3, 5), np.float32)
+    counted[1, 3:] = 0
+    batch = Batch(jnp.asarray(targets), jnp.asarray(targets), None, jnp.asarray(counted))
+    measure = lambda outputs: LanguageModeling().measure(outputs, batch, None)  # noqa: E731
+    found, whole = measure(outputs), measure(outputs.scores())
+    for figure in ("loss", "accuracy"):
+        np.testing.assert_allclose(found[figure], whole[figure], rtol=1e-6)
+    expected = np.log(np.exp(features @ weights.T + bias).sum(-1)) - np.take_along_axis(
+        features @ weights.T + bias, targets[..., None], -1
+    ).squeeze(-1)
+    assert float(found["loss"].value) == pytest.approx((expected * counted).sum() / 13, rel=1e-5)
+    assert "3,5,50]" in str(jax.make_jaxpr(measure)(outputs.scores()))
+    assert "3,5,50]" not in str(jax.make_jaxpr(measure)(outputs))
 
 
 def test_the_denominator_is_right_on_average(head):
@@ -100,12 +122,14 @@ def test_training_is_sampled_and_evaluation_is_not(tmp_path):
     batch = jax.tree.map(jnp.asarray, info.sample(4))
     batch = batch._replace(weights=jnp.ones_like(batch.weights))
     variables = module.init(jax.random.key(0), batch.inputs)
-    scores = module.apply(variables, batch.inputs)[1]
-    assert scores.shape == (*batch.inputs.shape, info.vocabulary_size)
+    given = module.apply(variables, batch.inputs)[1]
+    assert given.scores().shape == (*batch.inputs.shape, info.vocabulary_size)
     keys = {"dropout": jax.random.key(1)}
     outputs = module.apply(variables, batch.inputs, deterministic=False, rngs=keys)[1]
     assert outputs.features_BTE.shape == (*batch.inputs.shape, config.model.embed_size)
-    evaluated, trained = task.loss(scores, batch), task.loss(outputs, batch)
+    evaluated, trained = task.measure(given, batch, info)["loss"], task.loss(outputs, batch)
+    whole = task.loss(given.scores(), batch)
+    assert float(evaluated.value) == pytest.approx(float(whole.value), rel=1e-6)
     assert trained.weight == evaluated.weight
     everything = LanguageModeling(candidates=info.vocabulary_size).loss(outputs, batch)
     assert float(trained.value) != pytest.approx(float(everything.value), rel=1e-4)

@@ -259,7 +259,7 @@ def test_language_figures_and_unigram_baseline():
     )
 
     rule = LanguageModeling().baselines(info)["unigram"]
-    outputs = np.asarray(rule(Batch(None, actual[:2], None, None)))
+    outputs = np.asarray(rule(Batch(None, actual[:2], None, None)).scores())
     assert outputs.shape == (2, 4, 5)
     np.testing.assert_allclose(
         np.exp(outputs[0, 0]), np.array([0.5, 1, 5, 3, 11]) / 20.5, rtol=1e-5

@@ -116,12 +116,18 @@ class AttentionPool(nn.Module):
 
 class Factored(NamedTuple):
     """The scores of all words at all steps before they are multiplied out: features weights' +
-    bias, for a loss that needs a few of them (sampled softmax)."""
+    bias, for what needs a few of them (sampled softmax), or those of a step at a time."""
 
     features_BTE: Array
     weights_VE: Array
     bias_V: Array
-    u: Array  # uniform in [0, 1), the randomness of such a loss
+    u: Array  # uniform in [0, 1) while training, the randomness of a loss
+
+    def scores(self) -> Array:
+        """[B, T, V], or [B, V] of the features [B, E] of a step."""
+        weights_VE = self.weights_VE.astype(self.features_BTE.dtype)
+        products = jnp.dot(self.features_BTE, weights_VE.T).astype(jnp.float32)
+        return products + self.bias_V.reshape((1,) * (products.ndim - 1) + (-1,))
 
 
 class Parts(NamedTuple):
@@ -144,7 +150,7 @@ class SequenceModel(nn.Module):
     dropout: share of features dropped before the head.
     tied: the head shares the weights of `embed` (Press & Wolf 2017); only where that is an
     `nn.Embed` of O entries.
-    factored: give `Factored` scores while training; only where the head is tied.
+    factored: give `Factored` scores; only where the head is tied.
     ngrams: maps the inputs to outputs as well; the mean of both is the answer. Training gets them
     as `Parts`.
     backwards: the recurrent layers read each row from its last valid step to its first.
@@ -210,12 +216,11 @@ class SequenceModel(nn.Module):
                 y = dense(self.embed.features, "hidden", dtype=self.dtype, name="to_embedding")(y)
             zeros = named(nn.initializers.zeros, "vocabulary")
             bias = self.param("head_bias", zeros, (self.outputs,), jnp.float32)
-            if self.factored and not deterministic:
-                u = jax.random.uniform(self.make_rng("dropout"))
+            if self.factored:
+                u = jnp.zeros(()) if deterministic else jax.random.uniform(self.make_rng("dropout"))
                 return state, Factored(y, self.embed.embedding, bias, u)
-            return state, self.embed.attend(y).astype(jnp.float32) + bias.reshape(
-                (1,) * (y.ndim - 1) + (-1,)
-            )
+            scores = self.embed.attend(y).astype(jnp.float32)
+            return state, scores + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         outputs = "vocabulary" if self.pool is None else None
         y = dense(self.outputs, "hidden", outputs, dtype=self.dtype, name="head")(y)
         y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
@@ -517,8 +522,8 @@ class LanguageModel(RecurrentLayers):
         require(not self.bidirectional, "model.bidirectional: a language model reads forwards only")
 
     def language_model(self, vocabulary_size: int, factored: bool = False) -> SequenceModel:
-        """A module whose outputs at every step are logits of the next token; `factored` while
-        training."""
+        """A module whose outputs at every step are logits of the next token, or `Factored`
+        ones."""
         require(
             self.tied or not factored,
             "task.candidates needs a head that shares the embedding's weights: --model.tied True",

@@ -31,9 +31,8 @@ logger = logging.getLogger(__name__)
 Array = jax.Array
 Sums = Any  # a tree of arrays that add over batches
 Forward = Callable[[Batch], np.ndarray]
-Baseline = Callable[
-    [Batch], Array
-]  # outputs of the form the module gives, by a rule that learns nothing; traced by JAX
+# Outputs of a form the module gives, by a rule that learns nothing; traced by JAX
+Baseline = Callable[[Batch], Any]
 
 
 class Monitor(NamedTuple):
@@ -63,8 +62,8 @@ class LanguageModelBuilder(Protocol):
     """Language models."""
 
     def language_model(self, vocabulary_size: int, factored: bool = False) -> nn.Module:
-        """A module with logits of the next token at every step; `Factored` ones while training,
-        where that is asked for."""
+        """A module with logits of the next token at every step; `Factored` ones where that is
+        asked for."""
         ...
 
 
@@ -96,6 +95,10 @@ class Task(Protocol):
     def adversaries(self) -> tuple[Adversary, ...]:
         """What moves the inputs of a training step the worst way, and adds its cost to the loss."""
         return ()
+
+    def whole(self, outputs: Any) -> Array:
+        """The module's outputs as one array, where they are parts of it; traced by JAX."""
+        return outputs  # type: ignore[no-any-return]
 
     def measure(self, outputs: Array, batch: Batch, info: Any) -> Sums:
         """Sums over the batch from which `figures` come; traced by JAX."""

@@ -49,7 +49,7 @@ class LanguageModeling(Task):
         return model.language_model(info.vocabulary_size, factored=self.candidates > 0)
 
     def loss(self, outputs: Any, batch: Batch) -> Mean:
-        """outputs: scores [B, T, V], or `Factored` ones of a training step."""
+        """outputs: scores [B, T, V], or `Factored` ones."""
         if not isinstance(outputs, Factored):
             losses_BT = optax.softmax_cross_entropy_with_integer_labels(outputs, batch.targets)
             return weighted(losses_BT, batch.weights)
@@ -63,9 +63,25 @@ class LanguageModeling(Task):
         )
         return weighted(losses_N.reshape(batch.targets.shape), batch.weights)
 
-    def measure(self, outputs: Array, batch: Batch, info: Documents) -> Sums:
-        right_BT = (jnp.argmax(outputs, axis=-1) == batch.targets).astype(jnp.float32)
-        return {"loss": self.loss(outputs, batch), "accuracy": weighted(right_BT, batch.weights)}
+    def whole(self, outputs: Any) -> Array:
+        scores: Array = outputs.scores() if isinstance(outputs, Factored) else outputs
+        return scores
+
+    def measure(self, outputs: Any, batch: Batch, info: Documents) -> Sums:
+        """A step at a time where the outputs are `Factored`: the scores of all words at all steps
+        are larger than all else."""
+        if isinstance(outputs, Factored):
+            losses_TB, right_TB = jax.lax.map(
+                lambda step: judge(outputs._replace(features_BTE=step[0]).scores(), step[1]),
+                (outputs.features_BTE.swapaxes(0, 1), batch.targets.T),
+            )
+            losses_BT, right_BT = losses_TB.T, right_TB.T
+        else:
+            losses_BT, right_BT = judge(outputs, batch.targets)
+        return {
+            "loss": weighted(losses_BT, batch.weights),
+            "accuracy": weighted(right_BT, batch.weights),
+        }
 
     def figures(self, sums: Sums, info: Documents) -> dict[str, float]:
         loss = float(sums["loss"].value)
@@ -79,10 +95,17 @@ class LanguageModeling(Task):
         counts = np.asarray(info.token_counts, np.float32)
         log_share = np.log(np.maximum(counts, 0.5) / np.maximum(counts, 0.5).sum())
 
-        def unigram(batch: Batch) -> Array:
-            # Behind the barrier, or XLA would work out the figures of a whole batch of constants,
-            # [B, T, V], while it compiles: minutes for a large vocabulary.
+        def unigram(batch: Batch) -> Factored:
+            # Behind the barrier, or XLA would work out the figures of a whole batch of constants
+            # while it compiles: minutes for a large vocabulary.
             share_V = jax.lax.optimization_barrier(jnp.asarray(log_share))
-            return jnp.broadcast_to(share_V, (*batch.targets.shape, len(counts)))
+            features_BTE = jnp.zeros((*batch.targets.shape, 1))
+            return Factored(features_BTE, jnp.zeros((len(counts), 1)), share_V, jnp.zeros(()))
 
         return {"unigram": unigram}
+
+
+def judge(scores: Array, targets: Array) -> tuple[Array, Array]:
+    """The cross-entropy of scores [..., V], and 1 where the largest is that of the target."""
+    right = (jnp.argmax(scores, axis=-1) == targets).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, targets), right

@@ -64,6 +64,7 @@ def assemble(config: Config, info: Any, devices: Sequence[Any] | None = None) ->
             ema=train.ema,
             adversaries=task.adversaries(),
             table=table_of(config, module, mesh),
+            whole=task.whole,
         )
     names = {*layers.values()}
     return Assembly(mesh, steps, names.pop() if len(names) == 1 else "auto")

@@ -249,12 +249,14 @@ def make_steps(
     ema: float = 0.0,
     adversaries: tuple[Adversary, ...] = (),
     table: Any = None,
+    whole: Callable[[Any], Array] = lambda outputs: outputs,
 ) -> Steps:
     """The jitted steps of a run, placed on the devices of a mesh: for readers who split a model.
 
     sample: a batch of the size and form of training; a `reset` in it means that the recurrent state
     is carried over.
     accumulate, ema, adversaries, table: see `Recipe`.
+    whole: the module's outputs as `forward` gives them.
     """
     recipe = Recipe(module, loss, optimizer, schedule, accumulate, ema, adversaries, table)
     root = jax.random.key(seed)
@@ -272,10 +274,10 @@ def make_steps(
         return carry, measure(outputs, batch)
 
     def forward(params: Any, carry: Any, batch: Batch) -> tuple[Any, Array]:
-        params = jax.lax.with_sharding_constraint(params, used)
         rows = len(batch.lengths)
         carry, batch = fill((carry, batch), -rows % batch_shards(mesh))
-        return jax.tree.map(lambda x: x[:rows], apply(module, params, carry, batch))
+        carry, outputs = apply(module, jax.lax.with_sharding_constraint(params, used), carry, batch)
+        return jax.tree.map(lambda x: x[:rows], (carry, whole(outputs)))
 
     def jit(
         function: Callable[..., Any], into: Any, out: Any, **settings: Any
