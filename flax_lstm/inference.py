@@ -296,7 +296,7 @@ class Run:
                 "beside them: --method leave-one-out",
             )
             contributions_T = integrated_gradients(module, self.params(checkpoint), ids_T, k)
-        words = [info.vocabulary.decode([i]) for i in ids_T]
+        words = info.written(text)
         share = float(np.exp(log_K[k]))
         return Explanation(info.labels[k], share, words, contributions_T.tolist())
 

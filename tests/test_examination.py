@@ -197,7 +197,7 @@ def test_evaluate_judges_new_labelled_data(folder, capsys):
     assert main([*command, str(folder / "odd.csv")]) == 2
     assert "label 'odd'" in capsys.readouterr().err
     assert (folder / "run" / "evaluation" / "input.new.json").exists()
-    with pytest.raises(UserError, match="no form of labelled file"):
+    with pytest.raises(UserError, match="new labelled data are judged of texts"):
         small_runs.adding_run().data.labelled(folder / "new.csv", folder)
 
 

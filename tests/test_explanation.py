@@ -56,6 +56,14 @@ def test_integrated_gradients_add_up_to_what_the_embeddings_change(run):
     assert sum(found.contributions) == pytest.approx(change, rel=2e-3, abs=1e-5)
 
 
+def test_words_are_shown_as_the_text_has_them(run):
+    """Also those that the model does not know, of the part that it reads."""
+    text = "A Zebra, FINE"
+    assert run.explain(text).words == ["A", "Zebra", ",", "FINE"]
+    long = " ".join(f"Word{n}" for n in range(run.info.max_length + 3))
+    assert run.explain(long).words == long.split()[3:]
+
+
 def test_html_shows_words_as_they_are():
     page = Explanation("a<b", 0.5, ["<i>", "fine"], [-0.5, 1.0]).as_html()
     assert "a&lt;b" in page and "&lt;i&gt;" in page and "<i>" not in page

@@ -87,6 +87,8 @@ def test_prompt_from_the_command_line(folder, capsys):
         (["--text", "x"], "either --text"),
     ):
         assert main([*command, *flags]) == 2 and said in capsys.readouterr().err
+    assert main(["predict", str(folder / "run"), "--text", "a b"]) == 2
+    assert "is a language model, which continues a text: --prompt" in capsys.readouterr().err
     assert main(["predict", "nowhere", "--text", "x", "--top-p", "0.9"]) == 2
     assert "--top-p: for a text that a language model" in capsys.readouterr().err
     with pytest.raises(UserError, match="no language model"):

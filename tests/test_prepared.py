@@ -349,9 +349,19 @@ def test_labels_that_cannot_be_prepared_are_said(labelled, tmp_path):
         replace(plain.data, test_path=str(tmp_path / "test.csv")).prepare(tmp_path / "a")
     with pytest.raises(UserError, match=r"data\.train-rows and data\.prepared"):
         replace(files.data, train_rows=9).load(tmp_path / "assets")
+    # What the tokens were not prepared with is refused, not passed over.
+    for settings, said in (
+        ({"weight_column": "w"}, r"prepared with --data\.weight-column none, not w"),
+        ({"split_seed": 1}, r"prepared with --data\.split-seed 0, not 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            replace(files.data, **settings).load(tmp_path / "assets")
+    with pytest.raises(UserError, match="files of tokens hold no weights"):
+        replace(plain.data, weight_column="w").prepare(tmp_path / "weights")
     with pytest.raises(UserError, match="not with tags"):
         TagTable(plain.data.path, label_column="label").prepare(tmp_path / "b")
-    documents = LanguageTable(plain.data.path, vocabulary_size=20)
+    shares = {"validation_fraction": 0.2, "test_fraction": 0.2}
+    documents = LanguageTable(plain.data.path, vocabulary_size=20, **shares)
     documents.prepare(tmp_path / "c")
     with pytest.raises(UserError, match="documents without labels"):
         replace(files.data, prepared=str(tmp_path / "c")).load(tmp_path / "assets")

@@ -335,6 +335,16 @@ def test_tables_for_predictions_need_only_the_text(tmp_path):
         data.read(write(frame.rename(columns={"review": "text"}), tmp_path / "other.csv"))
 
 
+def test_new_texts_of_any_form_are_a_table():
+    """A dictionary of columns is one; its keys are no texts."""
+    data, columns = TextTable(), {"id": [7, 8], "text": ["x", "y"]}
+    arrow = pytest.importorskip("pyarrow").table(columns)
+    for inputs in (columns, arrow, pd.DataFrame(columns)):
+        pd.testing.assert_frame_equal(data.table(inputs), pd.DataFrame(columns))
+    with pytest.raises(UserError, match="no column 'text'"):
+        data.table({"body": ["x"]})
+
+
 # ---------------------------------------------------------------- what is said of wrong files
 
 GOOD = b"text,label\n" + b"".join(b"text %d,%s\n" % (i, [b"a", b"b"][i % 2]) for i in range(60))

@@ -29,14 +29,16 @@ def known(path) -> dict[str, list[float]]:
     return {WORDS.decode([id]): vector.tolist() for id, vector in pairs}
 
 
-@pytest.mark.parametrize("name", ["glove.txt", "fast.vec", "glove.txt.gz", "windows.vec"])
+@pytest.mark.parametrize(
+    "name", ["glove.txt", "fast.vec", "glove.txt.gz", "GLOVE.TXT.GZ", "windows.vec"]
+)
 def test_every_form_of_file_reads_the_same(tmp_path, name):
     """`new york` is one word of the file, and none of the vocabulary; a broken byte is passed."""
     header = ["5 3"] if "vec" in name else []
     content = ("\r\n" if "windows" in name else "\n").join([*header, *LINES]).encode() + b"\n"
     content += b"br\xffken 1 2 3\n"
     path = tmp_path / name
-    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    path.write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
     expected = {"the": [1, -2.5, 0.3], "film": [4, 5, 6]}
     assert {word: pytest.approx(vector) for word, vector in expected.items()} == known(path)
 

@@ -67,6 +67,23 @@ def test_byte_pairs_know_every_text():
     assert pairs.decode(ids) == "never seen: ünïcode 中文 🎬"
 
 
+def test_what_ids_stand_for_is_as_it_was_written():
+    """Unknown words too, letters in their case; characters of several byte pairs are there once."""
+    text = "The ZEBRA isn't  nea\u0308r 中文\u200d🎬!"
+    words = Vocabulary.train(TEXTS, 100)
+    expected = ["The", "ZEBRA", "isn", "'", "t", "nea\u0308r"]
+    assert words.written(text)[:6] == expected
+    pairs = Vocabulary.train(TEXTS, 300, "bpe")
+    for known in (words, pairs):
+        found = known.written(text)
+        assert len(found) == len(known.encode([text])[0])
+        # A mark that NFC has joined to the letter before may be no part of any pair.
+        assert "".join(found).replace(" ", "") in (
+            text.replace(" ", ""),
+            text.replace(" ", "").replace("\u0308", ""),
+        )
+
+
 def test_spoilt_or_missing_file(tmp_path):
     with pytest.raises(UserError, match="cannot read the vocabulary"):
         Vocabulary.load(tmp_path / "v.json")

@@ -129,8 +129,13 @@ def contributions(run: "Run", texts: Sequence[str], checkpoint: str) -> list[lis
 
 def classify(run: "Run", text: str, checkpoint: str) -> dict[str, Any]:
     """What a model says of one text."""
+    from flax_lstm.data.language import LanguageInfo
     from flax_lstm.data.text import TextForm
 
+    require(
+        not isinstance(run.info, LanguageInfo),
+        f"--text: {run.workdir} is a language model, which continues a text: --prompt TEXT",
+    )
     require(
         isinstance(run.info, TextForm),
         f"--text: {run.workdir} is not a run on texts; give --input and --output",

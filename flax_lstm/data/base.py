@@ -227,7 +227,10 @@ class Data(Protocol):
     def labelled(self, path: Path, assets: Path) -> Dataset:
         """A file of new inputs with what they are in truth, as the split "input"; nothing is fitted
         to it."""
-        raise UserError(f"{type(self).__name__} has no form of labelled file")
+        raise UserError(
+            f"--input: new labelled data are judged of texts with labels or tags, and this run has "
+            f"{type(self).__name__}; without --input a split of its own data is (--split)"
+        )
 
     def read(self, path: Path) -> pd.DataFrame:
         """A file of new inputs for `predict`, checked for the columns it needs."""

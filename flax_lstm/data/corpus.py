@@ -117,10 +117,18 @@ class Corpus(Data):
         the settings, or the vocabulary there, are others, and where a byte is not as it was."""
         found = Prepared.open(expanded(self.prepared))
         found.verify(file_sha256)
-        for name in ("vocabulary_size", "tokenizer"):
-            then, now = found.settings.get(name), getattr(self, name)
-            flag = f"--data.{name.replace('_', '-')}"
-            require(then == now, f"{found.folder} was prepared with {flag} {then}, not {now}")
+        for field in dataclasses.fields(self):
+            name, now = field.name, getattr(self, field.name)
+            if name in self.free or name in self.paths or name not in found.settings:
+                continue
+            then, flag = found.settings[name], f"--data.{name.replace('_', '-')}"
+            # What was not asked for here is as it was there.
+            silent = now == field.default and name not in ("vocabulary_size", "tokenizer")
+            before = "none" if then == "" else then
+            require(
+                silent or then == now,
+                f"{found.folder} was prepared with {flag} {before}, not {now}",
+            )
         vocabulary = found.vocabulary()
         if not (assets / VOCABULARY).exists():
             vocabulary.save(assets / VOCABULARY)

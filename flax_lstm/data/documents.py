@@ -47,7 +47,7 @@ def is_plain_text(path: Path) -> bool:
 
 def kind(path: Path) -> str:
     """The extension that says what a file is, without `.gz`."""
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
 def _texts(path: Path, column: str) -> Iterator[str]:
@@ -71,7 +71,7 @@ def _checked(frame: pd.DataFrame, column: str, path: Path, first: int) -> list[s
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that are not blank, with their numbers from 1."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):

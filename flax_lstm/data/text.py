@@ -28,7 +28,7 @@ from flax_lstm.data.buckets import (
 )
 from flax_lstm.data.corpus import LONGEST, Corpus, VocabularyInfo, check_sizes
 from flax_lstm.data.documents import stream_documents
-from flax_lstm.data.memory import InMemory, with_names
+from flax_lstm.data.memory import InMemory, as_frame, with_names
 from flax_lstm.data.prepared import SPLITS, Documents
 from flax_lstm.data.sources import (
     TableSource,
@@ -72,9 +72,17 @@ class TextForm(VocabularyInfo):
         """The texts in a table of new inputs."""
         return text_values(table, self.text_column, "the input", blank=True)
 
+    @property
+    def kept(self) -> slice:
+        """Which tokens of a text are read."""
+        return slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
+
     def cut(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-        end = slice(-self.max_length, None) if self.keep == "last" else slice(self.max_length)
-        return [ids[end].copy() for ids in tokens]
+        return [ids[self.kept].copy() for ids in tokens]
+
+    def written(self, text: str) -> list[str]:
+        """The words that are read of a text, as it has them: also those that are unknown."""
+        return self.vocabulary.written(text)[self.kept]
 
     def batches(self, texts: Sequence[str], batch_size: int) -> Iterator[Batch]:
         """New texts in their order, for prediction: targets are 0, and rows that fill the last
@@ -423,6 +431,10 @@ class TextData(Corpus):
         """New texts: one, several, or a table with the training table's text column."""
         if isinstance(inputs, str):
             inputs = [inputs]
+        if hasattr(inputs, "to_pandas"):
+            inputs = inputs.to_pandas()  # of Polars, or Arrow
+        if isinstance(inputs, dict):
+            inputs = as_frame(inputs)
         kind = type(inputs).__name__
         require(np.iterable(inputs), f"predict takes a text, several, or a table, not a {kind}")
         if isinstance(inputs, pd.DataFrame):
@@ -494,6 +506,14 @@ class TextTable(TextData, InMemory):
     def _texts(self, path: Path) -> Texts:
         columns = (self.weight_column, self.group_column)
         return read_texts(path, self.text_column, self.labels_of, *columns, self.held)
+
+    def prepare(self, folder: Path) -> None:
+        require(
+            not self.weight_column,
+            f"data.weight-column {self.weight_column}: files of tokens hold no weights of rows; "
+            "leave it out, or train without --data.prepared",
+        )
+        super().prepare(folder)
 
     @property
     def has_unlabelled(self) -> bool:

@@ -66,7 +66,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines with their numbers, from 1."""
     plain_file(path)
     try:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
+        opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 # The published files hold words that are cut within a character.

@@ -156,6 +156,15 @@ class Vocabulary:
         )
         return np.split(saved["ids"], np.cumsum(saved["lengths"])[:-1])
 
+    def written(self, text: str) -> list[str]:
+        """The part of a text that each of its ids stands for, as it is written there. Of byte pairs
+        that share a character the first has it, the others nothing."""
+        text, end, parts = _valid(text), 0, []
+        for start, stop in self._tokenizer.encode(text).offsets:
+            parts.append(text[max(start, end) : stop])
+            end = max(end, stop)
+        return parts
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: words separated by one space, byte pairs joined as they were."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
