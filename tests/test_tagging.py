@@ -161,6 +161,32 @@ def test_a_run_learns_its_tags_and_answers(tmp_path, capsys, caplog):
     assert [*said["probabilities"]] == TAGS and {*said["tags"]} <= {*TAGS}
 
 
+def test_each_tag_has_a_linear_model_beside_it(tmp_path):
+    """As scikit-learn's one against the rest; a tag that all training rows have is given to all."""
+    pytest.importorskip("sklearn")
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.pipeline import make_pipeline
+
+    frame = table()
+    frame["tags"] = [[*tags, "all"] for tags in frame.tags]
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    dataset = TagTable(str(tmp_path / "t.jsonl"), test_fraction=0.4).load(tmp_path / "assets")
+    found = Tagging().rivals(dataset, "test", tmp_path)["linear"]
+    train, test = dataset.read("train"), dataset.read("test")
+    assert dataset.info.tags[0] == "all"
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    model = make_pipeline(words, OneVsRestClassifier(LogisticRegression(C=10, max_iter=1000)))
+    model.fit(train.texts, dataset.info.targets("train", train.labels)[:, 1:])
+    given = np.insert(model.predict(test.texts), 0, 1, axis=1)
+    has = dataset.info.targets("test", test.labels)
+    assert found["f1"] == pytest.approx(f1_score(has, given, average="macro"))
+    assert found["accuracy"] == pytest.approx(accuracy_score(has, given))
+    assert Tagging(linear=False).rivals(dataset, "validation", tmp_path) == {}
+
+
 def test_several_models_give_tags_by_their_mean_probability():
     logits = np.array([[[0.5, -800.0]], [[-3.0, 800.0]]])
     pooled = Tagging().pooled([*logits])

@@ -56,16 +56,22 @@ def device_name() -> str:
 JUDGED = {
     "Forecasting": ("mase", 1),
     "Classification": ("accuracy", -1),
+    "Tagging": ("f1", -1),
     "LanguageModeling": ("perplexity", 1),
 }
 
+AGAINST_LINEAR = (
+    "--model.ngrams 3, or a language model of your own texts before (--config text_lm, then "
+    "--init-from): docs/text.md. Else take the linear model."
+)
 # What to try where a rule has the better figure
 TO_TRY = {
     ("mase", ""): "a longer --data.lookback (several seasons), --model.window seasonal, "
     "--model.cycle True, or columns known in advance (--data.future); flax-lstm backtest DIR says "
     "more. A series close to a random walk has nothing to learn: take the rule.",
-    ("accuracy", "linear"): "--model.ngrams 3, or a language model of your own texts before "
-    "(--config text_lm, then --init-from): docs/text.md. Else take the linear model.",
+    ("accuracy", "linear"): AGAINST_LINEAR,
+    ("f1", "linear"): AGAINST_LINEAR,
+    ("f1", ""): "more --train.steps or another --train.learning-rate.",
     ("accuracy", ""): "more --train.steps or another --train.learning-rate; where the classes are "
     "uneven, look at f1 and auc, which the majority does not have.",
     ("perplexity", ""): "more --train.steps, or more texts.",

@@ -4,8 +4,6 @@
 Axes: B batch, T time, N horizon, C target channels, K classes or vocabulary, Q quantiles.
 """
 
-import json
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import scipy.special
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, Labelled
-from flax_lstm.data.text import PreparedTexts, TextDataset
+from flax_lstm.data.sources import Texts
 from flax_lstm.errors import require
 from flax_lstm.nn.models import Parts
 from flax_lstm.tasks.adversary import PROBE, Adversary, divergence
@@ -42,11 +40,9 @@ from flax_lstm.tasks.base import (
     weighted,
 )
 from flax_lstm.tasks.examination import Answers, examine, fit_temperature
-from flax_lstm.tasks.linear import linear_log_probabilities
+from flax_lstm.tasks.linear import linear_log_probabilities, linear_rival
 from flax_lstm.tasks.metrics import Mean, area_under_curve, confusion, macro_f1, score_histogram
 from flax_lstm.tasks.plots import plot_examination
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,28 +143,12 @@ class Classification(Task):
 
     def rivals(self, dataset: Any, split: str, folder: Path) -> dict[str, dict[str, float]]:
         """`linear`, for texts: see `flax_lstm.tasks.linear`."""
-        kept = folder / f"linear.{split}.json"
-        if kept.exists():
-            return {"linear": json.loads(kept.read_text())}
-        if not (self.linear and isinstance(dataset, TextDataset)):
-            return {}
-        if isinstance(dataset, PreparedTexts):
-            logger.info("no linear baseline: the texts are in files of tokens")
-            return {}
-        train, new = dataset.read("train"), dataset.read(split)
-        info: Any = dataset.info
-        outputs_NK = linear_log_probabilities(train.texts, train.labels, info.labels, new.texts)
-        if outputs_NK is None:
-            return {}
-        index = {label: k for k, label in enumerate(info.labels)}
-        targets_N = np.array([index[label] for label in new.labels], np.int32)
-        weights_N = np.ones(len(targets_N), np.float32)
-        rows = Batch(None, jnp.asarray(targets_N), None, jnp.asarray(weights_N))
-        sums = self.measure(jnp.asarray(outputs_NK, jnp.float32), rows, info)
-        figures = self.figures(jax.tree.map(np.asarray, sums), info)
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(figures))
-        return {"linear": figures}
+
+        def fit(train: Texts, new: Texts) -> np.ndarray | None:
+            names = dataset.info.labels
+            return linear_log_probabilities(train.texts, train.labels, names, new.texts)
+
+        return linear_rival(self, dataset, split, folder, fit)
 
     def examine(
         self, dataset: Any, split: str, outputs: np.ndarray, held_out: Outputs | None

@@ -6,6 +6,7 @@ Axes: B batch, K tags.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import pandas as pd
 from flax import linen as nn
 
 from flax_lstm.data.base import Batch, Tagged
+from flax_lstm.data.sources import Texts
 from flax_lstm.tasks.base import (
     Array,
     Baseline,
@@ -29,6 +31,7 @@ from flax_lstm.tasks.base import (
     warn_of_empty,
     weighted,
 )
+from flax_lstm.tasks.linear import linear_logits, linear_rival
 from flax_lstm.tasks.metrics import Mean
 
 
@@ -41,6 +44,9 @@ class Tagging(Task):
     tags are right; `f1`, the mean of the F1 scores of the tags that occur or were given, and that
     of all of them together, `f1_micro`.
     """
+
+    # fit a linear model of words and pairs for each tag beside it, for texts (needs scikit-learn)
+    linear: bool = True
 
     monitor: ClassVar[Monitor] = Monitor("f1", maximise=True)
     needs: ClassVar[type | None] = Tagged
@@ -89,6 +95,15 @@ class Tagging(Task):
         share_K = np.clip(np.asarray(info.tag_shares, np.float32), 1e-6, 1 - 1e-6)
         logits_K = np.log(share_K / (1 - share_K))
         return {"shares": lambda batch: jnp.broadcast_to(logits_K, batch.targets.shape)}
+
+    def rivals(self, dataset: Any, split: str, folder: Path) -> dict[str, dict[str, float]]:
+        """`linear`, for texts: see `flax_lstm.tasks.linear`."""
+
+        def fit(train: Texts, new: Texts) -> np.ndarray | None:
+            has_NK = dataset.info.targets("train", train.labels)
+            return linear_logits(train.texts, has_NK, new.texts)
+
+        return linear_rival(self, dataset, split, folder, fit)
 
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
