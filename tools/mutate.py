@@ -522,7 +522,8 @@ BREAKAGES = {
         "flax_lstm/backtest.py",
         "zip(names, runs, settings, datasets, strict=True)",
         "zip(names, runs, settings, [dataset] * len(runs), strict=True)",
-        "tests/test_backtest.py::test_models_are_compared_on_the_same_windows_under_their_own_names",
+        "tests/test_backtest.py::test_models_are_compared_on_the_same_windows_under_their_own_"
+        "names",
     ),
     "a refit prints the progress of every training": Breakage(
         "flax_lstm/backtest.py",
@@ -540,15 +541,15 @@ BREAKAGES = {
         "flax_lstm/data/panel.py",
         "np.minimum(steps, own_P)",
         "np.full(len(tracks), steps)",
-        "tests/test_panel_data.py::test_a_short_series_among_long_ones_trains_and_has_a_scale_of_its_"
-        "own",
+        "tests/test_panel_data.py::test_a_short_series_among_long_ones_trains_and_has_a_scale_of_"
+        "its_own",
     ),
     "a series that none trains on has the scale of one row": Breakage(
         "flax_lstm/data/panel.py",
         "np.where(train > info.horizon, learned, before_test)",
         "learned",
-        "tests/test_panel_data.py::test_a_short_series_among_long_ones_trains_and_has_a_scale_of_its_"
-        "own",
+        "tests/test_panel_data.py::test_a_short_series_among_long_ones_trains_and_has_a_scale_of_"
+        "its_own",
     ),
     "steps that are counted have a calendar": Breakage(
         "flax_lstm/data/series.py",
