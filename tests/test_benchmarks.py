@@ -2,6 +2,7 @@
 """The speed benchmark from end to end on a tiny workload, with the implementations that are always
 there."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,8 +16,10 @@ import types
 import compiling
 import numpy as np
 import pytest
+import small_runs
 from commands import ROOT
 
+from flax_lstm import fit, load
 from flax_lstm.config import load_config, override
 from flax_lstm.data.prepared import Prepared, rows_file
 
@@ -344,3 +347,23 @@ def test_tables_of_other_packages_are_read_with_flags_that_exist(tmp_path, monke
     assert str(frame["ds"][1]) == "2010-02-12 00:00:00"
     with pytest.raises(SystemExit, match="pip install --no-deps none_such"):
         module["table"](kind._replace(package="none_such"))
+
+
+def test_forecasters_of_other_look_backs_are_averaged(tmp_path, monkeypatch, capsys):
+    made = runpy.run_path(str(ROOT / "benchmarks" / "lookbacks.py"))
+    config = small_runs.series_run(tmp_path, steps=1)
+    for name, changes in {"a": {}, "b": {"lookback": 5}, "c": {"horizon": 2}}.items():
+        data = dataclasses.replace(config.data, **changes)
+        fit(dataclasses.replace(config, data=data), tmp_path / name, plots=False, test=False)
+    found = [made["read"](load(tmp_path / name), "validation") for name in "ab"]
+    (one, batch), (other, _) = found
+    middle = config.task.quantiles.index(0.5)
+    error = ((one + other)[..., middle] / 2 - batch.targets).ravel()
+    command = ["lookbacks.py", str(tmp_path / "a")]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "b")])
+    made["main"]()
+    told = dict(pair.split() for pair in capsys.readouterr().out.split("together: ")[1].split(", "))
+    assert float(told["mae"]) == pytest.approx(np.abs(error).mean(), abs=1e-4)
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "c")])
+    with pytest.raises(SystemExit, match="c has other windows than"):
+        made["main"]()
