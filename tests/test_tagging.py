@@ -19,6 +19,7 @@ from flax_lstm.__main__ import main
 from flax_lstm.data import TagTable
 from flax_lstm.data.base import Batch
 from flax_lstm.data.text import TagInfo
+from flax_lstm.tasks.examination import TagAnswers, examine_tags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -123,6 +124,34 @@ def test_figures_are_those_of_scikit_learn():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_each_tag_is_judged_as_scikit_learn_does():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(3)
+    logits_NK, has_NK = generator.normal(size=(50, 3)), generator.random((50, 3)) < 0.4
+    has_NK[:, 2] = False  # a tag that no row has
+    texts = [f"text {n}" for n in range(50)]
+    found = examine_tags(TagAnswers(logits_NK, has_NK, np.arange(50), texts), list("abc"), 2.0)
+    given_NK = logits_NK >= 0
+    expected = metrics.precision_recall_fscore_support(has_NK, given_NK, zero_division=np.nan)
+    for name, values in zip(("precision", "recall", "f1", "examples"), expected, strict=True):
+        told = [np.nan if row[name] is None else row[name] for row in found["classes"]]
+        np.testing.assert_allclose(told, np.where(np.isnan(values), told, values), rtol=1e-12)
+    assert [row["recall"] is None for row in found["classes"]] == [False, False, True]
+    share_NK = 1 / (1 + np.exp(-logits_NK / 2))
+    loss = metrics.log_loss(has_NK.ravel(), share_NK.ravel())
+    assert found["calibration"]["loss_calibrated"] == pytest.approx(loss, rel=1e-9)
+    assert sum(b["examples"] for b in found["calibration"]["bins"]) == has_NK.size
+    right_N = (given_NK == has_NK).all(axis=1)
+    rows = [(g["examples"], g["accuracy"]) for g in found["lengths"]]
+    assert sum(n * a for n, a in rows) == pytest.approx(right_N.sum())
+    wrong = np.where(given_NK == has_NK, -np.inf, np.abs(logits_NK)).max(axis=1)
+    assert [e["text"] for e in found["errors"][:3]] == [texts[n] for n in np.argsort(-wrong)[:3]]
+    worst = int(np.argmax(wrong))
+    there = ", ".join(np.array(list("abc"))[has_NK[worst]]) or "no tag"
+    assert found["errors"][0]["label"] == there
+    assert found["errors"][0]["probability"] == pytest.approx(1 / (1 + np.exp(-wrong.max())))
+
+
 def test_a_run_learns_its_tags_and_answers(tmp_path, capsys, caplog):
     frame = table()
     frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
@@ -159,6 +188,10 @@ def test_a_run_learns_its_tags_and_answers(tmp_path, capsys, caplog):
     assert main(["predict", str(tmp_path / "run"), "--text", "a war film"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [*said["probabilities"]] == TAGS and {*said["tags"]} <= {*TAGS}
+    assert main(["evaluate", str(tmp_path / "run"), "--split", "test"]) == 0
+    said = capsys.readouterr().out
+    assert "by tag" in said and all(tag in said for tag in TAGS) and "temperature" in said
+    assert (tmp_path / "run" / "evaluation" / "test.png").stat().st_size > 1_000
 
 
 def test_each_tag_has_a_linear_model_beside_it(tmp_path):

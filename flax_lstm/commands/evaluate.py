@@ -12,8 +12,8 @@ from flax_lstm.commands.grammar import Folders, named, parse
 
 ABOUT = """Prints the figures of a saved run.
 
-For a classifier of texts also what it gets right and wrong, by class and by length, how sure it is,
-and its worst errors: printed, and written to DIR/evaluation as JSON and as a picture.
+For a classifier of texts also what it gets right and wrong, by class or tag and by length, how sure
+it is, and its worst errors: printed, and written to DIR/evaluation as JSON and as a picture.
 
 Of several folders, or one that --seeds filled, the mean of the models is judged."""
 
@@ -69,13 +69,19 @@ def keep(folder: Path, whole: Mapping[str, Any], name: str, plot: Callable[..., 
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Prints what a classifier gets right and wrong."""
+    """Prints what a classifier gets right and wrong; of rows with tags the accuracy is the share of
+    rows whose tags are all right."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(markup=False, highlight=False, emoji=False)  # labels and texts as they are
-    labels, counts = found["confusion"]["labels"], found["confusion"]["actual_by_predicted"]
-    table = Table(title="by class; then how often each was predicted")
+    labels: list[str] = []
+    counts: list[list[int]] = [[] for _ in found["classes"]]
+    title = "by tag"
+    if "confusion" in found:
+        labels, counts = found["confusion"]["labels"], found["confusion"]["actual_by_predicted"]
+        title = "by class; then how often each was predicted"
+    table = Table(title=title)
     for heading in ("actual", "examples", "precision", "recall", "f1", *labels):
         table.add_column(heading, justify="left" if heading == "actual" else "right")
     for row, line in zip(found["classes"], counts, strict=True):

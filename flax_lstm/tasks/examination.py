@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a classifier gets right and wrong: by class, by length, how sure it is, and its worst
+"""What a classifier gets right and wrong: by class or tag, by length, how sure it is, and its worst
 errors.
 
-Axes: N examples, K classes, M bins.
+Axes: N examples, K classes or tags, M bins.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,15 @@ class Answers(NamedTuple):
     logits_NK: np.ndarray
     actual_N: np.ndarray  # places in the labels
     tokens_N: np.ndarray  # lengths
+    texts: Sequence[str]
+
+
+class TagAnswers(NamedTuple):
+    """The same of tags, of which each example has any number."""
+
+    logits_NK: np.ndarray
+    has_NK: np.ndarray  # bool
+    tokens_N: np.ndarray
     texts: Sequence[str]
 
 
@@ -74,22 +83,23 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
     return sum(abs(b["confidence"] - b["accuracy"]) * b["examples"] for b in bins) / total
 
 
+def scores(label: str, hits: int, actual: int, predicted: int) -> dict[str, Any]:
+    """Precision, recall and F1; None where nothing is of the label, or predicted to be."""
+    return {
+        "label": label,
+        "examples": int(actual),
+        "precision": float(hits / predicted) if predicted else None,
+        "recall": float(hits / actual) if actual else None,
+        "f1": float(2 * hits / (actual + predicted)) if actual + predicted else None,
+    }
+
+
 def by_class(table_KK: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision, recall and F1 of each class, from the confusion [actual, predicted]; None where
-    nothing is of the class, or predicted to be."""
-    rows: list[dict[str, Any]] = []
-    for k, label in enumerate(labels):
-        hits, actual, predicted = table_KK[k, k], table_KK[k].sum(), table_KK[:, k].sum()
-        rows.append(
-            {
-                "label": label,
-                "examples": int(actual),
-                "precision": float(hits / predicted) if predicted else None,
-                "recall": float(hits / actual) if actual else None,
-                "f1": float(2 * hits / (actual + predicted)) if actual + predicted else None,
-            }
-        )
-    return rows
+    """The `scores` of each class, from the confusion [actual, predicted]."""
+    return [
+        scores(label, table_KK[k, k], table_KK[k].sum(), table_KK[:, k].sum())
+        for k, label in enumerate(labels)
+    ]
 
 
 def by_length(tokens_N: np.ndarray, right_N: np.ndarray) -> list[dict[str, float]]:
@@ -107,33 +117,41 @@ def by_length(tokens_N: np.ndarray, right_N: np.ndarray) -> list[dict[str, float
     ]
 
 
+def calibration(
+    logits_NK: np.ndarray, actual_N: np.ndarray, temperature: float | None
+) -> dict[str, Any]:
+    """How sure the answers are, and how often right; with a temperature also once the logits are
+    divided by it."""
+    right_N = logits_NK.argmax(axis=1) == actual_N
+    bins = reliability(np.exp(log_softmax(logits_NK).max(axis=1)), right_N)
+    found: dict[str, Any] = {"ece": calibration_error(bins)}
+    if temperature is not None:
+        cooled_NK = log_softmax(logits_NK / temperature)
+        cooled = reliability(np.exp(cooled_NK.max(axis=1)), right_N)
+        found |= {
+            "temperature": temperature,
+            "ece_calibrated": calibration_error(cooled),
+            "loss_calibrated": float(-cooled_NK[np.arange(len(actual_N)), actual_N].mean()),
+        }
+    return {**found, "bins": bins}
+
+
 def examine(answers: Answers, labels: Sequence[str], temperature: float | None) -> dict[str, Any]:
     """Everything that can be said of the answers, ready for JSON.
 
     temperature: from `fit_temperature` on other examples; None: nothing is said of calibrated
     probabilities.
     """
-    log_NK = log_softmax(answers.logits_NK)
-    rows, predicted_N = np.arange(len(log_NK)), log_NK.argmax(axis=1)
+    predicted_N = answers.logits_NK.argmax(axis=1)
     right_N = predicted_N == answers.actual_N
     table_KK = np.zeros((len(labels),) * 2, int)
     np.add.at(table_KK, (answers.actual_N, predicted_N), 1)
-    sure_N = np.exp(log_NK.max(axis=1))
-    bins = reliability(sure_N, right_N)
-    calibration: dict[str, Any] = {"ece": calibration_error(bins)}
-    if temperature is not None:
-        cooled_NK = log_softmax(answers.logits_NK / temperature)
-        cooled = reliability(np.exp(cooled_NK.max(axis=1)), right_N)
-        calibration |= {
-            "temperature": temperature,
-            "ece_calibrated": calibration_error(cooled),
-            "loss_calibrated": float(-cooled_NK[rows, answers.actual_N].mean()),
-        }
+    sure_N = np.exp(log_softmax(answers.logits_NK).max(axis=1))
     wrong = [int(n) for n in np.argsort(-sure_N, kind="stable") if not right_N[n]][:ERRORS]
     return {
         "confusion": {"labels": list(labels), "actual_by_predicted": table_KK.tolist()},
         "classes": by_class(table_KK, labels),
-        "calibration": {**calibration, "bins": bins},
+        "calibration": calibration(answers.logits_NK, answers.actual_N, temperature),
         "lengths": by_length(answers.tokens_N, right_N),
         "errors": [
             {
@@ -143,6 +161,44 @@ def examine(answers: Answers, labels: Sequence[str], temperature: float | None) 
                 "text": excerpt(answers.texts[n]),
             }
             for n in wrong
+        ],
+    }
+
+
+def yes_or_no(logits_NK: np.ndarray) -> np.ndarray:
+    """[N K, 2]: each tag of each example as a choice of two classes, of which the second has its
+    logit."""
+    yes = logits_NK.astype(np.float64).ravel()
+    return np.stack([np.zeros_like(yes), yes], axis=1)
+
+
+def examine_tags(
+    answers: TagAnswers, tags: Sequence[str], temperature: float | None
+) -> dict[str, Any]:
+    """The same of tags, without a confusion. An error is a row of which a tag is wrong, as sure as
+    the surest of its wrong ones."""
+    given_NK, has_NK = answers.logits_NK >= 0, answers.has_NK
+    two = yes_or_no(answers.logits_NK)
+    sure_NK = np.exp(log_softmax(two).max(axis=1)).reshape(given_NK.shape)
+    wrong_N = np.where(given_NK == has_NK, 0, sure_NK).max(axis=1)
+    worst = [int(n) for n in np.argsort(-wrong_N, kind="stable") if wrong_N[n] > 0][:ERRORS]
+
+    def named(row_K: np.ndarray) -> str:
+        return ", ".join(tag for tag, there in zip(tags, row_K, strict=True) if there) or "no tag"
+
+    counts_K = (given_NK & has_NK).sum(axis=0), has_NK.sum(axis=0), given_NK.sum(axis=0)
+    return {
+        "classes": [scores(*row) for row in zip(tags, *counts_K, strict=True)],
+        "calibration": calibration(two, has_NK.ravel().astype(int), temperature),
+        "lengths": by_length(answers.tokens_N, (given_NK == has_NK).all(axis=1)),
+        "errors": [
+            {
+                "label": named(has_NK[n]),
+                "predicted": named(given_NK[n]),
+                "probability": float(wrong_N[n]),
+                "text": excerpt(answers.texts[n]),
+            }
+            for n in worst
         ],
     }
 

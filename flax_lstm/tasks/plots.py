@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+MOST_TAGS = 30  # that are drawn
+
 
 def _save(figure: Figure, path: Path) -> Path:
     """Whole, or not at all."""
@@ -135,20 +137,18 @@ def plot_panel(
 
 
 def plot_examination(found: Mapping[str, Any], path: Path) -> Path:
-    """What `examination.examine` found: confusion, accuracy against confidence, and by length."""
-    labels, table = found["confusion"]["labels"], found["confusion"]["actual_by_predicted"]
+    """What `examination.examine` found: confusion (of tags: the F1 of the most frequent), accuracy
+    against confidence, and by length."""
     figure = Figure(figsize=(14, 4.5), layout="constrained")
-    confusion, reliability, lengths = figure.subplots(1, 3)
-    share = np.array(table) / np.maximum(np.sum(table, axis=1, keepdims=True), 1)
-    confusion.imshow(share, vmin=0, vmax=1, cmap="Blues")
-    places = np.arange(len(labels))
-    confusion.set_xticks(places, labels, rotation=45, ha="right")
-    confusion.set_yticks(places, labels)
-    if len(labels) <= 12:
-        for row, column in np.ndindex(share.shape):
-            color = "white" if share[row, column] > 0.5 else "black"
-            confusion.text(column, row, table[row][column], ha="center", va="center", color=color)
-    confusion.set(xlabel="predicted", ylabel="actual", title="confusion")
+    classes, reliability, lengths = figure.subplots(1, 3)
+    if "confusion" in found:
+        draw_confusion(found["confusion"], classes)
+    else:
+        often = sorted(found["classes"], key=lambda row: -row["examples"])[:MOST_TAGS][::-1]
+        classes.barh(
+            [row["label"] for row in often], [row["f1"] or 0 for row in often], color="0.6"
+        )
+        classes.set(xlim=(0, 1), title="F1 by tag")
     bins = found["calibration"]["bins"]
     reliability.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     reliability.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-")
@@ -158,3 +158,18 @@ def plot_examination(found: Mapping[str, Any], path: Path) -> Path:
     lengths.bar(names, [group["accuracy"] for group in found["lengths"]], color="0.6")
     lengths.set(xlabel="tokens", ylabel="accuracy", title="by length")
     return _save(figure, path)
+
+
+def draw_confusion(found: Mapping[str, Any], axes: Any) -> None:
+    """How often each class was predicted, as shares of the actual ones."""
+    labels, table = found["labels"], found["actual_by_predicted"]
+    share = np.array(table) / np.maximum(np.sum(table, axis=1, keepdims=True), 1)
+    axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    places = np.arange(len(labels))
+    axes.set_xticks(places, labels, rotation=45, ha="right")
+    axes.set_yticks(places, labels)
+    if len(labels) <= 12:
+        for row, column in np.ndindex(share.shape):
+            color = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, table[row][column], ha="center", va="center", color=color)
+    axes.set(xlabel="predicted", ylabel="actual", title="confusion")

@@ -22,6 +22,7 @@ from flax_lstm.tasks.base import (
     Baseline,
     Forward,
     Monitor,
+    Outputs,
     SequenceBuilder,
     Sums,
     Task,
@@ -31,8 +32,10 @@ from flax_lstm.tasks.base import (
     warn_of_empty,
     weighted,
 )
+from flax_lstm.tasks.examination import TagAnswers, examine_tags, fit_temperature, yes_or_no
 from flax_lstm.tasks.linear import linear_logits, linear_rival
 from flax_lstm.tasks.metrics import Mean
+from flax_lstm.tasks.plots import plot_examination
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,23 @@ class Tagging(Task):
             return linear_logits(train.texts, has_NK, new.texts)
 
         return linear_rival(self, dataset, split, folder, fit)
+
+    def examine(
+        self, dataset: Any, split: str, outputs: np.ndarray, held_out: Outputs | None
+    ) -> dict[str, Any]:
+        """See `flax_lstm.tasks.examination`; of data that are texts."""
+        order, read = dataset.order(split), dataset.read(split)
+        has_NK = dataset.info.targets(split, [read.labels[n] for n in order]) > 0.5
+        texts = [read.texts[n] for n in order]
+        temperature = None
+        if held_out is not None:
+            had = (held_out.targets > 0.5).ravel().astype(int)
+            temperature = fit_temperature(yes_or_no(held_out.outputs), had)
+        answers = TagAnswers(outputs, has_NK, dataset.lengths(split), texts)
+        return examine_tags(answers, dataset.info.tags, temperature)
+
+    def plot(self, found: dict[str, Any], path: Path) -> None:
+        plot_examination(found, path)
 
     def predict(
         self, table: pd.DataFrame, info: Any, forward: Forward, batch_size: int
