@@ -278,11 +278,11 @@ def test_an_existing_output_is_kept_unless_asked(text_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "run, gates, inputs, units", [("series_run", 4, 1 + 6, 4), ("text_run", 3, 4, 8)]
+    "run, gates, inputs, units", [("series_run", 4, 1 + 2, 4), ("text_run", 3, 4, 8)]
 )
 def test_the_cell_is_one_flag(request, run, gates, inputs, units):
     """Both configs have an LSTM; one run was given `--model.cell gru`. Inputs: channel and
-    calendar, or tokens."""
+    calendar, of which the day alone comes round twice, or tokens."""
     leaves = jax.tree_util.tree_leaves_with_path(load(request.getfixturevalue(run)).params())
     shapes = {path[-1].key: leaf.shape for path, leaf in leaves}
     assert shapes["input"] == (inputs, gates, units) and shapes["recurrent"] == (
