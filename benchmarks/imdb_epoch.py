@@ -183,6 +183,17 @@ def ours(job: Job) -> Epochs:
         yield seconds, logits[: len(job.validation)]
 
 
+def batches_of(sizes: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
+    """The rows of each batch of an epoch, in the order of `flax_lstm.data.buckets`."""
+    rng = np.random.default_rng([seed, epoch])
+    order, groups = rng.permutation(len(sizes)), []
+    for start in range(0, len(order), POOL * BATCH):
+        pool = order[start : start + POOL * BATCH]
+        pool = pool[np.argsort(sizes[pool], kind="stable")]
+        groups += [pool[n : n + BATCH] for n in range(0, len(pool), BATCH)]
+    return [groups[n] for n in rng.permutation(len(groups))]
+
+
 def torch_(job: Job) -> Epochs:
     load_malloc().tune_malloc()
     import torch
@@ -225,15 +236,8 @@ def torch_(job: Job) -> Epochs:
     for epoch in range(job.epochs):
         modules.train()
         began = time.perf_counter()
-        rng = np.random.default_rng([job.seed, epoch])
-        order, groups = rng.permutation(len(train)), []
-        for start in range(0, len(order), POOL * BATCH):
-            pool = order[start : start + POOL * BATCH]
-            pool = pool[np.argsort(sizes[pool], kind="stable")]
-            groups += [pool[n : n + BATCH] for n in range(0, len(pool), BATCH)]
-        for n in rng.permutation(len(groups)):
+        for rows in batches_of(sizes, job.seed, epoch):
             optimizer.zero_grad()
-            rows = groups[n]
             torch.nn.functional.cross_entropy(
                 logits([train[i] for i in rows]), labels[rows]
             ).backward()

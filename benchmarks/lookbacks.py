@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from flax_lstm import load
+from flax_lstm import Forecasting, load
 from flax_lstm.data.base import Batch
 from flax_lstm.inference import Run
 
@@ -32,6 +32,9 @@ def main() -> None:
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     options = parser.parse_args()
     runs = [load(folder) for folder in options.runs]
+    for run in runs:
+        if not isinstance(run.config.task, Forecasting):
+            raise SystemExit(f"{run.workdir} does not forecast")
     found, windows = zip(*(read(run, options.split) for run in runs), strict=True)
     first = windows[0]
     for folder, other in zip(options.runs, windows, strict=True):

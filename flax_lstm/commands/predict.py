@@ -116,11 +116,14 @@ def explicable(run: "Run") -> "TextInfo":
 def contributions(run: "Run", texts: Sequence[str], checkpoint: str) -> list[list[Any]]:
     """Of each text its words, each with what it adds to the log-probability of the answer; of a
     text without words nothing."""
+    from rich.console import Console
+    from rich.progress import track
+
     ids = explicable(run).encode(texts)
-    found = [
-        run.explain(t, checkpoint=checkpoint) if len(i) else None
-        for t, i in zip(texts, ids, strict=True)
-    ]
+    # As many forward passes a text as it has words: of a large table that takes long.
+    pairs, console = [*zip(texts, ids, strict=True)], Console(stderr=True)
+    shown = track(pairs, "explaining", console=console, disable=len(pairs) < 2)
+    found = [run.explain(t, checkpoint=checkpoint) if len(i) else None for t, i in shown]
     return [
         [] if f is None else [*zip(f.words, np.round(f.contributions, 4).tolist(), strict=True)]
         for f in found
